@@ -1,0 +1,56 @@
+# Every habit in one word. `make` alone lists them.
+CARGO ?= cargo
+ARGS ?=
+VENV := .venv
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test test-rust test-python lint fmt bench fuzz doc deny gpu clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## the server, the command line and the examples, optimised
+	$(CARGO) build --release -p kvserver -p kvctl -p kvexamples
+
+demo: ## a real decoder gets faster because of a real node (ARGS=--json for machines)
+	@$(CARGO) build --release -q -p kvserver -p kvexamples --bins
+	@$(CARGO) run --release -q -p kvexamples --bin demo -- $(ARGS)
+
+test: test-rust test-python ## everything that must pass
+
+test-rust: ## unit, behaviour, recovery, fault, property and bounded fuzz tests
+	$(CARGO) test --workspace --all-targets
+	$(CARGO) test --workspace --doc
+
+# Python's own grpcio against a node: proves that the bulk frames are ordinary gRPC to a stranger.
+test-python: ## stock Python grpcio against a node (skips, and says so, where Python or pip is missing)
+	@$(CARGO) build -q -p kvserver
+	@tests/python/run $(VENV)
+
+lint: ## formatting, clippy without warnings, documentation without warnings
+	$(CARGO) fmt --all -- --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps -q
+
+fmt: ## format
+	$(CARGO) fmt --all
+
+bench: ## Terrace beside Redis, memcached, plain TCP, memcpy and the disk (ARGS='--json FILE', '--quick')
+	@$(CARGO) build --release -q -p kvserver -p kvbenches --bins
+	@$(CARGO) run --release -q -p kvbenches --bin side_by_side -- $(ARGS)
+
+fuzz: ## every parser of outside bytes, longer than `make test` does (FUZZ_ROUNDS=N)
+	TERRACE_FUZZ_ROUNDS=$${FUZZ_ROUNDS:-2000000} $(CARGO) test --release -p kvtests --test fuzz -- --nocapture
+
+doc: ## the API documentation
+	$(CARGO) doc --workspace --no-deps
+
+deny: ## licences and sources of the dependency tree (needs cargo-deny)
+	cargo deny check
+
+gpu: ## check and measure the CUDA device where there is one; writes gpu/MEASURED.md
+	$(CARGO) run --release -p kvgpu --bin kvgpu-check -- --write gpu/MEASURED.md
+
+clean: ## remove what was built
+	$(CARGO) clean
+	rm -rf $(VENV)
