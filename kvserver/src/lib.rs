@@ -1,1 +1,20 @@
-//! placeholder
+//! One Terrace node: it stores, tiers, leases and serves KV-cache blocks.
+//!
+//! ```text
+//!   rpc      gRPC: decode, one call, encode        console  HTTP: metrics, health
+//!    │
+//!   blocks   lookup, get, put, invalidate, watch; the mover between tiers
+//!    │
+//!   engine   index, leases, budgets, policy: synchronous, answers *where*, never awaits
+//!    │
+//!   tier     NVMe cache and durable store behind one trait; blocks as types
+//!    │
+//!   kvgpu    the arena: all bytes
+//! ```
+//!
+//! One way down. [`clock`], [`config`], [`error`] are leaves that anyone may use.
+
+pub mod clock;
+pub mod engine;
+pub mod error;
+pub mod tier;

@@ -1,0 +1,1 @@
+//! Where every block is: index, leases, budgets and policy.

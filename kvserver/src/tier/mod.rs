@@ -1,0 +1,1 @@
+//! Where bytes rest: blocks as types, and the stores below RAM.
