@@ -1,1 +1,3 @@
-//! placeholder
+//! What the behaviour tests share: seeded mutation, fuzz targets, nodes as child processes.
+
+pub mod mutate;
