@@ -1,0 +1,12 @@
+//! Compiles `v1/blocks.proto` in pure Rust: no `protoc` has to be installed.
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo:rerun-if-changed=v1/blocks.proto");
+    let descriptors = protox::compile(["v1/blocks.proto"], ["."])?;
+    tonic_prost_build::configure()
+        // Every `bytes` field becomes `bytes::Bytes`, so that a decoded payload is a slice, not a copy.
+        .bytes(".")
+        .emit_rerun_if_changed(false)
+        .compile_fds(descriptors)?;
+    Ok(())
+}
