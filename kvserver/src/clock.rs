@@ -83,7 +83,10 @@ impl SystemClock {
     /// A clock whose [`Tick`] zero is now.
     #[must_use]
     pub fn new() -> Self {
-        Self { start: Instant::now(), random: Mutex::new(RandomPool::new()) }
+        Self {
+            start: Instant::now(),
+            random: Mutex::new(RandomPool::new()),
+        }
     }
 }
 
@@ -95,7 +98,9 @@ impl Default for SystemClock {
 
 impl fmt::Debug for SystemClock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SystemClock").field("start", &self.start).finish_non_exhaustive()
+        f.debug_struct("SystemClock")
+            .field("start", &self.start)
+            .finish_non_exhaustive()
     }
 }
 
@@ -105,7 +110,9 @@ impl Clock for SystemClock {
     }
 
     fn unix_ms(&self) -> u64 {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let since = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
         u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
     }
 
@@ -140,7 +147,10 @@ impl RandomPool {
 
     fn next(&mut self) -> u64 {
         if self.at == self.bytes.len() {
-            let filled = self.source.as_mut().is_some_and(|f| f.read_exact(&mut self.bytes).is_ok());
+            let filled = self
+                .source
+                .as_mut()
+                .is_some_and(|f| f.read_exact(&mut self.bytes).is_ok());
             if !filled {
                 // A chroot without /dev: SipHash of a counter under keys that std took from the kernel.
                 self.drawn += 1;
@@ -214,7 +224,9 @@ impl Default for ManualClock {
 
 impl fmt::Debug for ManualClock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ManualClock").field("now", &self.state.lock().now).finish_non_exhaustive()
+        f.debug_struct("ManualClock")
+            .field("now", &self.state.lock().now)
+            .finish_non_exhaustive()
     }
 }
 
@@ -233,7 +245,10 @@ impl Clock for ManualClock {
         let id = state.next_sleeper;
         state.next_sleeper += 1;
         let due = state.now.saturating_add(wait);
-        Box::pin(ManualSleep { state: Arc::clone(&self.state), key: (due, id) })
+        Box::pin(ManualSleep {
+            state: Arc::clone(&self.state),
+            key: (due, id),
+        })
     }
 
     /// SplitMix64 (Steele, Lea, Flood 2014): every seed gives a full-period sequence.
@@ -287,7 +302,11 @@ mod tests {
 
     #[test]
     fn the_same_seed_gives_the_same_chances() {
-        let (a, b, c) = (ManualClock::new(7), ManualClock::new(7), ManualClock::new(8));
+        let (a, b, c) = (
+            ManualClock::new(7),
+            ManualClock::new(7),
+            ManualClock::new(8),
+        );
         let draw = |clock: &ManualClock| [clock.random_u64(), clock.random_u64()];
         assert_eq!(draw(&a), draw(&b));
         assert_ne!(draw(&a), draw(&c));

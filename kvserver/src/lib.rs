@@ -15,6 +15,7 @@
 //! One way down. [`clock`], [`config`], [`error`] are leaves that anyone may use.
 
 pub mod clock;
+pub mod config;
 pub mod engine;
 pub mod error;
 pub mod tier;
