@@ -29,7 +29,11 @@ pub struct KvCache {
 impl KvCache {
     /// An empty cache.
     pub fn new(shape: ModelShape) -> Self {
-        Self { shape, len: 0, layers: vec![None; shape.layers] }
+        Self {
+            shape,
+            len: 0,
+            layers: vec![None; shape.layers],
+        }
     }
 
     /// Tokens in it.
@@ -51,7 +55,12 @@ impl KvCache {
     ///
     /// # Errors
     /// What candle reports when the shapes do not fit.
-    pub(crate) fn append(&mut self, layer: usize, key: &Tensor, value: &Tensor) -> Result<(Tensor, Tensor)> {
+    pub(crate) fn append(
+        &mut self,
+        layer: usize,
+        key: &Tensor,
+        value: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
         let grown = match &self.layers[layer] {
             None => (key.contiguous()?, value.contiguous()?),
             Some((keys, values)) => (join(keys, key)?, join(values, value)?),
@@ -70,7 +79,11 @@ impl KvCache {
     /// A range beyond the full blocks; what candle reports.
     pub fn export(&self, blocks: Range<usize>) -> Result<Vec<Bytes>> {
         if blocks.end > self.blocks() {
-            candle_core::bail!("blocks up to {} asked for, {} are full", blocks.end, self.blocks());
+            candle_core::bail!(
+                "blocks up to {} asked for, {} are full",
+                blocks.end,
+                self.blocks()
+            );
         }
         let mut out = vec![Vec::with_capacity(self.shape.block_bytes()); blocks.len()];
         for (keys, values) in self.layers.iter().flatten() {
@@ -91,8 +104,15 @@ impl KvCache {
     /// # Errors
     /// A block that is not `block_bytes` long; what candle reports.
     pub fn import(shape: ModelShape, blocks: &[impl AsRef<[u8]>]) -> Result<Self> {
-        if let Some(wrong) = blocks.iter().find(|block| block.as_ref().len() != shape.block_bytes()) {
-            candle_core::bail!("a block of {} bytes, {} expected", wrong.as_ref().len(), shape.block_bytes());
+        if let Some(wrong) = blocks
+            .iter()
+            .find(|block| block.as_ref().len() != shape.block_bytes())
+        {
+            candle_core::bail!(
+                "a block of {} bytes, {} expected",
+                wrong.as_ref().len(),
+                shape.block_bytes()
+            );
         }
         let mut cache = Self::new(shape);
         if blocks.is_empty() {
@@ -106,7 +126,8 @@ impl KvCache {
                 let mut floats = vec![0.0_f32; cache.len * shape.kv_heads * shape.head_size];
                 for (index, block) in blocks.iter().enumerate() {
                     let start = (layer * 2 + which) * side_bytes;
-                    let mut spans = block.as_ref()[start..start + side_bytes].chunks_exact(span_bytes);
+                    let mut spans =
+                        block.as_ref()[start..start + side_bytes].chunks_exact(span_bytes);
                     cache.for_each_head(cache.len, index, |to| {
                         let from = spans.next().expect("one span per head");
                         for (value, bytes) in floats[to].iter_mut().zip(from.as_chunks::<4>().0) {
@@ -114,7 +135,11 @@ impl KvCache {
                         }
                     });
                 }
-                Tensor::from_vec(floats, (shape.kv_heads, cache.len, shape.head_size), &Device::Cpu)
+                Tensor::from_vec(
+                    floats,
+                    (shape.kv_heads, cache.len, shape.head_size),
+                    &Device::Cpu,
+                )
             };
             let pair = (side(0)?, side(1)?);
             cache.layers[layer] = Some(pair);
@@ -158,11 +183,19 @@ mod tests {
         let cache = filled(48);
         let back = KvCache::import(TINY, &cache.export(0..6).unwrap()).unwrap();
         assert_eq!(back.len(), cache.len());
-        for (left, right) in cache.layers.iter().flatten().zip(back.layers.iter().flatten()) {
+        for (left, right) in cache
+            .layers
+            .iter()
+            .flatten()
+            .zip(back.layers.iter().flatten())
+        {
             for (left, right) in [(&left.0, &right.0), (&left.1, &right.1)] {
                 assert_eq!(left.dims(), right.dims());
                 assert_eq!(left.stride(), right.stride());
-                assert_eq!(left.to_vec3::<f32>().unwrap(), right.to_vec3::<f32>().unwrap());
+                assert_eq!(
+                    left.to_vec3::<f32>().unwrap(),
+                    right.to_vec3::<f32>().unwrap()
+                );
             }
         }
     }
@@ -171,7 +204,13 @@ mod tests {
     fn export_of_an_import_is_the_same_bytes() {
         let blocks = filled(48).export(0..6).unwrap();
         assert!(blocks.iter().all(|block| block.len() == TINY.block_bytes()));
-        assert_eq!(KvCache::import(TINY, &blocks).unwrap().export(0..6).unwrap(), blocks);
+        assert_eq!(
+            KvCache::import(TINY, &blocks)
+                .unwrap()
+                .export(0..6)
+                .unwrap(),
+            blocks
+        );
     }
 
     #[test]
@@ -179,10 +218,20 @@ mod tests {
         let cache = filled(24);
         let block = cache.export(1..2).unwrap().remove(0);
         let (layer, head, token, lane) = (1, 1, 3, 5);
-        let value = cache.layers[layer].as_ref().unwrap().1.to_vec3::<f32>().unwrap()[head][TINY.block_tokens + token][lane];
+        let value = cache.layers[layer]
+            .as_ref()
+            .unwrap()
+            .1
+            .to_vec3::<f32>()
+            .unwrap()[head][TINY.block_tokens + token][lane];
         let side = 1;
-        let at = (((layer * 2 + side) * TINY.kv_heads + head) * TINY.block_tokens + token) * TINY.head_size + lane;
-        assert_eq!(f32::from_le_bytes(block[at * 4..at * 4 + 4].try_into().unwrap()), value);
+        let at = (((layer * 2 + side) * TINY.kv_heads + head) * TINY.block_tokens + token)
+            * TINY.head_size
+            + lane;
+        assert_eq!(
+            f32::from_le_bytes(block[at * 4..at * 4 + 4].try_into().unwrap()),
+            value
+        );
     }
 
     #[test]

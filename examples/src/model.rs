@@ -120,10 +120,18 @@ impl Decoder {
     /// When the shape contradicts itself: heads that do not divide, an odd head, a chunk that is no
     /// multiple of a block.
     pub fn new(shape: ModelShape, source: WeightSource) -> Result<Self> {
-        assert!(shape.heads.is_multiple_of(shape.kv_heads), "heads must be a multiple of kv_heads");
+        assert!(
+            shape.heads.is_multiple_of(shape.kv_heads),
+            "heads must be a multiple of kv_heads"
+        );
         assert!(shape.head_size.is_multiple_of(2), "head_size must be even");
-        assert!(shape.chunk_tokens.is_multiple_of(shape.block_tokens), "chunk_tokens must be a multiple of block_tokens");
-        let layers = (0..shape.layers).map(|layer| Layer::new(&shape, source, layer)).collect::<Result<_>>()?;
+        assert!(
+            shape.chunk_tokens.is_multiple_of(shape.block_tokens),
+            "chunk_tokens must be a multiple of block_tokens"
+        );
+        let layers = (0..shape.layers)
+            .map(|layer| Layer::new(&shape, source, layer))
+            .collect::<Result<_>>()?;
         Ok(Self {
             shape,
             embedding: source.embedding("embedding", shape.vocab, shape.hidden)?,
@@ -145,16 +153,26 @@ impl Decoder {
     ///
     /// # Errors
     /// An empty prompt, a cache that does not end at a chunk boundary, and what candle reports.
-    pub fn prefill(&self, tokens: &[u32], cache: &mut KvCache, mut progress: impl FnMut(usize)) -> Result<Vec<f32>> {
+    pub fn prefill(
+        &self,
+        tokens: &[u32],
+        cache: &mut KvCache,
+        mut progress: impl FnMut(usize),
+    ) -> Result<Vec<f32>> {
         if !cache.len().is_multiple_of(self.shape.chunk_tokens) {
-            candle_core::bail!("prefill starts at token {}, not at a chunk boundary", cache.len());
+            candle_core::bail!(
+                "prefill starts at token {}, not at a chunk boundary",
+                cache.len()
+            );
         }
         let mut last = None;
         for chunk in tokens.chunks(self.shape.chunk_tokens) {
             last = Some(self.forward(chunk, cache)?);
             progress(chunk.len());
         }
-        let Some(hidden) = last else { candle_core::bail!("an empty prompt has no logits") };
+        let Some(hidden) = last else {
+            candle_core::bail!("an empty prompt has no logits")
+        };
         self.logits(&hidden)
     }
 
@@ -171,11 +189,17 @@ impl Decoder {
     fn forward(&self, tokens: &[u32], cache: &mut KvCache) -> Result<Tensor> {
         let (past, count) = (cache.len(), tokens.len());
         if past + count > self.shape.max_tokens {
-            candle_core::bail!("sequence of {} tokens is longer than {}", past + count, self.shape.max_tokens);
+            candle_core::bail!(
+                "sequence of {} tokens is longer than {}",
+                past + count,
+                self.shape.max_tokens
+            );
         }
         let mask = causal_mask(past, count)?;
         let rotary = self.rotary.at(past, count)?;
-        let mut x = self.embedding.forward(&Tensor::new(tokens, &Device::Cpu)?)?;
+        let mut x = self
+            .embedding
+            .forward(&Tensor::new(tokens, &Device::Cpu)?)?;
         for (index, layer) in self.layers.iter().enumerate() {
             x = layer.forward(&x, &rotary, mask.as_ref(), &self.shape, cache, index)?;
         }
@@ -186,7 +210,10 @@ impl Decoder {
     /// Only the last row: an engine samples from nothing else.
     fn logits(&self, hidden: &Tensor) -> Result<Vec<f32>> {
         let last = hidden.narrow(0, hidden.dim(0)? - 1, 1)?.contiguous()?;
-        self.head.forward(&self.norm.forward(&last)?)?.flatten_all()?.to_vec1()
+        self.head
+            .forward(&self.norm.forward(&last)?)?
+            .flatten_all()?
+            .to_vec1()
     }
 }
 
@@ -203,7 +230,11 @@ pub fn greedy(logits: &[f32]) -> u32 {
 
 /// True when both are the same bits; `==` would call 0.0 and -0.0 equal and NaN unequal to itself.
 pub fn same_bits(left: &[f32], right: &[f32]) -> bool {
-    left.len() == right.len() && left.iter().zip(right).all(|(l, r)| l.to_bits() == r.to_bits())
+    left.len() == right.len()
+        && left
+            .iter()
+            .zip(right)
+            .all(|(l, r)| l.to_bits() == r.to_bits())
 }
 
 const NORM_EPS: f64 = 1e-5;
@@ -224,8 +255,13 @@ struct Layer {
 
 impl Layer {
     fn new(shape: &ModelShape, source: WeightSource, index: usize) -> Result<Self> {
-        let linear = |name: &str, inputs, outputs| source.linear(&format!("layers.{index}.{name}"), inputs, outputs);
-        let (query, kv) = (shape.heads * shape.head_size, shape.kv_heads * shape.head_size);
+        let linear = |name: &str, inputs, outputs| {
+            source.linear(&format!("layers.{index}.{name}"), inputs, outputs)
+        };
+        let (query, kv) = (
+            shape.heads * shape.head_size,
+            shape.kv_heads * shape.head_size,
+        );
         Ok(Self {
             attention_norm: source.norm(shape.hidden, NORM_EPS)?,
             query: linear("query", shape.hidden, query)?,
@@ -248,7 +284,14 @@ impl Layer {
         cache: &mut KvCache,
         index: usize,
     ) -> Result<Tensor> {
-        let x = (x + self.attend(&self.attention_norm.forward(x)?, rotary, mask, shape, cache, index)?)?;
+        let x = (x + self.attend(
+            &self.attention_norm.forward(x)?,
+            rotary,
+            mask,
+            shape,
+            cache,
+            index,
+        )?)?;
         let normed = self.mlp_norm.forward(&x)?;
         let gated = (ops::silu(&self.gate.forward(&normed)?)? * self.up.forward(&normed)?)?;
         x + self.down.forward(&gated)?
@@ -268,10 +311,14 @@ impl Layer {
         let (count, size) = (x.dim(0)?, shape.head_size);
         let group_rows = shape.heads / shape.kv_heads * count;
         let by_head = |projected: Tensor, heads: usize| {
-            projected.reshape((1, count, heads, size))?.transpose(1, 2)?.contiguous()
+            projected
+                .reshape((1, count, heads, size))?
+                .transpose(1, 2)?
+                .contiguous()
         };
         let query = rotary_emb::rope(&by_head(self.query.forward(x)?, shape.heads)?, cos, sin)?;
-        let key = rotary_emb::rope(&by_head(self.key.forward(x)?, shape.kv_heads)?, cos, sin)?.squeeze(0)?;
+        let key = rotary_emb::rope(&by_head(self.key.forward(x)?, shape.kv_heads)?, cos, sin)?
+            .squeeze(0)?;
         let value = by_head(self.value.forward(x)?, shape.kv_heads)?.squeeze(0)?;
         let (keys, values) = cache.append(index, &key, &value)?;
 
@@ -280,11 +327,17 @@ impl Layer {
         let mut scores = query.matmul(&keys.transpose(1, 2)?)?;
         if let Some(mask) = mask {
             let rows = scores.reshape((shape.heads, count, keys.dim(1)?))?;
-            scores = rows.broadcast_add(mask)?.reshape((shape.kv_heads, group_rows, keys.dim(1)?))?;
+            scores =
+                rows.broadcast_add(mask)?
+                    .reshape((shape.kv_heads, group_rows, keys.dim(1)?))?;
         }
         let mixed = ops::softmax_last_dim(&scores)?.matmul(&values)?;
-        let rows = mixed.reshape((shape.heads, count, size))?.transpose(0, 1)?.contiguous()?;
-        self.out.forward(&rows.reshape((count, shape.heads * size))?)
+        let rows = mixed
+            .reshape((shape.heads, count, size))?
+            .transpose(0, 1)?
+            .contiguous()?;
+        self.out
+            .forward(&rows.reshape((count, shape.heads * size))?)
     }
 }
 
@@ -313,11 +366,15 @@ impl Rotary {
         let half = shape.head_size / 2;
         let angles: Vec<f64> = (0..shape.max_tokens)
             .flat_map(|position| {
-                (0..half).map(move |pair| position as f64 * ROPE_BASE.powf(-(pair as f64) / half as f64))
+                (0..half)
+                    .map(move |pair| position as f64 * ROPE_BASE.powf(-(pair as f64) / half as f64))
             })
             .collect();
         let angles = Tensor::from_vec(angles, (shape.max_tokens, half), &Device::Cpu)?;
-        Ok(Self { cos: angles.cos()?.to_dtype(DType::F32)?, sin: angles.sin()?.to_dtype(DType::F32)? })
+        Ok(Self {
+            cos: angles.cos()?.to_dtype(DType::F32)?,
+            sin: angles.sin()?.to_dtype(DType::F32)?,
+        })
     }
 
     fn at(&self, past: usize, count: usize) -> Result<(Tensor, Tensor)> {
@@ -339,7 +396,9 @@ mod tests {
     }
 
     fn prompt(len: u32) -> Vec<u32> {
-        (0..len).map(|i| (i * 37 + 11) % TINY.vocab as u32).collect()
+        (0..len)
+            .map(|i| (i * 37 + 11) % TINY.vocab as u32)
+            .collect()
     }
 
     #[test]
@@ -354,8 +413,10 @@ mod tests {
             let got = model.prefill(&tokens[reused..], &mut warm, |_| {}).unwrap();
             assert!(same_bits(&want, &got), "{chunks} chunks reused");
             let next = greedy(&want);
-            let (from_cold, from_warm) =
-                (model.decode(next, &mut cold.clone()).unwrap(), model.decode(next, &mut warm).unwrap());
+            let (from_cold, from_warm) = (
+                model.decode(next, &mut cold.clone()).unwrap(),
+                model.decode(next, &mut warm).unwrap(),
+            );
             assert!(same_bits(&from_cold, &from_warm));
         }
     }
@@ -366,7 +427,12 @@ mod tests {
         let (model, tokens) = (tiny(), prompt(40));
         let mut cold = KvCache::new(TINY);
         let want = model.prefill(&tokens, &mut cold, |_| {}).unwrap();
-        let mut blocks: Vec<Vec<u8>> = cold.export(0..4).unwrap().iter().map(|block| block.to_vec()).collect();
+        let mut blocks: Vec<Vec<u8>> = cold
+            .export(0..4)
+            .unwrap()
+            .iter()
+            .map(|block| block.to_vec())
+            .collect();
         blocks[1][100 * 4 + 2] ^= 0x40;
         let mut warm = KvCache::import(TINY, &blocks).unwrap();
         let got = model.prefill(&tokens[32..], &mut warm, |_| {}).unwrap();
@@ -381,7 +447,10 @@ mod tests {
         let mut blocks = cold.export(0..4).unwrap();
         blocks.swap(0, 1);
         let mut warm = KvCache::import(TINY, &blocks).unwrap();
-        assert!(!same_bits(&want, &model.prefill(&tokens[32..], &mut warm, |_| {}).unwrap()));
+        assert!(!same_bits(
+            &want,
+            &model.prefill(&tokens[32..], &mut warm, |_| {}).unwrap()
+        ));
     }
 
     /// Causality: what comes later cannot change the blocks of what came before.
@@ -411,7 +480,11 @@ mod tests {
     #[test]
     fn demo_shape_is_of_the_stated_size() {
         let shape = ModelShape::DEMO;
-        assert!((25_000_000..35_000_000).contains(&shape.parameters()), "{}", shape.parameters());
+        assert!(
+            (25_000_000..35_000_000).contains(&shape.parameters()),
+            "{}",
+            shape.parameters()
+        );
         assert_eq!(shape.block_bytes(), 512 * 1024);
         assert_eq!(shape.chunk_blocks(), 4);
     }

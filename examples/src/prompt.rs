@@ -21,7 +21,8 @@ use tokenizers::{Tokenizer, TokenizerBuilder};
 /// The text the demo reads when it is given no other.
 pub const HANDBOOK: &str = include_str!("../../docs/handbook.md");
 
-const PREAMBLE: &str = "Below is a document. Read it, then answer the question that follows it.\n\n";
+const PREAMBLE: &str =
+    "Below is a document. Read it, then answer the question that follows it.\n\n";
 
 /// A tokenizer and the tokens of one document.
 pub struct Document {
@@ -40,11 +41,18 @@ impl Document {
             anyhow::bail!("the document is empty");
         }
         let tokenizer = train(text, vocab)?;
-        let json = tokenizer.to_string(false).map_err(failed).context("cannot write the tokenizer")?;
+        let json = tokenizer
+            .to_string(false)
+            .map_err(failed)
+            .context("cannot write the tokenizer")?;
         let mut prefix = encode(&tokenizer, PREAMBLE)?;
         let body = encode(&tokenizer, text)?;
         prefix.extend_from_slice(&body[..body.len().min(max_tokens)]);
-        Ok(Self { tokenizer, prefix, fingerprint: fingerprint(json.as_bytes()) })
+        Ok(Self {
+            tokenizer,
+            prefix,
+            fingerprint: fingerprint(json.as_bytes()),
+        })
     }
 
     /// Tokens of the preamble and the document: what all prompts share.
@@ -68,7 +76,10 @@ impl Document {
     /// What the tokenizer reports.
     pub fn ask(&self, question: &str) -> anyhow::Result<Vec<u32>> {
         let mut tokens = self.prefix.clone();
-        tokens.extend(encode(&self.tokenizer, &format!("\n\nQuestion: {question}\nAnswer:"))?);
+        tokens.extend(encode(
+            &self.tokenizer,
+            &format!("\n\nQuestion: {question}\nAnswer:"),
+        )?);
         Ok(tokens)
     }
 
@@ -96,12 +107,20 @@ fn train(text: &str, vocab: usize) -> anyhow::Result<Tokenizer> {
         .min_frequency(2)
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .build();
-    tokenizer.train(&mut trainer, text.split_inclusive("\n\n")).map_err(failed).context("cannot train the tokenizer")?;
+    tokenizer
+        .train(&mut trainer, text.split_inclusive("\n\n"))
+        .map_err(failed)
+        .context("cannot train the tokenizer")?;
     Ok(tokenizer.into())
 }
 
 fn encode(tokenizer: &Tokenizer, text: &str) -> anyhow::Result<Vec<u32>> {
-    Ok(tokenizer.encode(text, false).map_err(failed).context("cannot tokenize")?.get_ids().to_vec())
+    Ok(tokenizer
+        .encode(text, false)
+        .map_err(failed)
+        .context("cannot tokenize")?
+        .get_ids()
+        .to_vec())
 }
 
 fn failed(error: Box<dyn std::error::Error + Send + Sync>) -> anyhow::Error {
@@ -127,14 +146,21 @@ mod tests {
     #[test]
     fn handbook_is_long_enough_and_fits_the_vocabulary() {
         let document = Document::new(HANDBOOK, 4096, usize::MAX).unwrap();
-        assert!(document.tokens().len() >= 4096 + 256, "{} tokens", document.tokens().len());
+        assert!(
+            document.tokens().len() >= 4096 + 256,
+            "{} tokens",
+            document.tokens().len()
+        );
         assert!(document.vocab() <= 4096);
     }
 
     #[test]
     fn questions_share_the_document_and_nothing_after_it() {
         let document = Document::new(HANDBOOK, 1024, 600).unwrap();
-        let (one, two) = (document.ask("What is a lease?").unwrap(), document.ask("How large is a block?").unwrap());
+        let (one, two) = (
+            document.ask("What is a lease?").unwrap(),
+            document.ask("How large is a block?").unwrap(),
+        );
         let shared = document.tokens().len();
         assert_eq!(one[..shared], two[..shared]);
         assert_ne!(one[shared..], two[shared..]);
@@ -142,7 +168,17 @@ mod tests {
 
     #[test]
     fn tokens_give_the_text_back() {
-        let document = Document::new("What is stored once, is read often.\n\nGrüße, 世界 🌍\n", 512, 100).unwrap();
-        assert!(document.decode(document.tokens()).unwrap().contains("Grüße, 世界 🌍"));
+        let document = Document::new(
+            "What is stored once, is read often.\n\nGrüße, 世界 🌍\n",
+            512,
+            100,
+        )
+        .unwrap();
+        assert!(
+            document
+                .decode(document.tokens())
+                .unwrap()
+                .contains("Grüße, 世界 🌍")
+        );
     }
 }

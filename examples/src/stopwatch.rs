@@ -8,7 +8,10 @@ pub struct Stopwatch(Instant);
 
 impl Stopwatch {
     /// Starts one.
-    #[allow(clippy::disallowed_methods, reason = "the examples time themselves here and nowhere else")]
+    #[allow(
+        clippy::disallowed_methods,
+        reason = "the examples time themselves here and nowhere else"
+    )]
     pub fn start() -> Self {
         Self(Instant::now())
     }

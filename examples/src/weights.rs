@@ -34,7 +34,10 @@ impl WeightSource {
     /// # Errors
     /// What candle reports when it cannot make the tensor.
     pub fn linear(&self, name: &str, inputs: usize, outputs: usize) -> Result<Linear> {
-        Ok(Linear::new(self.uniform(name, &[outputs, inputs], inputs)?, None))
+        Ok(Linear::new(
+            self.uniform(name, &[outputs, inputs], inputs)?,
+            None,
+        ))
     }
 
     /// A table of `rows` vectors with components of variance 1.
@@ -42,7 +45,10 @@ impl WeightSource {
     /// # Errors
     /// What candle reports when it cannot make the tensor.
     pub fn embedding(&self, name: &str, rows: usize, width: usize) -> Result<Embedding> {
-        Ok(Embedding::new(self.uniform(name, &[rows, width], 1)?, width))
+        Ok(Embedding::new(
+            self.uniform(name, &[rows, width], 1)?,
+            width,
+        ))
     }
 
     /// A norm's gain: ones, as a model has them before it is trained.
@@ -50,13 +56,18 @@ impl WeightSource {
     /// # Errors
     /// What candle reports when it cannot make the tensor.
     pub fn norm(&self, width: usize, eps: f64) -> Result<RmsNorm> {
-        Ok(RmsNorm::new(Tensor::ones(width, candle_core::DType::F32, &Device::Cpu)?, eps))
+        Ok(RmsNorm::new(
+            Tensor::ones(width, candle_core::DType::F32, &Device::Cpu)?,
+            eps,
+        ))
     }
 
     fn uniform(&self, name: &str, shape: &[usize], fan_in: usize) -> Result<Tensor> {
         let bound = (3.0 / fan_in as f32).sqrt();
         let mut stream = SplitMix64::named(self.seed, name);
-        let values: Vec<f32> = (0..shape.iter().product()).map(|_| stream.signed_unit() * bound).collect();
+        let values: Vec<f32> = (0..shape.iter().product())
+            .map(|_| stream.signed_unit() * bound)
+            .collect();
         Tensor::from_vec(values, shape, &Device::Cpu)
     }
 }
@@ -95,7 +106,10 @@ mod tests {
     fn same_seed_gives_the_same_weights() {
         let one = WeightSource::new(7).linear("layers.0.q", 8, 4).unwrap();
         let two = WeightSource::new(7).linear("layers.0.q", 8, 4).unwrap();
-        assert_eq!(one.weight().to_vec2::<f32>().unwrap(), two.weight().to_vec2::<f32>().unwrap());
+        assert_eq!(
+            one.weight().to_vec2::<f32>().unwrap(),
+            two.weight().to_vec2::<f32>().unwrap()
+        );
     }
 
     #[test]
@@ -117,7 +131,12 @@ mod tests {
     #[test]
     fn weights_have_the_variance_of_their_fan_in() {
         let linear = WeightSource::new(3).linear("w", 64, 256).unwrap();
-        let values = linear.weight().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let values = linear
+            .weight()
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<f32>()
+            .unwrap();
         let variance = values.iter().map(|v| v * v).sum::<f32>() / values.len() as f32;
         assert!((variance * 64.0 - 1.0).abs() < 0.05, "variance {variance}");
     }
