@@ -18,4 +18,5 @@ pub mod clock;
 pub mod config;
 pub mod engine;
 pub mod error;
+pub mod telemetry;
 pub mod tier;

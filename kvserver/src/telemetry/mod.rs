@@ -1,0 +1,8 @@
+//! What operators see: metrics and logs.
+//!
+//! A leaf: everybody may count and log, nobody is called back. Names live in [`metrics`] alone.
+
+pub mod logs;
+pub mod metrics;
+
+pub use self::metrics::Metrics;
