@@ -15,6 +15,7 @@
 
 pub mod checksum;
 pub mod field;
+pub mod frame;
 pub mod hash;
 mod hex;
 pub mod key;
