@@ -19,8 +19,11 @@ pub mod frame;
 pub mod hash;
 mod hex;
 pub mod key;
+pub mod namespace;
+pub mod placement;
 pub mod reason;
 pub mod token;
+pub mod view;
 
 /// The generated wire types, client and server of `v1/blocks.proto`, which documents them field by field.
 pub mod v1 {
@@ -39,4 +42,6 @@ pub use hash::{Chain, NamespaceKey};
 pub use key::{
     BlockKey, BootId, LeaseId, NamespaceId, OwnerId, Part, Place, RequestId, RunHash, SequenceHash,
 };
+pub use namespace::{Layout, Namespace, World};
 pub use reason::{Ack, GetOutcome, Kind, PutOutcome, Reason, TierKind};
+pub use view::{Member, MemberId, MemberState, View, ViewDigest};
