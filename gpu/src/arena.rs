@@ -27,7 +27,7 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::segment::{Segment, SegmentError};
 use crate::slot::{Location, SlotMut};
-use crate::slots::{MAX_SLOT_BYTES, PAGE_BYTES, Slots};
+use crate::slots::{MAX_SLOT_BYTES, PAGE_BYTES, Slots, Window};
 
 /// Default length of a segment.
 pub const SEGMENT_BYTES: u64 = 1 << 30;
@@ -35,6 +35,8 @@ pub const SEGMENT_BYTES: u64 = 1 << 30;
 pub const MAX_SEGMENTS: u64 = 4096;
 /// The most trust domains an arena serves.
 pub const MAX_DOMAINS: usize = 1024;
+/// How many proposals [`Arena::clearings`] makes at most.
+pub const MAX_CLEARINGS: usize = 16;
 
 /// Who may see a segment: processes of one trust domain may map each other's segments.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -178,26 +180,15 @@ impl std::fmt::Debug for SegmentInfo {
     }
 }
 
-/// A stretch of memory that takes a slot of the largest size once nothing overlaps it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Slots whose going makes room for one of the size asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Clearing {
     /// In which segment.
     pub segment: u32,
-    /// First byte within the segment.
-    pub offset: u64,
-    /// Length in bytes.
-    pub length: u64,
-    /// How much of it is taken.
+    /// Where the slots in the way start: [`Location::offset`] of each.
+    pub offsets: Vec<u64>,
+    /// How much they hold together, in whole pages.
     pub used_bytes: u64,
-}
-
-impl Clearing {
-    /// Whether the slot at `location` must go before the clearing is free.
-    pub fn overlaps(&self, location: &Location) -> bool {
-        location.segment == self.segment
-            && location.offset < self.offset + self.length
-            && self.offset < location.offset + location.length
-    }
 }
 
 struct State {
@@ -239,15 +230,29 @@ impl Arena {
     /// [`ArenaError::Config`] names the field; otherwise memory or a thread could not be had.
     pub fn new(config: ArenaConfig) -> Result<Arc<Self>, ArenaError> {
         let page = PAGE_BYTES as u64;
-        let refuse = |field, value, problem| Err(ArenaError::Config { field, value, problem });
+        let refuse = |field, value, problem| {
+            Err(ArenaError::Config {
+                field,
+                value,
+                problem,
+            })
+        };
         if config.segment_bytes < page || !config.segment_bytes.is_multiple_of(page) {
-            return refuse("segment_bytes", config.segment_bytes, "a multiple of 4096, at least 4096");
+            return refuse(
+                "segment_bytes",
+                config.segment_bytes,
+                "a multiple of 4096, at least 4096",
+            );
         }
         if config.capacity_bytes < page {
             return refuse("capacity_bytes", config.capacity_bytes, "at least 4096");
         }
         if config.capacity_bytes.div_ceil(config.segment_bytes) > MAX_SEGMENTS {
-            return refuse("segment_bytes", config.segment_bytes, "long enough for at most 4096 segments");
+            return refuse(
+                "segment_bytes",
+                config.segment_bytes,
+                "long enough for at most 4096 segments",
+            );
         }
         let pages = config.capacity_bytes / page;
         if pages >= u64::from(u32::MAX) {
@@ -281,7 +286,10 @@ impl Arena {
             .name("terrace-arena".into())
             .spawn(move || theirs.build_until_stopped())
             .map_err(ArenaError::Thread)?;
-        Ok(Arc::new(Self { shared, builder: Some(builder) }))
+        Ok(Arc::new(Self {
+            shared,
+            builder: Some(builder),
+        }))
     }
 
     /// A slot of `length` bytes, 1 to 64 MiB, aligned to a page; `None` if there is no room for it now
@@ -307,7 +315,9 @@ impl Arena {
         };
         state.requested_bytes += length as u64;
         let (position, local) = state.slots.locate(page);
-        let segment = state.segments[position].as_ref().expect("bound segments are ready");
+        let segment = state.segments[position]
+            .as_ref()
+            .expect("bound segments are ready");
         let offset = local as usize * PAGE_BYTES;
         let location = Location {
             boot_id: self.shared.config.boot_id,
@@ -328,7 +338,10 @@ impl Arena {
     pub(crate) fn give_back(&self, page: u32, location: &Location) {
         let mut state = self.shared.state.lock();
         let (position, local) = state.slots.locate(page);
-        state.segments[position].as_ref().expect("bound segments are ready").retire(local);
+        state.segments[position]
+            .as_ref()
+            .expect("bound segments are ready")
+            .retire(local);
         state.slots.free(page);
         state.requested_bytes -= location.length;
     }
@@ -338,8 +351,9 @@ impl Arena {
         let state = self.shared.state.lock();
         let page = PAGE_BYTES as u64;
         let ready = || state.segments.iter().flatten();
-        let used_pages: u64 =
-            (0..state.segments.len()).map(|i| u64::from(state.slots.segment_used_pages(i))).sum();
+        let used_pages: u64 = (0..state.segments.len())
+            .map(|i| u64::from(state.slots.segment_used_pages(i)))
+            .sum();
         let unbound = state.spare.iter().map(|&i| state.slots.segment_pages(i));
         let bound = (0..state.domains.len()).map(|number| state.slots.largest_free(number));
         let largest_free_bytes =
@@ -354,7 +368,11 @@ impl Arena {
             requested_bytes: state.requested_bytes,
             largest_free_bytes,
             overhead_bytes: state.slots.overhead_bytes() + ready_bytes / page * 8,
-            fragmentation: if wanted == 0 { 0.0 } else { 1.0 - largest_free_bytes as f64 / wanted as f64 },
+            fragmentation: if wanted == 0 {
+                0.0
+            } else {
+                1.0 - largest_free_bytes as f64 / wanted as f64
+            },
             huge_pages: ready().all(|segment| segment.huge_pages()),
             write_sealed: ready().all(|segment| segment.write_sealed()),
             slots: state.slots.slots(),
@@ -364,7 +382,14 @@ impl Arena {
 
     /// What it can hold now; grows to the capacity while segments become ready.
     pub fn ready_bytes(&self) -> u64 {
-        self.shared.state.lock().segments.iter().flatten().map(|segment| segment.length() as u64).sum()
+        self.shared
+            .state
+            .lock()
+            .segments
+            .iter()
+            .flatten()
+            .map(|segment| segment.length() as u64)
+            .sum()
     }
 
     /// Waits until no segment is being made or waited for.
@@ -382,7 +407,10 @@ impl Arena {
             let memory = memory.as_ref()?;
             Some(SegmentInfo {
                 segment: memory.id(),
-                domain: state.slots.segment_domain(position).map(|number| state.domains[number]),
+                domain: state
+                    .slots
+                    .segment_domain(position)
+                    .map(|number| state.domains[number]),
                 length_bytes: memory.length() as u64,
                 huge_pages: memory.huge_pages(),
                 write_sealed: memory.write_sealed(),
@@ -392,25 +420,39 @@ impl Arena {
         state.segments.iter().enumerate().filter_map(info).collect()
     }
 
-    /// Where a slot of the largest size could be had at the price of what lies there now, cheapest
-    /// first. Evicting by policy alone may free much and still leave crumbs; evicting what overlaps
-    /// one of these gives a place of 64 MiB for at most that much and the ends of two neighbours.
-    pub fn clearings(&self, domain: DomainId) -> Vec<Clearing> {
+    /// Which slots would have to go for one of `length` bytes, cheapest first, at most
+    /// [`MAX_CLEARINGS`] proposals. For when [`Self::alloc`] finds no room although enough is free:
+    /// evicting by policy alone may free most of the arena and still leave crumbs. A proposal costs at
+    /// most what a stretch of that length holds and the ends of the two slots at its edges; when its
+    /// slots are gone, `alloc` succeeds (unless someone else took the place).
+    pub fn clearings(&self, domain: DomainId, length: usize) -> Vec<Clearing> {
+        if length == 0 || length > MAX_SLOT_BYTES {
+            return Vec::new();
+        }
         let state = self.shared.state.lock();
         let Some(number) = state.domains.iter().position(|known| *known == domain) else {
             return Vec::new();
         };
         let page = PAGE_BYTES as u64;
-        let clearing = |span: crate::slots::SpanUse| {
-            let (position, local) = state.slots.locate(span.page);
+        let clearing = |window: Window| {
+            let position = window
+                .slots
+                .first()
+                .map_or(0, |first| state.slots.locate(*first).0);
+            let offset = |slot: &u32| u64::from(state.slots.locate(*slot).1) * page;
             Clearing {
-                segment: state.segments[position].as_ref().expect("bound segments are ready").id(),
-                offset: u64::from(local) * page,
-                length: u64::from(span.pages) * page,
-                used_bytes: u64::from(span.used_pages) * page,
+                segment: state.segments[position]
+                    .as_ref()
+                    .map_or(0, |segment| segment.id()),
+                offsets: window.slots.iter().map(offset).collect(),
+                used_bytes: u64::from(window.used_pages) * page,
             }
         };
-        state.slots.clearings(number).into_iter().map(clearing).collect()
+        let windows =
+            state
+                .slots
+                .windows(number, length.div_ceil(PAGE_BYTES) as u32, MAX_CLEARINGS);
+        windows.into_iter().map(clearing).collect()
     }
 
     /// The server's life, as given.
@@ -434,7 +476,9 @@ impl Drop for Arena {
 
 impl std::fmt::Debug for Arena {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Arena").field("stats", &self.stats()).finish_non_exhaustive()
+        f.debug_struct("Arena")
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
     }
 }
 
@@ -444,11 +488,18 @@ impl Shared {
         let (position, id, length, replaced) = {
             let mut state = self.state.lock();
             let replaced = std::mem::take(&mut state.replaced);
-            let Some(position) = state.wanted.pop_front() else { return Ok(false) };
+            let Some(position) = state.wanted.pop_front() else {
+                return Ok(false);
+            };
             state.building = true;
             let id = state.next_segment;
             state.next_segment += 1;
-            (position, id, state.slots.segment_pages(position) as usize * PAGE_BYTES, replaced)
+            (
+                position,
+                id,
+                state.slots.segment_pages(position) as usize * PAGE_BYTES,
+                replaced,
+            )
         };
         // Before the new memory is asked for, so that both are never held at once.
         drop(replaced);
@@ -500,7 +551,11 @@ impl State {
     }
 
     fn bind_unbound(&mut self, number: usize, pages: u32) -> bool {
-        let Some(at) = self.spare.iter().position(|&i| self.slots.segment_pages(i) >= pages) else {
+        let Some(at) = self
+            .spare
+            .iter()
+            .position(|&i| self.slots.segment_pages(i) >= pages)
+        else {
             return false;
         };
         self.slots.bind(self.spare.remove(at), number);
@@ -513,7 +568,9 @@ impl State {
             return false;
         }
         let empty = (0..self.segments.len()).find(|&i| {
-            self.slots.segment_domain(i).is_some_and(|theirs| theirs != number)
+            self.slots
+                .segment_domain(i)
+                .is_some_and(|theirs| theirs != number)
                 && self.slots.segment_used_pages(i) == 0
                 && self.slots.segment_pages(i) >= pages
         });

@@ -32,7 +32,11 @@ pub fn copy(target: &mut [u8], source: &[u8]) {
 /// # Panics
 /// If the lengths differ.
 pub fn stream(target: &mut [u8], source: &[u8]) {
-    assert_eq!(target.len(), source.len(), "source and target differ in length");
+    assert_eq!(
+        target.len(),
+        source.len(),
+        "source and target differ in length"
+    );
     #[cfg(target_arch = "x86_64")]
     x86::stream(target, source);
     #[cfg(not(target_arch = "x86_64"))]
@@ -42,8 +46,8 @@ pub fn stream(target: &mut [u8], source: &[u8]) {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        __m128i, __m256i, __m512i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128, _mm256_loadu_si256,
-        _mm256_stream_si256, _mm512_loadu_si512, _mm512_stream_si512,
+        __m128i, __m256i, __m512i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128,
+        _mm256_loadu_si256, _mm256_stream_si256, _mm512_loadu_si512, _mm512_stream_si512,
     };
 
     const LINE: usize = 64;
@@ -131,7 +135,9 @@ mod tests {
     use super::{STREAM_FROM_BYTES, copy, stream};
 
     fn pattern(length: usize) -> Vec<u8> {
-        (0..length).map(|i| (i.wrapping_mul(0x9e37_79b1) >> 13) as u8).collect()
+        (0..length)
+            .map(|i| (i.wrapping_mul(0x9e37_79b1) >> 13) as u8)
+            .collect()
     }
 
     #[test]
@@ -139,13 +145,28 @@ mod tests {
         let source = pattern(3 * STREAM_FROM_BYTES);
         for target_offset in [0, 1, 15, 63, 64] {
             for source_offset in [0, 3, 32] {
-                for length in [0, 1, 63, 64, 255, 256, 257, 4096, 70_001, STREAM_FROM_BYTES + 77] {
+                for length in [
+                    0,
+                    1,
+                    63,
+                    64,
+                    255,
+                    256,
+                    257,
+                    4096,
+                    70_001,
+                    STREAM_FROM_BYTES + 77,
+                ] {
                     let mut target = vec![0xa5; target_offset + length + 64];
                     let source = &source[source_offset..source_offset + length];
                     stream(&mut target[target_offset..target_offset + length], source);
                     assert_eq!(&target[target_offset..target_offset + length], source);
                     assert!(target[..target_offset].iter().all(|byte| *byte == 0xa5));
-                    assert!(target[target_offset + length..].iter().all(|byte| *byte == 0xa5));
+                    assert!(
+                        target[target_offset + length..]
+                            .iter()
+                            .all(|byte| *byte == 0xa5)
+                    );
                 }
             }
         }
@@ -153,7 +174,11 @@ mod tests {
 
     #[test]
     fn both_sides_of_the_threshold_copy_alike() {
-        for length in [STREAM_FROM_BYTES - 1, STREAM_FROM_BYTES, 4 * STREAM_FROM_BYTES] {
+        for length in [
+            STREAM_FROM_BYTES - 1,
+            STREAM_FROM_BYTES,
+            4 * STREAM_FROM_BYTES,
+        ] {
             let source = pattern(length);
             let mut target = vec![0; length];
             copy(&mut target, &source);
@@ -179,14 +204,20 @@ mod tests {
             assert!(target.0[..] == source[..], "{name}");
         };
         // SAFETY: lengths are equal multiples of the step, the target is aligned; SSE2 is everywhere.
-        check("sse2", &|target, source| unsafe { super::x86::sse2(target, source) });
+        check("sse2", &|target, source| unsafe {
+            super::x86::sse2(target, source)
+        });
         if is_x86_feature_detected!("avx") {
             // SAFETY: as above, and AVX was found.
-            check("avx", &|target, source| unsafe { super::x86::avx(target, source) });
+            check("avx", &|target, source| unsafe {
+                super::x86::avx(target, source)
+            });
         }
         if is_x86_feature_detected!("avx512f") {
             // SAFETY: as above, and AVX-512F was found.
-            check("avx512", &|target, source| unsafe { super::x86::avx512(target, source) });
+            check("avx512", &|target, source| unsafe {
+                super::x86::avx512(target, source)
+            });
         }
     }
 }

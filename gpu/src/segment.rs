@@ -79,16 +79,31 @@ impl Mapping {
         ftruncate(&fd, length as u64).map_err(failed("ftruncate"))?;
         // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
         let base = unsafe {
-            mmap(ptr::null_mut(), length, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, &fd, 0)
+            mmap(
+                ptr::null_mut(),
+                length,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                &fd,
+                0,
+            )
         }
         .map_err(failed("mmap"))?;
         let base = NonNull::new(base.cast()).expect("mmap answers an address or an error");
-        let mut mapping = Self { fd, base, length, write_sealed: false };
+        let mut mapping = Self {
+            fd,
+            base,
+            length,
+            write_sealed: false,
+        };
         // Block bytes are not for core files. Advice: a kernel that does not know it loses nothing.
         let _ = mapping.advise(0, length, Advice::LinuxDontDump);
         let fixed = SealFlags::SHRINK | SealFlags::GROW;
-        mapping.write_sealed =
-            fcntl_add_seals(&mapping.fd, fixed | SealFlags::FUTURE_WRITE | SealFlags::SEAL).is_ok();
+        mapping.write_sealed = fcntl_add_seals(
+            &mapping.fd,
+            fixed | SealFlags::FUTURE_WRITE | SealFlags::SEAL,
+        )
+        .is_ok();
         if !mapping.write_sealed {
             fcntl_add_seals(&mapping.fd, fixed | SealFlags::SEAL).map_err(failed("seal"))?;
         }
@@ -161,12 +176,20 @@ impl Segment {
         let table = (length / PAGE_BYTES * 8).next_multiple_of(PAGE_BYTES);
         let generations = Mapping::new(&format!("terrace-generations-{id}"), table, false)?;
         let name = format!("terrace-segment-{id}");
-        if huge && length.is_multiple_of(HUGE_PAGE_BYTES) && free_huge_pages() >= length / HUGE_PAGE_BYTES {
+        if huge
+            && length.is_multiple_of(HUGE_PAGE_BYTES)
+            && free_huge_pages() >= length / HUGE_PAGE_BYTES
+        {
             // The mapping reserves its pages, so from here on touching them cannot fail for want of them.
             if let Ok(data) = Mapping::new(&name, length, true)
                 && (!prefault || data.prefault(stop).is_ok())
             {
-                return Ok(Self { id, huge_pages: true, data, generations });
+                return Ok(Self {
+                    id,
+                    huge_pages: true,
+                    data,
+                    generations,
+                });
             }
         }
         let data = Mapping::new(&name, length, false)?;
@@ -174,7 +197,12 @@ impl Segment {
             data.prefault(stop)?;
             generations.prefault(stop)?;
         }
-        Ok(Self { id, huge_pages: false, data, generations })
+        Ok(Self {
+            id,
+            huge_pages: false,
+            data,
+            generations,
+        })
     }
 
     pub(crate) fn id(&self) -> u32 {
@@ -221,7 +249,10 @@ impl Segment {
 
     fn cell(&self, page: u32) -> &AtomicU64 {
         let at = page as usize * 8;
-        assert!(at + 8 <= self.generations.length, "page {page} lies outside the segment");
+        assert!(
+            at + 8 <= self.generations.length,
+            "page {page} lies outside the segment"
+        );
         // SAFETY: in bounds by the assertion, aligned because the mapping is page-aligned, and only
         // ever accessed as an atomic here; other processes cannot write it.
         unsafe { AtomicU64::from_ptr(self.generations.base.add(at).as_ptr().cast()) }

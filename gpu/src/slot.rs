@@ -37,7 +37,11 @@ pub struct Location {
 }
 
 enum Home {
-    Arena { arena: Arc<Arena>, page: u32, location: Location },
+    Arena {
+        arena: Arc<Arena>,
+        page: u32,
+        location: Location,
+    },
     Heap,
 }
 
@@ -66,7 +70,15 @@ impl SlotMut {
         page: u32,
         location: Location,
     ) -> Self {
-        Self { base, length: location.length as usize, home: Home::Arena { arena, page, location } }
+        Self {
+            base,
+            length: location.length as usize,
+            home: Home::Arena {
+                arena,
+                page,
+                location,
+            },
+        }
     }
 
     /// A slot of `length` zeros in ordinary memory, aligned to a page like any other.
@@ -75,7 +87,11 @@ impl SlotMut {
         // SAFETY: the layout is never empty.
         let base = unsafe { alloc_zeroed(layout) };
         let base = NonNull::new(base).unwrap_or_else(|| handle_alloc_error(layout));
-        Self { base, length, home: Home::Heap }
+        Self {
+            base,
+            length,
+            home: Home::Heap,
+        }
     }
 
     /// Length in bytes, as asked for.
@@ -132,7 +148,11 @@ impl DerefMut for SlotMut {
 impl Drop for SlotMut {
     fn drop(&mut self) {
         match &self.home {
-            Home::Arena { arena, page, location } => arena.give_back(*page, location),
+            Home::Arena {
+                arena,
+                page,
+                location,
+            } => arena.give_back(*page, location),
             // SAFETY: allocated by `heap` with this very layout.
             Home::Heap => unsafe { dealloc(self.base.as_ptr(), heap_layout(self.length)) },
         }
@@ -141,7 +161,10 @@ impl Drop for SlotMut {
 
 impl fmt::Debug for SlotMut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SlotMut").field("len", &self.length).field("location", &self.location()).finish()
+        f.debug_struct("SlotMut")
+            .field("len", &self.length)
+            .field("location", &self.location())
+            .finish()
     }
 }
 
@@ -178,7 +201,10 @@ impl AsRef<[u8]> for Slot {
 
 impl fmt::Debug for Slot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Slot").field("len", &self.0.length).field("location", &self.location()).finish()
+        f.debug_struct("Slot")
+            .field("len", &self.0.length)
+            .field("location", &self.location())
+            .finish()
     }
 }
 
@@ -187,5 +213,6 @@ fn capacity(length: usize) -> usize {
 }
 
 fn heap_layout(length: usize) -> Layout {
-    Layout::from_size_align(capacity(length), PAGE_BYTES).expect("a slot is shorter than isize::MAX")
+    Layout::from_size_align(capacity(length), PAGE_BYTES)
+        .expect("a slot is shorter than isize::MAX")
 }

@@ -17,10 +17,11 @@
 //! one, and under random churn plain TLSF strews small slots everywhere. Here small slots share spans
 //! with small slots. A span whose last slot goes is open to every band again. Only when a band has
 //! nothing left and no span is open does it borrow from another band, so memory is never refused while
-//! a run that is long enough exists. [`Slots::clearings`] bounds what must be given up for the largest
-//! slot: the contents of one span.
+//! a run that is long enough exists. [`Slots::windows`] names the few slots whose
+//! going makes room for one of a given size: at random, a large slot may cost most of the arena.
 //!
 //! Cost: allocation and release touch a fixed number of words, whatever the arena's size.
+//! (`windows`, for the rare case, walks a few spans.)
 //! Memory: 12 bytes per page, 0.3 %.
 //! Errors: none; "no room" is `None`.
 
@@ -60,7 +61,11 @@ struct Lists {
 }
 
 impl Lists {
-    const EMPTY: Self = Self { first: 0, second: [0; FIRST], heads: [[NIL; SECOND]; FIRST] };
+    const EMPTY: Self = Self {
+        first: 0,
+        second: [0; FIRST],
+        heads: [[NIL; SECOND]; FIRST],
+    };
 }
 
 /// What one trust domain may allocate from.
@@ -87,6 +92,8 @@ pub(crate) struct Slots {
     tags: Vec<u32>,
     next: Vec<u32>,
     previous: Vec<u32>,
+    /// One bit per page: a run or slot starts here.
+    starts: Vec<u64>,
     /// Per span: its band or `OPEN`, and how many of its pages are taken.
     band: Vec<u8>,
     span_used: Vec<u32>,
@@ -94,11 +101,12 @@ pub(crate) struct Slots {
     slots: u64,
 }
 
-/// A span that would take the largest slot once nothing overlaps it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct SpanUse {
-    pub(crate) page: u32,
-    pub(crate) pages: u32,
+/// A stretch that takes a slot of the size asked for once the slots listed are gone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Window {
+    /// First pages of the slots in the way.
+    pub(crate) slots: Vec<u32>,
+    /// Their pages, those outside the stretch included.
     pub(crate) used_pages: u32,
 }
 
@@ -121,6 +129,7 @@ impl Slots {
             tags: vec![0; pages as usize],
             next: vec![0; pages as usize],
             previous: vec![0; pages as usize],
+            starts: vec![0; pages.div_ceil(64) as usize],
             band: vec![OPEN; spans],
             span_used: vec![0; spans],
             domains: Vec::new(),
@@ -146,7 +155,10 @@ impl Slots {
 
     /// The segment of a page and the page's number within it.
     pub(crate) fn locate(&self, page: u32) -> (usize, u32) {
-        ((page / self.pages_per_segment) as usize, page % self.pages_per_segment)
+        (
+            (page / self.pages_per_segment) as usize,
+            page % self.pages_per_segment,
+        )
     }
 
     /// Taken slots.
@@ -156,15 +168,21 @@ impl Slots {
 
     /// Bytes this map itself occupies at most.
     pub(crate) fn overhead_bytes(&self) -> u64 {
-        self.tags.len() as u64 * 12 + self.band.len() as u64 * 5
+        self.tags.len() as u64 * 12 + self.starts.len() as u64 * 8 + self.band.len() as u64 * 5
     }
 
     /// Gives an unbound segment to a domain; domains are numbered from 0 and made on first use.
     pub(crate) fn bind(&mut self, segment: usize, domain: usize) {
-        assert!(self.segments[segment].domain.is_none(), "segment {segment} is bound already");
+        assert!(
+            self.segments[segment].domain.is_none(),
+            "segment {segment} is bound already"
+        );
         while self.domains.len() <= domain {
             let bands = [const { Lists::EMPTY }; BANDS];
-            self.domains.push(Domain { bands, open: BitTree::new(self.band.len()) });
+            self.domains.push(Domain {
+                bands,
+                open: BitTree::new(self.band.len()),
+            });
         }
         self.segments[segment].domain = Some(domain);
         let (base, pages) = self.extent(segment);
@@ -183,8 +201,14 @@ impl Slots {
 
     /// Takes a wholly free segment from its domain; false if it is not free or not bound.
     pub(crate) fn unbind(&mut self, segment: usize) -> bool {
-        let Segment { pages, used, domain } = self.segments[segment].clone();
-        let (Some(domain), 0) = (domain, used) else { return false };
+        let Segment {
+            pages,
+            used,
+            domain,
+        } = self.segments[segment].clone();
+        let (Some(domain), 0) = (domain, used) else {
+            return false;
+        };
         let first_span = segment as u32 * self.spans_per_segment;
         for span in first_span..first_span + pages / SPAN_PAGES {
             self.domains[domain].open.remove(span);
@@ -222,8 +246,10 @@ impl Slots {
     /// Gives back the slot that starts at `page` and answers its length in pages.
     pub(crate) fn free(&mut self, page: u32) -> u32 {
         let tag = self.tags[page as usize];
-        assert!(tag & 1 == 0 && tag > 0, "page {page} does not start a slot");
+        let starts = self.starts[page as usize / 64] >> (page % 64) & 1 == 1;
+        assert!(starts && tag & 1 == 0, "page {page} does not start a slot");
         let pages = tag >> 1;
+        self.untag(page);
         self.account(page, pages, false);
         self.slots -= 1;
         let (start, length) = self.merge(page, pages);
@@ -233,12 +259,16 @@ impl Slots {
 
     /// The longest slot that `domain` could get now, in pages.
     pub(crate) fn largest_free(&self, domain: usize) -> u32 {
-        let Some(state) = self.domains.get(domain) else { return 0 };
+        let Some(state) = self.domains.get(domain) else {
+            return 0;
+        };
         if state.open.lowest().is_some() {
             return SPAN_PAGES;
         }
         let longest = |lists: &Lists| {
-            let Some(row) = lists.first.checked_ilog2() else { return 0 };
+            let Some(row) = lists.first.checked_ilog2() else {
+                return 0;
+            };
             let column = lists.second[row as usize].ilog2();
             let mut at = lists.heads[row as usize][column as usize];
             let mut longest = 0;
@@ -248,27 +278,103 @@ impl Slots {
             }
             longest
         };
-        state.bands.iter().map(longest).max().unwrap_or(0).min(SPAN_PAGES)
+        state
+            .bands
+            .iter()
+            .map(longest)
+            .max()
+            .unwrap_or(0)
+            .min(SPAN_PAGES)
     }
 
-    /// Every span of `domain` that could take the largest slot, fewest taken pages first.
-    pub(crate) fn clearings(&self, domain: usize) -> Vec<SpanUse> {
-        let mut spans = Vec::new();
-        for (i, segment) in self.segments.iter().enumerate().filter(|(_, s)| s.domain == Some(domain)) {
-            for local in 0..segment.pages / SPAN_PAGES {
-                spans.push(SpanUse {
-                    page: i as u32 * self.pages_per_segment + local * SPAN_PAGES,
-                    pages: SPAN_PAGES,
-                    used_pages: self.span_used[(i as u32 * self.spans_per_segment + local) as usize],
-                });
+    /// Where a slot of `pages` pages could be had by giving up others, cheapest first: the best window
+    /// of each of the `count` least filled spans of `domain`.
+    pub(crate) fn windows(&self, domain: usize, pages: u32, count: usize) -> Vec<Window> {
+        if pages == 0 || pages > SPAN_PAGES {
+            return Vec::new();
+        }
+        let bound = |segment: &usize| self.segments[*segment].domain == Some(domain);
+        let mut spans: Vec<(u32, u32, u32)> = Vec::new();
+        for segment in (0..self.segments.len()).filter(bound) {
+            let (base, length) = self.extent(segment);
+            for local in (0..length).step_by(SPAN_PAGES as usize) {
+                let span = Range {
+                    start: base + local,
+                    end: base + length.min(local + SPAN_PAGES),
+                };
+                if span.end - span.start >= pages {
+                    spans.push((self.span_used[self.span(span.start)], span.start, span.end));
+                }
             }
         }
-        spans.sort_by_key(|span| span.used_pages);
-        spans
+        let few = count.min(spans.len());
+        if few == 0 {
+            return Vec::new();
+        }
+        spans.select_nth_unstable(few - 1);
+        let mut windows: Vec<Window> = spans[..few]
+            .iter()
+            .map(|&(_, start, end)| self.window(start..end, pages))
+            .collect();
+        windows.sort_by_key(|window| window.used_pages);
+        windows
+    }
+
+    /// The cheapest window of `pages` pages that starts where a run or slot of `span` does.
+    fn window(&self, span: Range<u32>, pages: u32) -> Window {
+        if self.band[self.span(span.start)] == OPEN {
+            return Window {
+                slots: Vec::new(),
+                used_pages: 0,
+            };
+        }
+        // The pieces of the span; the first may start before it.
+        let mut pieces: Vec<(u32, u32, bool)> = Vec::new();
+        let mut at = self.start_of(span.start);
+        while at < span.end {
+            let tag = self.tags[at as usize];
+            pieces.push((at, tag >> 1, tag & 1 == 0));
+            at += tag >> 1;
+        }
+        let cost = |(_, pages, taken): (u32, u32, bool)| if taken { pages } else { 0 };
+        let (mut last, mut used, mut best) = (0, 0, (u32::MAX, 0..0));
+        for first in 0..pieces.len() {
+            let end = pieces[first].0.max(span.start) + pages;
+            if end > span.end {
+                break;
+            }
+            while last < pieces.len() && pieces[last].0 < end {
+                used += cost(pieces[last]);
+                last += 1;
+            }
+            if used < best.0 {
+                best = (used, first..last);
+            }
+            used -= cost(pieces[first]);
+        }
+        let taken = pieces[best.1].iter().filter(|piece| piece.2);
+        Window {
+            slots: taken.map(|piece| piece.0).collect(),
+            used_pages: best.0,
+        }
+    }
+
+    /// The start of the run or slot that `page` lies in.
+    fn start_of(&self, page: u32) -> u32 {
+        let mut word = page as usize / 64;
+        let mut bits = self.starts[word] & (u64::MAX >> (63 - page % 64));
+        while bits == 0 {
+            word -= 1;
+            bits = self.starts[word];
+        }
+        word as u32 * 64 + bits.ilog2()
     }
 
     fn extent(&self, segment: usize) -> (u32, u32) {
-        (segment as u32 * self.pages_per_segment, self.segments[segment].pages)
+        (
+            segment as u32 * self.pages_per_segment,
+            self.segments[segment].pages,
+        )
     }
 
     fn span(&self, page: u32) -> usize {
@@ -277,13 +383,21 @@ impl Slots {
     }
 
     fn domain_of(&self, page: u32) -> usize {
-        self.segments[self.locate(page).0].domain.expect("runs exist only in bound segments")
+        self.segments[self.locate(page).0]
+            .domain
+            .expect("runs exist only in bound segments")
     }
 
     fn tag(&mut self, start: u32, pages: u32, free: bool) {
         let tag = pages << 1 | u32::from(free);
         self.tags[start as usize] = tag;
         self.tags[(start + pages - 1) as usize] = tag;
+        self.starts[start as usize / 64] |= 1 << (start % 64);
+    }
+
+    /// Nothing starts at `page` any more; always undone by `tag` where a run is only re-tagged.
+    fn untag(&mut self, page: u32) {
+        self.starts[page as usize / 64] &= !(1 << (page % 64));
     }
 
     fn list(&mut self, start: u32, pages: u32) {
@@ -304,6 +418,7 @@ impl Slots {
     /// Takes a free run off its list and answers its length.
     fn unlist(&mut self, start: u32) -> u32 {
         let pages = self.tags[start as usize] >> 1;
+        self.untag(start);
         let (before, after) = (self.previous[start as usize], self.next[start as usize]);
         if after != NIL {
             self.previous[after as usize] = before;
@@ -355,7 +470,11 @@ impl Slots {
     /// each band's spans lie together and large slots may cross from one to the next.
     fn open_span(&mut self, domain: usize, band: u8) -> Option<(u32, u32)> {
         let open = &mut self.domains[domain].open;
-        let span = if band == LARGE { open.highest() } else { open.lowest() }?;
+        let span = if band == LARGE {
+            open.highest()
+        } else {
+            open.lowest()
+        }?;
         open.remove(span);
         self.band[span as usize] = band;
         let segment = span / self.spans_per_segment;
@@ -366,19 +485,30 @@ impl Slots {
     /// A run of another band: larger bands first, whose runs a small slot hurts least.
     fn borrow(&self, domain: usize, band: u8, pages: u32) -> Option<u32> {
         let larger = band + 1..BANDS as u8;
-        larger.chain((0..band).rev()).find_map(|other| self.find(domain, other, pages))
+        larger
+            .chain((0..band).rev())
+            .find_map(|other| self.find(domain, other, pages))
     }
 
     /// Joins the unlisted run with its free neighbours of the same band, which leave their lists.
     fn merge(&mut self, start: u32, pages: u32) -> (u32, u32) {
-        let Range { start: mut low, end: mut high } = start..start + pages;
+        let Range {
+            start: mut low,
+            end: mut high,
+        } = start..start + pages;
         let band = self.band[self.span(start)];
         let (base, length) = self.extent(self.locate(start).0);
-        if low > base && self.band[self.span(low - 1)] == band && self.tags[low as usize - 1] & 1 == 1 {
+        if low > base
+            && self.band[self.span(low - 1)] == band
+            && self.tags[low as usize - 1] & 1 == 1
+        {
             low -= self.tags[low as usize - 1] >> 1;
             self.unlist(low);
         }
-        if high < base + length && self.band[self.span(high)] == band && self.tags[high as usize] & 1 == 1 {
+        if high < base + length
+            && self.band[self.span(high)] == band
+            && self.tags[high as usize] & 1 == 1
+        {
             high += self.unlist(high);
         }
         (low, high - low)
@@ -387,8 +517,11 @@ impl Slots {
     /// Cuts a slot off one end of an unlisted run; the rest is listed.
     fn carve(&mut self, start: u32, length: u32, pages: u32, from_above: bool) -> u32 {
         let rest = length - pages;
-        let (slot, rest_start) =
-            if from_above { (start + rest, start) } else { (start, start + pages) };
+        let (slot, rest_start) = if from_above {
+            (start + rest, start)
+        } else {
+            (start, start + pages)
+        };
         self.tag(slot, pages, false);
         if rest > 0 {
             self.insert(rest_start, rest);
@@ -404,7 +537,10 @@ impl Slots {
             return self.list(start, length);
         }
         let base = start - local;
-        let (inner, outer) = (base + spans.start * SPAN_PAGES, base + spans.end * SPAN_PAGES);
+        let (inner, outer) = (
+            base + spans.start * SPAN_PAGES,
+            base + spans.end * SPAN_PAGES,
+        );
         let domain = self.domain_of(start);
         for span in spans {
             let span = segment as u32 * self.spans_per_segment + span;
@@ -422,7 +558,11 @@ impl Slots {
     /// Books pages on the segment and the one or two spans they lie in.
     fn account(&mut self, start: u32, pages: u32, taken: bool) {
         let book = |count: &mut u32, pages: u32| {
-            *count = if taken { *count + pages } else { *count - pages };
+            *count = if taken {
+                *count + pages
+            } else {
+                *count - pages
+            };
         };
         let (segment, local) = self.locate(start);
         book(&mut self.segments[segment].used, pages);

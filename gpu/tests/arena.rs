@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::thread;
 
-use kvgpu::{Arena, ArenaConfig, ArenaError, DomainId, HugePages, MAX_SLOT_BYTES, PAGE_BYTES, SlotMut};
+use kvgpu::{
+    Arena, ArenaConfig, ArenaError, DomainId, HugePages, MAX_SLOT_BYTES, PAGE_BYTES, SlotMut,
+};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 const MIB: usize = 1 << 20;
@@ -25,8 +27,10 @@ fn arena(capacity: usize, segment: usize) -> Arc<Arena> {
 fn slots_hold_what_was_written_and_lie_apart() {
     let arena = arena(8 * MIB, 8 * MIB);
     let sizes = [1, 4096, 4097, 100_000, MIB, 3 * MIB];
-    let mut slots: Vec<SlotMut> =
-        sizes.iter().map(|&size| arena.alloc(DomainId::NODE, size).unwrap()).collect();
+    let mut slots: Vec<SlotMut> = sizes
+        .iter()
+        .map(|&size| arena.alloc(DomainId::NODE, size).unwrap())
+        .collect();
     for (i, slot) in slots.iter_mut().enumerate() {
         assert_eq!(slot.as_ptr() as usize % PAGE_BYTES, 0);
         slot.fill(i as u8 + 1);
@@ -38,7 +42,13 @@ fn slots_hold_what_was_written_and_lie_apart() {
     let stats = arena.stats();
     assert_eq!(stats.slots, 6);
     assert_eq!(stats.requested_bytes, sizes.iter().sum::<usize>() as u64);
-    assert_eq!(stats.used_bytes, sizes.iter().map(|size| size.next_multiple_of(4096)).sum::<usize>() as u64);
+    assert_eq!(
+        stats.used_bytes,
+        sizes
+            .iter()
+            .map(|size| size.next_multiple_of(4096))
+            .sum::<usize>() as u64
+    );
 }
 
 #[test]
@@ -46,7 +56,9 @@ fn sizes_outside_the_range_are_refused() {
     let arena = arena(256 * MIB, 128 * MIB);
     assert!(arena.alloc(DomainId::NODE, 0).is_none());
     assert!(arena.alloc(DomainId::NODE, MAX_SLOT_BYTES + 1).is_none());
-    let slots: Vec<_> = (0..4).map(|_| arena.alloc(DomainId::NODE, MAX_SLOT_BYTES).unwrap()).collect();
+    let slots: Vec<_> = (0..4)
+        .map(|_| arena.alloc(DomainId::NODE, MAX_SLOT_BYTES).unwrap())
+        .collect();
     assert!(arena.alloc(DomainId::NODE, 1).is_none());
     drop(slots);
     assert!(arena.alloc(DomainId::NODE, MAX_SLOT_BYTES).is_some());
@@ -67,7 +79,10 @@ fn dropping_a_slot_gives_it_back_whichever_way_it_is_held() {
     assert_eq!(&part[..], &[9; 10]);
     drop(part);
     let stats = arena.stats();
-    assert_eq!((stats.slots, stats.used_bytes, stats.requested_bytes), (0, 0, 0));
+    assert_eq!(
+        (stats.slots, stats.used_bytes, stats.requested_bytes),
+        (0, 0, 0)
+    );
     assert_eq!(stats.largest_free_bytes, 4 * MIB as u64);
 }
 
@@ -84,7 +99,9 @@ fn a_place_never_comes_back_under_the_same_generation() {
     let arena = arena(64 * 1024, 64 * 1024);
     let mut seen = std::collections::HashSet::new();
     for round in 0..200_usize {
-        let first = arena.alloc(DomainId::NODE, 1 + round * 977 % 40_000).unwrap();
+        let first = arena
+            .alloc(DomainId::NODE, 1 + round * 977 % 40_000)
+            .unwrap();
         let second = arena.alloc(DomainId::NODE, 4096).unwrap();
         for location in [first.location().unwrap(), second.location().unwrap()] {
             assert_eq!(location.boot_id, 7);
@@ -97,7 +114,10 @@ fn a_place_never_comes_back_under_the_same_generation() {
 fn heap_slots_are_aligned_zeroed_and_nowhere() {
     let mut slot = SlotMut::heap(5000);
     assert_eq!(slot.as_ptr() as usize % PAGE_BYTES, 0);
-    assert_eq!((slot.len(), slot.capacity_bytes(), slot.location()), (5000, 8192, None));
+    assert_eq!(
+        (slot.len(), slot.capacity_bytes(), slot.location()),
+        (5000, 8192, None)
+    );
     assert!(slot.padded_mut().iter().all(|byte| *byte == 0));
     slot[4999] = 1;
     assert_eq!(slot.freeze()[4999], 1);
@@ -112,12 +132,22 @@ fn another_mapping_sees_bytes_and_generations_and_may_not_write() {
     let slot = slot.freeze();
     let location = slot.location().unwrap();
     let segments = arena.segments();
-    let segment = segments.iter().find(|segment| segment.segment == location.segment).unwrap();
+    let segment = segments
+        .iter()
+        .find(|segment| segment.segment == location.segment)
+        .unwrap();
     let length = segment.length_bytes as usize;
     // SAFETY: new mappings at addresses of the kernel's choice, unmapped below.
     let (data, table) = unsafe {
         let map = |length, protection, fd| {
-            mmap(std::ptr::null_mut(), length, protection, MapFlags::SHARED, fd, 0)
+            mmap(
+                std::ptr::null_mut(),
+                length,
+                protection,
+                MapFlags::SHARED,
+                fd,
+                0,
+            )
         };
         let data = map(length, ProtFlags::READ, segment.data_fd()).unwrap();
         let table = map(length / 512, ProtFlags::READ, segment.generations_fd()).unwrap();
@@ -130,8 +160,14 @@ fn another_mapping_sees_bytes_and_generations_and_may_not_write() {
     };
     // SAFETY: both lie inside the mappings just made; nobody writes these bytes while they are read.
     let (bytes, generation) = unsafe {
-        let bytes = std::slice::from_raw_parts(data.cast::<u8>().add(location.offset as usize), 10_000);
-        (bytes, || table.cast::<u64>().add(location.offset as usize / PAGE_BYTES).read_volatile())
+        let bytes =
+            std::slice::from_raw_parts(data.cast::<u8>().add(location.offset as usize), 10_000);
+        (bytes, || {
+            table
+                .cast::<u64>()
+                .add(location.offset as usize / PAGE_BYTES)
+                .read_volatile()
+        })
     };
     assert!(bytes.iter().all(|byte| *byte == 0x5a));
     assert_eq!(generation(), location.generation);
@@ -171,7 +207,11 @@ fn capacity_grows_in_the_background_until_all_is_ready() {
     assert!(arena.ready_bytes() >= 4 * MIB as u64);
     arena.wait_ready();
     assert_eq!(arena.ready_bytes(), 10 * MIB as u64);
-    let lengths: Vec<u64> = arena.segments().iter().map(|segment| segment.length_bytes).collect();
+    let lengths: Vec<u64> = arena
+        .segments()
+        .iter()
+        .map(|segment| segment.length_bytes)
+        .collect();
     assert_eq!(lengths, [4 * MIB as u64, 4 * MIB as u64, 2 * MIB as u64]);
     let slots: Vec<_> = std::iter::from_fn(|| arena.alloc(DomainId::NODE, MIB)).collect();
     assert_eq!(slots.len(), 10);
@@ -180,11 +220,20 @@ fn capacity_grows_in_the_background_until_all_is_ready() {
 #[test]
 fn domains_share_no_segment() {
     let arena = arena(12 * MIB, 4 * MIB);
-    let ours: Vec<_> = (0..5).map(|_| arena.alloc(DomainId(1), MIB).unwrap()).collect();
+    let ours: Vec<_> = (0..5)
+        .map(|_| arena.alloc(DomainId(1), MIB).unwrap())
+        .collect();
     let theirs: Vec<_> = std::iter::from_fn(|| arena.alloc(DomainId(2), MIB)).collect();
-    assert_eq!(theirs.len(), 4, "the third segment is theirs, the half-empty second is not");
+    assert_eq!(
+        theirs.len(),
+        4,
+        "the third segment is theirs, the half-empty second is not"
+    );
     let segment = |slot: &SlotMut| slot.location().unwrap().segment;
-    assert!(ours.iter().all(|slot| theirs.iter().all(|other| segment(slot) != segment(other))));
+    assert!(
+        ours.iter()
+            .all(|slot| theirs.iter().all(|other| segment(slot) != segment(other)))
+    );
 }
 
 #[test]
@@ -193,14 +242,23 @@ fn an_empty_segment_moves_to_another_domain_as_new_memory() {
     let mut slot = arena.alloc(DomainId(1), MIB).unwrap();
     slot.fill(0xee);
     let before = slot.location().unwrap();
-    assert!(arena.alloc(DomainId(2), MIB).is_none(), "not while a slot lives there");
+    assert!(
+        arena.alloc(DomainId(2), MIB).is_none(),
+        "not while a slot lives there"
+    );
     drop(slot);
-    assert!(arena.alloc(DomainId(2), MIB).is_none(), "the replacement is made in the background");
+    assert!(
+        arena.alloc(DomainId(2), MIB).is_none(),
+        "the replacement is made in the background"
+    );
     arena.wait_ready();
     let slot = arena.alloc(DomainId(2), MIB).unwrap();
     let after = slot.location().unwrap();
     assert_ne!(before.segment, after.segment);
-    assert!(slot.iter().all(|byte| *byte == 0), "nothing of the former tenant is left");
+    assert!(
+        slot.iter().all(|byte| *byte == 0),
+        "nothing of the former tenant is left"
+    );
     assert_eq!(arena.segments()[0].domain, Some(DomainId(2)));
 }
 
@@ -210,9 +268,28 @@ fn a_wrong_configuration_names_its_field() {
         Err(ArenaError::Config { field, .. }) => field,
         other => panic!("{other:?}"),
     };
-    let config = ArenaConfig { prefault: false, ..ArenaConfig::default() };
-    assert_eq!(field(ArenaConfig { capacity_bytes: 100, ..config.clone() }), "capacity_bytes");
-    assert_eq!(field(ArenaConfig { segment_bytes: 5000, ..config.clone() }), "segment_bytes");
-    let many = ArenaConfig { capacity_bytes: 1 << 40, segment_bytes: 1 << 20, ..config };
+    let config = ArenaConfig {
+        prefault: false,
+        ..ArenaConfig::default()
+    };
+    assert_eq!(
+        field(ArenaConfig {
+            capacity_bytes: 100,
+            ..config.clone()
+        }),
+        "capacity_bytes"
+    );
+    assert_eq!(
+        field(ArenaConfig {
+            segment_bytes: 5000,
+            ..config.clone()
+        }),
+        "segment_bytes"
+    );
+    let many = ArenaConfig {
+        capacity_bytes: 1 << 40,
+        segment_bytes: 1 << 20,
+        ..config
+    };
     assert_eq!(field(many), "segment_bytes");
 }
