@@ -1,1 +1,70 @@
-//! placeholder
+//! The Terrace client: names blocks by their tokens, asks a node for them, lands their bytes.
+//!
+//! ```text
+//! tokens ─namespace─► Chain ─lookup─► present blocks, Lease ─get─► your buffer, verified
+//!                                                            ◄─put─ your bytes, by reference
+//!
+//! client ─► call (deadline, repeats, breaker) ─► pool ─► link (one HTTP/2 connection) ─► wire
+//!             retry  pure rules                            get, put  below any codec
+//!             clock  all time and chance                   batch     bounded calls
+//! ```
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), kvclient::Error> {
+//! use kvclient::{Client, LookupOptions, Namespace, PutBlock, PutOptions};
+//!
+//! let client = Client::connect("127.0.0.1:7070").await?;
+//! let ns = client.open_namespace(&Namespace::opaque("example", 16, 64), false).await?;
+//!
+//! // 64 tokens are 4 blocks of 16; every block's name covers all tokens before it.
+//! let chain = ns.chain(&(0..64).collect::<Vec<u32>>());
+//! let blocks: Vec<_> = (0..4).map(|i| PutBlock::new(i, vec![i as u8; 4096])).collect();
+//! client.put(&ns, &chain, &blocks, PutOptions::default()).await?;
+//!
+//! let found = client.lookup(&ns, &chain, &LookupOptions::default()).await?;
+//! for block in client.get(&ns, &chain, found.lease.as_ref()).await? {
+//!     println!("{} from {:?}", block.outcome, block.tier);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Every call returns within its deadline. When the node is gone, calls fail at once with
+//! [`ErrorKind::Unavailable`]: go on as if it were a miss. When it is back, the next call works.
+//! Bytes are checked after the last hop: a hit is right, or it is not a hit.
+
+#![forbid(unsafe_code)]
+
+mod batch;
+mod builder;
+mod call;
+mod client;
+pub mod clock;
+mod convert;
+mod endpoint;
+mod error;
+mod get;
+mod lease;
+mod link;
+mod namespace;
+mod pool;
+mod put;
+pub mod retry;
+mod watch;
+mod wire;
+
+pub use builder::{ClientBuilder, MAX_CONNECTIONS};
+pub use client::{Client, Lookup, LookupOptions, Target, split_buffers};
+pub use endpoint::{DEFAULT_PORT, Endpoint};
+pub use error::{Error, ErrorKind};
+pub use get::{Fetched, GetOptions, Got};
+pub use lease::{Lease, MAX_RELEASES};
+pub use link::Tuning;
+pub use namespace::NamespaceHandle;
+pub use put::{Payload, PutBlock, PutOptions, PutResult};
+pub use retry::{BreakerPolicy, BreakerState, RetryPolicy};
+pub use watch::{BlockEvent, Watch, WatchEvent};
+
+pub use kvproto::{
+    Ack, Chain, GetOutcome, Kind, Namespace, Part, PutOutcome, Reason, SequenceHash, TierKind,
+};

@@ -1,0 +1,168 @@
+//! Settings of a client.
+
+use std::{
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
+
+use http::HeaderValue;
+use kvproto::OwnerId;
+use tokio::sync::mpsc;
+
+use crate::{
+    call::{Deadline, Inner},
+    client::Client,
+    clock::{Clock, SystemClock},
+    endpoint::Endpoint,
+    error::Error,
+    lease::{self, MAX_RELEASES},
+    link::Tuning,
+    pool::Pool,
+    retry::{Breaker, BreakerPolicy, RetryBudget, RetryPolicy},
+};
+
+/// Most connections to one node.
+pub const MAX_CONNECTIONS: usize = 64;
+
+/// Makes a [`Client`]. Every setting has a default that serves one engine beside one node.
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct ClientBuilder {
+    endpoint: Result<Endpoint, String>,
+    deadline: Duration,
+    connections: usize,
+    tuning: Tuning,
+    retry: RetryPolicy,
+    breaker: BreakerPolicy,
+    token: Option<String>,
+    clock: Arc<dyn Clock>,
+}
+
+impl ClientBuilder {
+    /// A client of the node at `endpoint`: `host:port`, `http://host:port` or `unix:/path`.
+    pub fn new(endpoint: &str) -> Self {
+        Self {
+            endpoint: endpoint.parse().map_err(|_: Error| endpoint.to_owned()),
+            deadline: Duration::from_secs(5),
+            connections: 4,
+            tuning: Tuning::default(),
+            retry: RetryPolicy::default(),
+            breaker: BreakerPolicy::default(),
+            token: None,
+            clock: Arc::new(SystemClock::new()),
+        }
+    }
+
+    /// How long one call may take, its repeats included. Default 5 s.
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    /// Most connections, 1 to 64; those beyond the first are opened when calls overlap. Default 4: one
+    /// connection is one task, and so at most one core.
+    pub fn connections(mut self, connections: usize) -> Self {
+        self.connections = connections.clamp(1, MAX_CONNECTIONS);
+        self
+    }
+
+    /// Windows, frames and patience of each connection.
+    pub fn tuning(mut self, tuning: Tuning) -> Self {
+        self.tuning = tuning;
+        self
+    }
+
+    /// How often and how patiently a call is repeated.
+    pub fn retry(mut self, retry: RetryPolicy) -> Self {
+        self.retry = retry;
+        self
+    }
+
+    /// When the node is left alone.
+    pub fn breaker(mut self, breaker: BreakerPolicy) -> Self {
+        self.breaker = breaker;
+        self
+    }
+
+    /// Credential, sent as `authorization: Bearer <token>`. The node derives the tenant from it.
+    pub fn token(mut self, token: impl Into<String>) -> Self {
+        self.token = Some(token.into());
+        self
+    }
+
+    /// Time and chance; tests give their own.
+    pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.clock = clock;
+        self
+    }
+
+    /// A client whose connection stands.
+    ///
+    /// # Errors
+    /// [`Error::Endpoint`]; [`Error::Connect`] or [`Error::Deadline`] when nobody answers in time.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub async fn connect(self) -> Result<Client, Error> {
+        let budget = self.deadline;
+        let client = self.connect_lazily()?;
+        client
+            .prove(Deadline::after(&*client.inner.clock, budget))
+            .await?;
+        Ok(client)
+    }
+
+    /// A client that connects with its first call: for an engine that may start before the node does.
+    ///
+    /// # Errors
+    /// [`Error::Endpoint`] when the endpoint or the token cannot be used.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn connect_lazily(self) -> Result<Client, Error> {
+        let endpoint: Endpoint = match self.endpoint {
+            Ok(endpoint) => endpoint,
+            // Reading it again gives the error again.
+            Err(text) => text.parse()?,
+        };
+        let authorization = self.token.map(|token| {
+            let mut value = HeaderValue::try_from(format!("Bearer {token}")).map_err(|_| {
+                kvproto::FieldError::new("token", "has characters that no header may hold")
+            })?;
+            value.set_sensitive(true);
+            Ok::<_, kvproto::FieldError>(value)
+        });
+        let (releases, dropped) = mpsc::channel(MAX_RELEASES);
+        let breaker = Breaker::new(self.breaker);
+        let pool = Pool::new(
+            &endpoint,
+            self.connections,
+            self.tuning,
+            &self.clock,
+            breaker,
+        );
+        let mut owner = [0; 16];
+        owner[..8].copy_from_slice(&self.clock.random_u64().to_le_bytes());
+        owner[8..].copy_from_slice(&self.clock.random_u64().to_le_bytes());
+        let inner = Arc::new(Inner {
+            pool,
+            clock: self.clock,
+            retry: self.retry,
+            budget: RetryBudget::new(),
+            owner: OwnerId(owner),
+            authorization: authorization.transpose()?,
+            boot: AtomicU64::new(0),
+            reboots: AtomicU64::new(0),
+            releases,
+            parallel: self.connections,
+        });
+        inner
+            .pool
+            .runtime()
+            .spawn(lease::release_dropped(Arc::downgrade(&inner), dropped));
+        Ok(Client {
+            inner,
+            deadline: self.deadline,
+        })
+    }
+}

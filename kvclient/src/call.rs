@@ -1,0 +1,224 @@
+//! One call from its first try to its verdict: deadline, repeats, breaker.
+//!
+//! ```text
+//! Tries::new ─► try ─► answer ─────────────────────────────► caller
+//!                │└── error ─► worth repeating? budget? ─► backoff ─┐
+//!                └◄──────────────────────────────────────────────────┘   all of it within one deadline
+//! ```
+//!
+//! Units: durations.
+//! Errors: the last try's; [`Error::Deadline`] when time ran out in the middle of one.
+//! Why a loop with a body and not a closure: a try borrows the caller's buffers, and each needs them anew.
+
+use std::{
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::HeaderValue;
+use kvproto::{BootId, LeaseId, OwnerId, v1};
+use prost::Message;
+use tokio::sync::mpsc;
+
+use crate::{
+    clock::{Clock, Tick, within},
+    error::Error,
+    pool::{Checkout, Pool},
+    retry::{BreakerState, RetryBudget, RetryPolicy},
+    wire::{self, Method},
+};
+
+/// What all clones of a client share.
+pub(crate) struct Inner {
+    pub(crate) pool: Pool,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) retry: RetryPolicy,
+    pub(crate) budget: RetryBudget,
+    pub(crate) owner: OwnerId,
+    pub(crate) authorization: Option<HeaderValue>,
+    /// Boot id of the node as last heard; 0 before the first answer.
+    pub(crate) boot: AtomicU64,
+    /// How often it has changed.
+    pub(crate) reboots: AtomicU64,
+    /// Leases to give back in the background.
+    pub(crate) releases: mpsc::Sender<LeaseId>,
+    /// Calls that one large request is cut into and that run at once.
+    pub(crate) parallel: usize,
+}
+
+impl Inner {
+    /// What travels with every request; `request` names the call across its tries.
+    pub(crate) fn context(&self, request: &[u8; 16]) -> v1::RequestContext {
+        v1::RequestContext {
+            view_digest: 0,
+            boot_id: self.boot.load(Ordering::Relaxed),
+            request_id: Bytes::copy_from_slice(request),
+            no_forward: false,
+            owner_id: Bytes::copy_from_slice(&self.owner.0),
+        }
+    }
+
+    /// 16 bytes that no other call has.
+    pub(crate) fn unique(&self) -> [u8; 16] {
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&self.clock.random_u64().to_le_bytes());
+        id[8..].copy_from_slice(&self.clock.random_u64().to_le_bytes());
+        id
+    }
+
+    /// Takes note of who answered.
+    pub(crate) fn heard(&self, context: Option<&v1::ResponseContext>) -> BootId {
+        let Some(boot) = context.map(|context| context.boot_id).filter(|id| *id != 0) else {
+            return BootId(self.boot.load(Ordering::Relaxed));
+        };
+        let before = self.boot.swap(boot, Ordering::Relaxed);
+        if before != boot && before != 0 {
+            self.reboots.fetch_add(1, Ordering::Relaxed);
+            tracing::info!(
+                boot_id = boot,
+                "the node was restarted; its leases are void"
+            );
+        }
+        BootId(boot)
+    }
+}
+
+/// When a call must be over, and how long that was when it began.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Deadline {
+    budget: Duration,
+    at: Tick,
+}
+
+impl Deadline {
+    /// `budget` from now on.
+    pub(crate) fn after(clock: &dyn Clock, budget: Duration) -> Self {
+        Self {
+            budget,
+            at: clock.now().after(budget),
+        }
+    }
+}
+
+/// The tries of one call.
+pub(crate) struct Tries<'a> {
+    inner: &'a Inner,
+    method: Method,
+    deadline: Deadline,
+    done: u32,
+    /// Same for every try: the node and its traces see one call.
+    pub(crate) request: [u8; 16],
+}
+
+impl<'a> Tries<'a> {
+    /// A call that has not been tried yet.
+    pub(crate) fn new(inner: &'a Inner, method: Method, deadline: Deadline) -> Self {
+        Self {
+            inner,
+            method,
+            deadline,
+            done: 0,
+            request: inner.unique(),
+        }
+    }
+
+    /// One try: `work` with a connection, within what is left of the deadline. `Ok(Err(_))` is a failed
+    /// try that may be repeated, after its backoff.
+    ///
+    /// # Errors
+    /// The call's verdict.
+    pub(crate) async fn run<T, F, W>(&mut self, work: F) -> Result<Result<T, ()>, Error>
+    where
+        F: FnOnce(Checkout, Duration) -> W,
+        W: Future<Output = Result<T, Error>>,
+    {
+        let inner = self.inner;
+        let admitted = inner.pool.admit()?;
+        let clock = &*inner.clock;
+        let deadline = self.deadline.at;
+        let mut used = None;
+        let outcome = within(clock, deadline, async {
+            let checkout = inner.pool.checkout().await?;
+            used = Some((checkout.link.clone(), checkout.live.clone()));
+            work(checkout, deadline.since(clock.now())).await
+        })
+        .await;
+        let error = match outcome {
+            Some(Ok(answer)) => {
+                admitted.success();
+                inner.budget.earn();
+                return Ok(Ok(answer));
+            }
+            Some(Err(error)) => error,
+            None => Error::Deadline {
+                method: self.method.name,
+                deadline_ms: u64::try_from(self.deadline.budget.as_millis()).unwrap_or(u64::MAX),
+            },
+        };
+        if error.is_endpoint_failure() {
+            admitted.failure(clock);
+        } else {
+            admitted.success();
+        }
+        if let Some((link, live)) = used {
+            match &error {
+                Error::Deadline { .. } => link.suspect(&live),
+                // A reset concerns one stream; anything else takes the connection with it.
+                Error::Broken { source, .. } if !source.is_reset() => link.retire(&live),
+                _ => {}
+            }
+        }
+        self.after(error).await.map(Err)
+    }
+
+    /// Waits before the next try, or gives the call up.
+    async fn after(&mut self, error: Error) -> Result<(), Error> {
+        let inner = self.inner;
+        let repeat = self.done;
+        self.done += 1;
+        if !error.is_worth_repeating()
+            || self.done >= inner.retry.attempts
+            || inner.pool.breaker.state() != BreakerState::Closed
+        {
+            return Err(error);
+        }
+        let wait = inner.retry.backoff(repeat, inner.clock.random_u64());
+        if inner.clock.now().after(wait) >= self.deadline.at || !inner.budget.spend() {
+            return Err(error);
+        }
+        tracing::debug!(method = self.method.name, %error, ?wait, "trying again");
+        inner.clock.sleep(wait).await;
+        Ok(())
+    }
+}
+
+/// A call with one message each way.
+pub(crate) async fn unary<Q, A>(
+    inner: &Inner,
+    method: Method,
+    deadline: Deadline,
+    mut question: impl FnMut(v1::RequestContext) -> Q,
+) -> Result<A, Error>
+where
+    Q: Message,
+    A: Message + Default,
+{
+    let mut tries = Tries::new(inner, method, deadline);
+    loop {
+        let question = wire::encode(&question(inner.context(&tries.request)));
+        let answer = tries
+            .run(|checkout, left| async move {
+                let authorization = inner.authorization.as_ref();
+                wire::unary(&checkout.live.send, method, left, authorization, question).await
+            })
+            .await?;
+        if let Ok(answer) = answer {
+            return Ok(answer);
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! An open namespace: its id, its hashing key, and chains made with them.
+//!
+//! ```text
+//! Namespace ─open─► NamespaceHandle { id, key } ── chain(tokens) ───────► Chain
+//!                                               ── engine_chain(hashes) ─► Chain
+//! ```
+//!
+//! Shape: n tokens give floor(n / block_tokens) blocks.
+//! Units: tokens, blocks, bytes.
+//! Errors: none; opening is [`crate::Client::open_namespace`].
+//! Why a handle: id and key depend on the tenant, which only the node knows from the credential. A handle
+//! outlives the node's restarts: the client opens the namespace again when the node has forgotten it.
+
+use std::sync::Arc;
+
+use kvproto::{
+    Chain, FieldError, NamespaceId, NamespaceKey, SequenceHash, hash, namespace::Namespace,
+};
+
+/// An open namespace. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct NamespaceHandle {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    spec: Namespace,
+    id: NamespaceId,
+    key: NamespaceKey,
+    difference: Option<String>,
+    max_block_bytes: u64,
+}
+
+impl NamespaceHandle {
+    pub(crate) fn new(
+        spec: Namespace,
+        id: NamespaceId,
+        key: NamespaceKey,
+        difference: Option<String>,
+        max_block_bytes: u64,
+    ) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                spec,
+                id,
+                key,
+                difference,
+                max_block_bytes,
+            }),
+        }
+    }
+
+    /// What was opened.
+    #[must_use]
+    pub fn spec(&self) -> &Namespace {
+        &self.shared.spec
+    }
+
+    /// Its human name.
+    #[must_use]
+    pub fn label(&self) -> &str {
+        &self.shared.spec.label
+    }
+
+    /// Its id, which every key starts with.
+    #[must_use]
+    pub fn id(&self) -> NamespaceId {
+        self.shared.id
+    }
+
+    /// The key of its hashes.
+    #[must_use]
+    pub fn key(&self) -> &NamespaceKey {
+        &self.shared.key
+    }
+
+    /// Tokens per block.
+    #[must_use]
+    pub fn block_tokens(&self) -> u32 {
+        self.shared.spec.block_tokens
+    }
+
+    /// Blocks per run.
+    #[must_use]
+    pub fn run_blocks(&self) -> u32 {
+        self.shared.spec.run_blocks
+    }
+
+    /// Largest block the node takes.
+    #[must_use]
+    pub fn max_block_bytes(&self) -> u64 {
+        self.shared.max_block_bytes
+    }
+
+    /// One line that names what differs from the namespace last opened under this label.
+    #[must_use]
+    pub fn difference(&self) -> Option<&str> {
+        self.shared.difference.as_deref()
+    }
+
+    /// The chain of a prompt's full blocks.
+    #[must_use]
+    pub fn chain(&self, tokens: &[u32]) -> Chain {
+        Chain::from_root(hash::chain(self.key(), self.block_tokens(), tokens))
+    }
+
+    /// The chain of a prompt whose block `i` also depends on `extra(i)`: LoRA digest, image hash, salt.
+    #[must_use]
+    pub fn chain_with<'e>(
+        &self,
+        tokens: &[u32],
+        extra: impl FnMut(usize) -> &'e [&'e [u8]],
+    ) -> Chain {
+        Chain::from_root(hash::chain_with(
+            self.key(),
+            self.block_tokens(),
+            tokens,
+            extra,
+        ))
+    }
+
+    /// The chain of an engine's own block hashes, opaque bytes, root first.
+    #[must_use]
+    pub fn engine_chain<H: AsRef<[u8]>>(&self, opaque: &[H]) -> Chain {
+        let hashes = opaque
+            .iter()
+            .map(|hash| self.engine_hash(hash.as_ref()))
+            .collect();
+        Chain::from_root(hashes)
+    }
+
+    /// One engine hash under this namespace's key.
+    #[must_use]
+    pub fn engine_hash(&self, opaque: &[u8]) -> SequenceHash {
+        hash::engine(self.key(), opaque)
+    }
+
+    /// Refuses a chain that is no chain of this namespace.
+    pub(crate) fn check(&self, chain: &Chain) -> Result<(), FieldError> {
+        chain.validate(self.run_blocks())
+    }
+}
