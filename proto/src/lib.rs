@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 pub mod checksum;
+pub mod convert;
 pub mod field;
 pub mod frame;
 pub mod hash;
