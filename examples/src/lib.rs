@@ -16,6 +16,8 @@
 
 pub mod kv;
 pub mod model;
+pub mod node;
 pub mod prompt;
+pub mod reuse;
 pub mod stopwatch;
 pub mod weights;
