@@ -34,6 +34,10 @@ pub struct MutableBlock {
     slot: SlotMut,
 }
 
+#[allow(
+    clippy::result_large_err,
+    reason = "on failure the caller gets its block back, and a box for it would be the only allocation here"
+)]
 impl MutableBlock {
     /// A block of `length_bytes` to be written into the beginning of `slot`.
     ///

@@ -27,15 +27,21 @@
 //! wait for a disk, and a tier that knew them could not be replaced.
 
 pub mod block;
+#[doc(hidden)]
+pub mod conformance;
 pub mod journal;
+pub mod nvme;
 pub mod record;
 
 use std::{future::Future, io, pin::Pin};
 
 use kvgpu::SlotMut;
-use kvproto::{BlockKey, Place, Reason, TierKind};
+use kvproto::{BlockKey, NamespaceId, Place, Reason, TierKind};
 
-pub use self::block::{BlockRef, MutableBlock, SealError, SealedBlock, Unsealed};
+pub use self::{
+    block::{BlockRef, MutableBlock, SealError, SealedBlock, Unsealed},
+    nvme::{NvmeConfig, NvmeError, NvmeTier},
+};
 
 /// A future that a tier answers with; owns all it needs.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -75,6 +81,10 @@ impl WriteOutcome {
 
 /// What a read found.
 #[derive(Debug)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "a hit is the rule, and moving it beats boxing it"
+)]
 pub enum Read {
     /// The block, verified, in the slot that was supplied.
     Hit(SealedBlock),
@@ -157,6 +167,16 @@ pub trait Tier: Send + Sync + 'static {
     /// they may come back after a restart. Unknown keys are no error. A block put again later is
     /// present again.
     fn remove(&self, keys: &[BlockKey]) -> BoxFuture<'static, io::Result<()>>;
+
+    /// As [`Tier::remove`], for every block of a namespace, writes under way included.
+    fn remove_namespace(&self, namespace: NamespaceId) -> BoxFuture<'static, io::Result<()>> {
+        let residents = self.residents().into_iter();
+        let keys: Vec<BlockKey> = residents
+            .map(|held| held.key)
+            .filter(|key| key.namespace == namespace)
+            .collect();
+        self.remove(&keys)
+    }
 
     /// What it holds, in no order.
     fn residents(&self) -> Vec<Resident>;

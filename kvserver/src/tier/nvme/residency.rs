@@ -1,0 +1,438 @@
+//! Who is on the disk, as we see it: the truth that reads, writes, removals and reclaim agree on.
+//!
+//! ```text
+//!            begin                    finish(proven)
+//!   (absent) ─────► in flight ──────────────────────► resident ──lost──► (absent)
+//!                       │ remove: cancelled               │ remove: Invalidated
+//!                       │ reclaim: evicted                │ reclaim, guard says no: Gone
+//!                       ▼                                 ▼ reclaim, guard says yes: moving
+//!                   (absent)                          (absent)          │ settled
+//!                                                         ▲─────────────┘
+//! ```
+//!
+//! Every arrow changes the map and notes it in the journal under one lock, so the journal has the
+//! order in which things happened; it never touches the file under that lock.
+//!
+//! The map is keyed by the 64-bit hash by which foyer knows its entries, because that is all its reclaim
+//! tells us; keys are compared in full, and a second key with the same hash is refused. A resident costs
+//! about 200 bytes here.
+//!
+//! foyer may show the same entry twice at reclaim: a key stored, removed and stored again has two copies.
+//! If the guard lets the older copy go, the resident is forgotten although the newer copy is still
+//! there: one block of a cache is lost early, nothing is ever wrong.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, atomic::AtomicU64, atomic::Ordering::Relaxed},
+};
+
+use kvproto::{BlockKey, NamespaceId, Reason};
+use parking_lot::Mutex;
+
+use super::super::{
+    ReclaimGuard, Resident,
+    journal::{Entry, Journal},
+};
+
+/// The map, its journal and its counters.
+pub(super) struct Residency {
+    state: Mutex<State>,
+    pub(super) journal: Journal,
+    guard: Arc<dyn ReclaimGuard>,
+    drops: Vec<AtomicU64>,
+    limits: KeepLimits,
+}
+
+/// How much reclaim may carry over before it must let go even of what the guard would keep.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct KeepLimits {
+    /// Since the last new block: beyond this nothing new would ever find room.
+    pub(super) since_new_bytes: u64,
+    /// At once: foyer's buffer has room for no more and would drop the rest without a word.
+    pub(super) moving_bytes: u64,
+}
+
+#[derive(Default)]
+struct State {
+    residents: HashMap<u64, Resident>,
+    used_bytes: u64,
+    in_flight: HashMap<u64, InFlight>,
+    /// Residents that foyer is carrying over to another extent.
+    moving: HashMap<u64, Moving>,
+    moving_bytes: u64,
+    epoch: u64,
+    /// Carried over since the last new block.
+    kept_bytes: u64,
+    wear: Wear,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Wear {
+    pub(super) day: u32,
+    pub(super) bytes: u64,
+}
+
+struct Moving {
+    epoch: u64,
+    entry_bytes: u64,
+}
+
+struct InFlight {
+    resident: Resident,
+    cancelled: bool,
+    evicted: bool,
+}
+
+/// What a write may do about a block.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Begin {
+    /// Write it, then [`Residency::finish`].
+    Write,
+    /// It is there, the same bytes.
+    Held,
+    /// It is being written by someone else.
+    Busy,
+    /// Another key has this hash.
+    Collides,
+}
+
+/// What reclaim does with an entry.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Reclaim {
+    /// Carry it over. `first`: nothing was moving before, so somebody must watch until it has settled.
+    Keep { first: bool },
+    /// Let it go.
+    Drop,
+}
+
+impl Residency {
+    pub(super) fn new(
+        residents: HashMap<u64, Resident>,
+        wear: Wear,
+        journal: Journal,
+        guard: Arc<dyn ReclaimGuard>,
+        limits: KeepLimits,
+    ) -> Self {
+        let used_bytes = residents
+            .values()
+            .map(|resident| resident.length_bytes)
+            .sum();
+        let state = State {
+            residents,
+            used_bytes,
+            wear,
+            ..State::default()
+        };
+        let drops = Reason::ALL.iter().map(|_| AtomicU64::new(0)).collect();
+        Self {
+            state: Mutex::new(state),
+            journal,
+            guard,
+            drops,
+            limits,
+        }
+    }
+
+    /// The entry that a reader means, if it is still there.
+    pub(super) fn holds(&self, hash: u64, resident: &Resident) -> bool {
+        let state = self.state.lock();
+        state
+            .residents
+            .get(&hash)
+            .is_some_and(|held| held.key == resident.key && held.seal == resident.seal)
+    }
+
+    pub(super) fn is_moving(&self, hash: u64) -> bool {
+        self.state.lock().moving.contains_key(&hash)
+    }
+
+    /// Registers a write. A resident of the same key with other bytes is forgotten first.
+    pub(super) fn begin(&self, hash: u64, resident: Resident) -> Begin {
+        let mut state = self.state.lock();
+        match state.residents.get(&hash) {
+            Some(held) if held.key != resident.key => return Begin::Collides,
+            Some(held) if held.seal == resident.seal => return Begin::Held,
+            _ => {}
+        }
+        match state.in_flight.get(&hash) {
+            Some(other) if other.resident.key != resident.key => return Begin::Collides,
+            Some(_) => return Begin::Busy,
+            None => {}
+        }
+        if let Some(old) = state.take(hash) {
+            self.journal.note(Entry::Gone(old.key));
+        }
+        state.in_flight.insert(
+            hash,
+            InFlight {
+                resident,
+                cancelled: false,
+                evicted: false,
+            },
+        );
+        Begin::Write
+    }
+
+    /// Ends a write. `proven`: foyer has it. Answers why it is not resident now, if it is not.
+    pub(super) fn finish(&self, hash: u64, proven: bool) -> Result<(), Reason> {
+        let mut state = self.state.lock();
+        let Some(flight) = state.in_flight.remove(&hash) else {
+            return Err(Reason::Invalidated);
+        };
+        if flight.cancelled {
+            return Err(Reason::Invalidated);
+        }
+        if !proven {
+            return Err(if flight.evicted {
+                Reason::Evicted
+            } else {
+                Reason::Device
+            });
+        }
+        if flight.evicted {
+            return Err(Reason::Evicted);
+        }
+        state.kept_bytes = 0;
+        state.put(hash, flight.resident);
+        self.journal.note(Entry::Stored(flight.resident));
+        Ok(())
+    }
+
+    /// Forgets a resident that turned out to be damaged or missing. Answers whether it was there.
+    pub(super) fn lose(&self, hash: u64, resident: &Resident, reason: Reason) -> bool {
+        let mut state = self.state.lock();
+        if state
+            .residents
+            .get(&hash)
+            .is_none_or(|held| held.seal != resident.seal)
+        {
+            return false;
+        }
+        state.take(hash);
+        self.journal.note(Entry::Gone(resident.key));
+        drop(state);
+        self.count(reason, 1);
+        true
+    }
+
+    /// Takes back a resident that could not be journaled.
+    pub(super) fn forget(&self, hash: u64, key: &BlockKey) {
+        let mut state = self.state.lock();
+        if state
+            .residents
+            .get(&hash)
+            .is_some_and(|held| held.key == *key)
+        {
+            state.take(hash);
+        }
+    }
+
+    /// Removes a key, whether it is there, on its way, or neither.
+    pub(super) fn remove(&self, hash: u64, key: &BlockKey) {
+        let mut state = self.state.lock();
+        if state
+            .residents
+            .get(&hash)
+            .is_some_and(|held| held.key == *key)
+        {
+            state.take(hash);
+        }
+        if let Some(flight) = state
+            .in_flight
+            .get_mut(&hash)
+            .filter(|flight| flight.resident.key == *key)
+        {
+            flight.cancelled = true;
+        }
+        self.journal.note(Entry::Invalidated(*key));
+    }
+
+    /// Removes all of a namespace; answers the keys that were there.
+    pub(super) fn remove_namespace(&self, namespace: NamespaceId) -> Vec<BlockKey> {
+        let mut state = self.state.lock();
+        let of_it = |resident: &Resident| resident.key.namespace == namespace;
+        let gone: Vec<(u64, BlockKey)> = state
+            .residents
+            .iter()
+            .filter(|(_, r)| of_it(r))
+            .map(|(hash, r)| (*hash, r.key))
+            .collect();
+        for (hash, _) in &gone {
+            state.take(*hash);
+        }
+        for flight in state
+            .in_flight
+            .values_mut()
+            .filter(|flight| of_it(&flight.resident))
+        {
+            flight.cancelled = true;
+        }
+        self.journal.note(Entry::InvalidatedNamespace(namespace));
+        gone.into_iter().map(|(_, key)| key).collect()
+    }
+
+    /// foyer is about to reclaim the extent in which the entry of this hash lies.
+    pub(super) fn reclaim(&self, hash: u64, entry_bytes: u64) -> Reclaim {
+        // The guard is asked without our lock: it may take the engine's.
+        let (key, over_limit) = {
+            let state = self.state.lock();
+            let over_limit = state.kept_bytes + entry_bytes > self.limits.since_new_bytes
+                || state.moving_bytes + entry_bytes > self.limits.moving_bytes;
+            let flight = || state.in_flight.get(&hash).map(|flight| flight.resident.key);
+            match state
+                .residents
+                .get(&hash)
+                .map(|held| held.key)
+                .or_else(flight)
+            {
+                Some(key) => (key, over_limit),
+                None => return Reclaim::Drop,
+            }
+        };
+        let keep = self.guard.keep(&key) && !over_limit;
+        let mut state = self.state.lock();
+        if !keep {
+            if let Some(flight) = state.in_flight.get_mut(&hash) {
+                flight.evicted = true;
+            }
+            let was_there = state
+                .residents
+                .get(&hash)
+                .is_some_and(|held| held.key == key);
+            if was_there {
+                state.take(hash);
+                let crowded = self.journal.note(Entry::Gone(key));
+                drop(state);
+                self.count(Reason::Evicted, 1);
+                if crowded {
+                    // A failure marks the journal broken, which the next write sees and handles.
+                    let _ = self.journal.flush(false);
+                }
+            }
+            return Reclaim::Drop;
+        }
+        state.kept_bytes += entry_bytes;
+        state.wear.bytes += entry_bytes;
+        let first = state.moving.is_empty();
+        let epoch = state.epoch;
+        state.moving_bytes += entry_bytes;
+        if let Some(before) = state.moving.insert(hash, Moving { epoch, entry_bytes }) {
+            state.moving_bytes -= before.entry_bytes;
+        }
+        Reclaim::Keep { first }
+    }
+
+    /// Everything taken up to now is about to be waited for: answers a ticket for
+    /// [`Residency::settled`].
+    pub(super) fn epoch(&self) -> u64 {
+        let mut state = self.state.lock();
+        state.epoch += 1;
+        state.epoch - 1
+    }
+
+    /// What was moving at that epoch has arrived. Answers whether more is moving.
+    pub(super) fn settled(&self, epoch: u64) -> bool {
+        let mut state = self.state.lock();
+        state.moving.retain(|_, moving| moving.epoch > epoch);
+        state.moving_bytes = state.moving.values().map(|moving| moving.entry_bytes).sum();
+        !state.moving.is_empty()
+    }
+
+    /// Takes `bytes` from the day's budget; `false` when it is spent.
+    pub(super) fn charge(&self, today: u32, bytes: u64, budget_bytes: u64) -> bool {
+        let mut state = self.state.lock();
+        if state.wear.day != today {
+            state.wear = Wear {
+                day: today,
+                bytes: 0,
+            };
+        }
+        if budget_bytes > 0 && state.wear.bytes + bytes > budget_bytes {
+            return false;
+        }
+        state.wear.bytes += bytes;
+        true
+    }
+
+    /// Notes the day's total, so that a restart goes on from it.
+    pub(super) fn note_wear(&self) {
+        let state = self.state.lock();
+        self.journal.note(Entry::Wear {
+            day: state.wear.day,
+            bytes: state.wear.bytes,
+        });
+    }
+
+    pub(super) fn written_today(&self, today: u32) -> u64 {
+        let wear = self.state.lock().wear;
+        if wear.day == today { wear.bytes } else { 0 }
+    }
+
+    /// Everything, as the journal should say it; what is pending there is covered by it.
+    pub(super) fn truth(&self) -> Vec<Entry> {
+        let state = self.state.lock();
+        self.journal.forget_pending();
+        let wear = Entry::Wear {
+            day: state.wear.day,
+            bytes: state.wear.bytes,
+        };
+        std::iter::once(wear)
+            .chain(state.residents.values().copied().map(Entry::Stored))
+            .collect()
+    }
+
+    pub(super) fn residents(&self) -> Vec<Resident> {
+        self.state.lock().residents.values().copied().collect()
+    }
+
+    pub(super) fn hashes(&self) -> Vec<(u64, Resident)> {
+        self.state
+            .lock()
+            .residents
+            .iter()
+            .map(|(hash, resident)| (*hash, *resident))
+            .collect()
+    }
+
+    /// Blocks and their bytes.
+    pub(super) fn usage(&self) -> (u64, u64) {
+        let state = self.state.lock();
+        (state.residents.len() as u64, state.used_bytes)
+    }
+
+    pub(super) fn count(&self, reason: Reason, blocks: u64) {
+        let at = Reason::ALL
+            .iter()
+            .position(|&known| known == reason)
+            .expect("ALL has every reason");
+        self.drops[at].fetch_add(blocks, Relaxed);
+    }
+
+    pub(super) fn drops(&self) -> Vec<(Reason, u64)> {
+        let counts = self.drops.iter().map(|count| count.load(Relaxed));
+        Reason::ALL
+            .iter()
+            .copied()
+            .zip(counts)
+            .filter(|(_, count)| *count > 0)
+            .collect()
+    }
+}
+
+impl State {
+    fn put(&mut self, hash: u64, resident: Resident) {
+        self.used_bytes += resident.length_bytes;
+        if let Some(old) = self.residents.insert(hash, resident) {
+            self.used_bytes -= old.length_bytes;
+        }
+    }
+
+    fn take(&mut self, hash: u64) -> Option<Resident> {
+        if let Some(moving) = self.moving.remove(&hash) {
+            self.moving_bytes -= moving.entry_bytes;
+        }
+        let resident = self.residents.remove(&hash)?;
+        self.used_bytes -= resident.length_bytes;
+        Some(resident)
+    }
+}

@@ -1,0 +1,578 @@
+//! foyer's block engine, as far as the tier uses it.
+//!
+//! ```text
+//! write   BlockRef ─encode─► foyer's aligned buffer ─one write per batch─► extent     (one copy)
+//! read    extent ─► foyer's aligned buffer ─decode─► the reader's SlotMut, summed     (one copy)
+//! ```
+//!
+//! foyer's `Code::decode` is told nothing but where the bytes are. Where they shall *go* it finds in a
+//! task-local [`Landing`] that [`Store::load`] sets around the very future in which foyer decodes: no
+//! registry, no copy, and two readers of one key cannot be mixed up.
+//!
+//! When foyer has let go of a written value, its [`StoredValue`] is dropped, and that is the signal that
+//! the write is over, one way or the other. Whether it succeeded only the index tells
+//! ([`Store::contains`]).
+//!
+//! What is used and what is not (facts in `tests/tests/foyer_facts.rs`): positional reads and writes on a
+//! runtime of our own, so that a stuck disk holds its threads and not the node's; no memory part; no
+//! compression (the builder's setting never arrives), no tombstone log (it forgets its position), never
+//! `clear` (it breaks the accounting), not the io_uring engine (it spins). One flusher, so that entries
+//! lie in the order of their writes.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    hash::{BuildHasher, Hash, Hasher},
+    io::{self, Read as _},
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::{Arc, Weak},
+};
+
+use foyer::{
+    BlockEngineConfig, Code, DefaultHasher, DeviceBuilder, FsDeviceBuilder, HybridCache,
+    HybridCacheBuilder, HybridCachePolicy, Load, PsyncIoEngineConfig, RecoverMode, Spawner,
+    Statistics, StorageFilter, StorageFilterCondition, StorageFilterResult,
+};
+use kvgpu::SlotMut;
+use kvproto::{
+    BlockKey,
+    checksum::{PAGE_BYTES, page_sums},
+};
+use parking_lot::Mutex;
+use rustix::fs::{FallocateFlags, OFlags};
+use tokio::{
+    runtime::{Builder, Runtime},
+    sync::{OwnedSemaphorePermit, oneshot},
+};
+
+use super::{
+    super::{
+        Resident,
+        block::{BlockRef, MutableBlock, SealedBlock},
+        record,
+    },
+    config::{Geometry, NvmeConfig, NvmeError, PAGE},
+    residency::{Reclaim, Residency},
+};
+
+/// Extents' worth of carried-over entries for which the flush buffer has room.
+pub(super) const CARRY_EXTENTS: u64 = 3;
+
+/// foyer's own file names; one file per extent.
+const FILE_PREFIX: &str = "foyer-storage-direct-fs-";
+
+/// A key, hashed by bytes that no compiler version changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct StoredKey(BlockKey);
+
+impl Hash for StoredKey {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write(&self.0.to_bytes());
+    }
+}
+
+impl Code for StoredKey {
+    fn encode(&self, writer: &mut impl io::Write) -> foyer::Result<()> {
+        writer
+            .write_all(&self.0.to_bytes())
+            .map_err(foyer::Error::io_error)
+    }
+
+    fn decode(reader: &mut impl io::Read) -> foyer::Result<Self> {
+        let mut bytes = [0; BlockKey::BYTES];
+        reader
+            .read_exact(&mut bytes)
+            .map_err(foyer::Error::io_error)?;
+        Ok(Self(BlockKey::from_bytes(&bytes)))
+    }
+
+    fn estimated_size(&self) -> usize {
+        BlockKey::BYTES
+    }
+}
+
+/// The hash by which foyer, and so the tier, knows a key.
+pub(super) fn hash_of(key: &BlockKey) -> u64 {
+    DefaultHasher::default().hash_one(StoredKey(*key))
+}
+
+/// What foyer is given to write; dropped when it has finished with it.
+struct StoredValue {
+    /// `None` for a value that was decoded: its bytes are in the landing.
+    block: Option<BlockRef>,
+    /// Held so that they end with foyer's work, whoever waits for it.
+    _permits: Vec<OwnedSemaphorePermit>,
+    _done: Option<oneshot::Sender<()>>,
+}
+
+impl Code for StoredValue {
+    fn encode(&self, writer: &mut impl io::Write) -> foyer::Result<()> {
+        let Some(block) = &self.block else {
+            return Err(foyer::Error::new(
+                foyer::ErrorKind::Unsupported,
+                "a value that was read is not written",
+            ));
+        };
+        writer
+            .write_all(&record::encode_head(block.header()))
+            .map_err(foyer::Error::io_error)?;
+        writer
+            .write_all(block.bytes())
+            .map_err(foyer::Error::io_error)
+    }
+
+    fn decode(reader: &mut impl io::Read) -> foyer::Result<Self> {
+        let landed = LANDING
+            .try_with(|landing| landing.lock().land(reader))
+            .unwrap_or(false);
+        if !landed {
+            // The landing knows why.
+            return Err(foyer::Error::new(foyer::ErrorKind::Parse, "record refused"));
+        }
+        Ok(Self {
+            block: None,
+            _permits: Vec::new(),
+            _done: None,
+        })
+    }
+
+    fn estimated_size(&self) -> usize {
+        self.block
+            .as_ref()
+            .map_or(0, |block| record::record_bytes(block.len_bytes()) as usize)
+    }
+}
+
+tokio::task_local! {
+    /// Where the value that is decoded in this task shall land.
+    static LANDING: Arc<Mutex<Landing>>;
+}
+
+struct Landing {
+    resident: Resident,
+    slot: Option<SlotMut>,
+    landed: Option<Loaded>,
+}
+
+/// What a load came to.
+pub(super) enum Loaded {
+    /// Verified, in the reader's slot.
+    Block(SealedBlock),
+    /// The bytes are not those that were written.
+    Corrupt,
+    /// Another block, or another version of this one, lies where this one was.
+    Other,
+    /// foyer does not have it; the slot comes back. `known`: it thought it had, and then found its own
+    /// checksum wrong.
+    Miss { slot: SlotMut, known: bool },
+    /// The disk failed.
+    Failed(String),
+}
+
+impl Landing {
+    /// Reads a record into the slot, page by page, and verifies it. Answers whether it landed.
+    fn land(&mut self, reader: &mut impl io::Read) -> bool {
+        let landed = self.try_land(reader);
+        let good = matches!(landed, Loaded::Block(_));
+        self.landed = Some(landed);
+        good
+    }
+
+    fn try_land(&mut self, reader: &mut impl io::Read) -> Loaded {
+        let Ok(header) = record::read_head(reader) else {
+            return Loaded::Corrupt;
+        };
+        let resident = &self.resident;
+        if header.key != resident.key
+            || header.seal != resident.seal
+            || header.place != resident.place
+            || header.length_bytes != resident.length_bytes
+        {
+            return Loaded::Other;
+        }
+        let Some(mut slot) = self.slot.take() else {
+            return Loaded::Other;
+        };
+        let mut sums = Vec::with_capacity(header.page_sums.len());
+        for page in slot[..header.length_bytes as usize].chunks_mut(PAGE_BYTES) {
+            if reader.read_exact(page).is_err() {
+                return Loaded::Corrupt;
+            }
+            // Still in the cache: the copy and the sum cost one pass over memory.
+            sums.extend(page_sums(page));
+        }
+        let block = MutableBlock::new(header.key, header.place, header.length_bytes, slot);
+        match block.seal_summed(header, &sums) {
+            Ok(block) => Loaded::Block(block),
+            Err(_) => Loaded::Corrupt,
+        }
+    }
+}
+
+/// Asked by foyer for every entry of an extent that it is about to reclaim.
+struct ReclaimFilter {
+    residency: Arc<Residency>,
+    store: Weak<StoreCell>,
+}
+
+impl std::fmt::Debug for ReclaimFilter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ReclaimFilter").finish_non_exhaustive()
+    }
+}
+
+impl StorageFilterCondition for ReclaimFilter {
+    fn filter(&self, _: &Arc<Statistics>, hash: u64, entry_bytes: usize) -> StorageFilterResult {
+        match self
+            .residency
+            .reclaim(hash, (entry_bytes as u64).div_ceil(PAGE) * PAGE)
+        {
+            Reclaim::Drop => StorageFilterResult::Reject,
+            Reclaim::Keep { first } => {
+                if first && let Some(store) = self.store.upgrade() {
+                    store.watch_moving(Arc::clone(&self.residency));
+                }
+                StorageFilterResult::Admit
+            }
+        }
+    }
+}
+
+/// Filled once foyer is built; the filter has to exist before.
+#[derive(Default)]
+struct StoreCell(Mutex<Option<HybridCache<StoredKey, StoredValue>>>);
+
+impl StoreCell {
+    /// Waits beside foyer until what is being carried over has arrived.
+    fn watch_moving(&self, residency: Arc<Residency>) {
+        let Some(cache) = self.0.lock().clone() else {
+            return;
+        };
+        let storage = cache.storage().clone();
+        // On foyer's own runtime, so it ends with it.
+        storage.spawner().clone().spawn(async move {
+            loop {
+                let epoch = residency.epoch();
+                storage.wait().await;
+                if !residency.settled(epoch) {
+                    break;
+                }
+            }
+        });
+    }
+}
+
+/// foyer and the threads it works on. Dropping it stops them.
+pub(super) struct Store {
+    cache: Option<HybridCache<StoredKey, StoredValue>>,
+    cell: Arc<StoreCell>,
+    runtime: Option<Runtime>,
+}
+
+impl Store {
+    /// Builds foyer over the prepared files and lets it recover its index.
+    pub(super) async fn open(
+        config: &NvmeConfig,
+        geometry: Geometry,
+        direct: bool,
+        residency: Arc<Residency>,
+    ) -> Result<Self, NvmeError> {
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(2)
+            .max_blocking_threads(config.reads + 4)
+            .thread_name("terrace-nvme")
+            .enable_all()
+            .build()
+            .map_err(|source| NvmeError::Io {
+                what: "start threads for",
+                path: config.dir.clone(),
+                source,
+            })?;
+        let cell = Arc::new(StoreCell::default());
+        let filter = ReclaimFilter {
+            residency,
+            store: Arc::downgrade(&cell),
+        };
+        let built = Self::build(
+            config,
+            geometry,
+            direct,
+            filter,
+            Spawner::from(runtime.handle().clone()),
+        );
+        // On that runtime, because foyer spawns while it recovers.
+        let cache = runtime.handle().spawn(built).await;
+        let cache = match cache {
+            Ok(Ok(cache)) => cache,
+            Ok(Err(error)) => {
+                runtime.shutdown_background();
+                return Err(NvmeError::Store {
+                    problem: error.to_string(),
+                });
+            }
+            Err(error) => {
+                runtime.shutdown_background();
+                return Err(NvmeError::Store {
+                    problem: error.to_string(),
+                });
+            }
+        };
+        *cell.0.lock() = Some(cache.clone());
+        Ok(Self {
+            cache: Some(cache),
+            cell,
+            runtime: Some(runtime),
+        })
+    }
+
+    fn build(
+        config: &NvmeConfig,
+        geometry: Geometry,
+        direct: bool,
+        filter: ReclaimFilter,
+        spawner: Spawner,
+    ) -> impl Future<Output = foyer::Result<HybridCache<StoredKey, StoredValue>>> + Send + 'static
+    {
+        let dir = files_dir(&config.dir);
+        // All that may be in flight can meet in one buffer: a full flight, or one larger block, and
+        // what reclaim carries over. Untouched parts cost address space only.
+        let flight_bytes = config.flight_bytes.max(geometry.extent_bytes) + geometry.extent_bytes;
+        let buffer_bytes = flight_bytes + CARRY_EXTENTS * geometry.extent_bytes;
+        async move {
+            let device = FsDeviceBuilder::new(dir)
+                .with_capacity(geometry.capacity_bytes() as usize)
+                .with_direct(direct)
+                .build()?;
+            let engine = BlockEngineConfig::new(device)
+                .with_block_size(geometry.extent_bytes as usize)
+                .with_flushers(1)
+                .with_reclaimers(1)
+                .with_clean_block_threshold(1)
+                .with_buffer_pool_size(buffer_bytes as usize)
+                .with_submit_queue_size_threshold(2 * buffer_bytes as usize)
+                .with_reinsertion_filter(StorageFilter::new().with_condition(filter));
+            HybridCacheBuilder::new()
+                .with_name("terrace-nvme")
+                .with_policy(HybridCachePolicy::WriteOnInsertion)
+                .with_flush_on_close(false)
+                .memory(1)
+                .with_shards(1)
+                .storage()
+                .with_spawner(spawner)
+                .with_io_engine_config(PsyncIoEngineConfig::new())
+                .with_engine_config(engine)
+                .with_recover_mode(RecoverMode::Quiet)
+                .build()
+                .await
+        }
+    }
+
+    fn cache(&self) -> &HybridCache<StoredKey, StoredValue> {
+        self.cache.as_ref().expect("present until drop")
+    }
+
+    /// Hands a block to foyer. The receiver ends (with an error, as nothing is sent) when foyer has
+    /// finished with it, whatever became of it.
+    pub(super) fn enqueue(
+        &self,
+        block: BlockRef,
+        permits: Vec<OwnedSemaphorePermit>,
+    ) -> oneshot::Receiver<()> {
+        let key = StoredKey(*block.key());
+        if self.cache().storage().may_contains(&key) {
+            // A copy of an earlier life; it must not pass for this one.
+            self.cache().storage().delete(&key);
+        }
+        let (done, receiver) = oneshot::channel();
+        let value = StoredValue {
+            block: Some(block),
+            _permits: permits,
+            _done: Some(done),
+        };
+        drop(self.cache().storage_writer(key).force().insert(value));
+        receiver
+    }
+
+    /// Whether foyer's index has it.
+    pub(super) fn contains(&self, key: &BlockKey) -> bool {
+        self.cache().storage().may_contains(&StoredKey(*key))
+    }
+
+    /// Takes it out of foyer's index (until a restart: foyer forgets deletions).
+    pub(super) fn delete(&self, key: &BlockKey) {
+        self.cache().storage().delete(&StoredKey(*key));
+    }
+
+    /// Reads an entry into the slot.
+    pub(super) async fn load(&self, resident: Resident, slot: SlotMut) -> Loaded {
+        let key = StoredKey(resident.key);
+        let landing = Arc::new(Mutex::new(Landing {
+            resident,
+            slot: Some(slot),
+            landed: None,
+        }));
+        let known = self.contains(&resident.key);
+        let loaded = LANDING
+            .scope(Arc::clone(&landing), self.cache().storage().load(&key))
+            .await;
+        let mut landing = landing.lock();
+        if let Some(landed) = landing.landed.take() {
+            return landed;
+        }
+        let Some(slot) = landing.slot.take() else {
+            return Loaded::Corrupt;
+        };
+        match loaded {
+            Ok(Load::Miss | Load::Throttled) => Loaded::Miss { slot, known },
+            Ok(Load::Entry { .. }) => Loaded::Other,
+            // Still in foyer's write queue: the bytes are in RAM.
+            Ok(Load::Piece { piece, .. }) => match &piece.value().block {
+                Some(block) => {
+                    landing.slot = Some(slot);
+                    let head = record::encode_head(block.header());
+                    landing.try_land(&mut head.as_slice().chain(block.bytes()))
+                }
+                None => Loaded::Other,
+            },
+            Err(error) => Loaded::Failed(error.to_string()),
+        }
+    }
+
+    /// Ready when everything handed over before has been written, and nothing is being reclaimed.
+    pub(super) async fn settle(&self) {
+        self.cache().storage().wait().await;
+    }
+
+    /// Runs blocking work on foyer's threads.
+    pub(super) fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> tokio::task::JoinHandle<T> {
+        self.runtime
+            .as_ref()
+            .expect("present until drop")
+            .spawn_blocking(work)
+    }
+
+    /// Finishes what is queued.
+    pub(super) async fn close(&self) {
+        if let Err(error) = self.cache().close().await {
+            tracing::warn!(%error, "closing the store failed");
+        }
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        self.cell.0.lock().take();
+        drop(self.cache.take());
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// Where foyer's files lie.
+pub(super) fn files_dir(dir: &Path) -> PathBuf {
+    dir.join("extents")
+}
+
+/// Makes the files and reserves their space before foyer opens them (it would leave them sparse).
+/// Answers a note when the file system cannot reserve.
+pub(super) fn prepare_files(
+    config: &NvmeConfig,
+    geometry: Geometry,
+    start_cold: bool,
+) -> Result<Option<&'static str>, NvmeError> {
+    let dir = files_dir(&config.dir);
+    let fault = |what, path: &Path| {
+        let path = path.to_owned();
+        move |source| NvmeError::Io { what, path, source }
+    };
+    fs::create_dir_all(&dir).map_err(fault("make", &dir))?;
+    for entry in fs::read_dir(&dir).map_err(fault("list", &dir))? {
+        let path = entry.map_err(fault("list", &dir))?.path();
+        let number = path
+            .file_name()
+            .and_then(|name| name.to_str())
+            .and_then(|name| name.strip_prefix(FILE_PREFIX)?.parse::<u32>().ok());
+        if number.is_some_and(|number| start_cold || number >= geometry.extents) {
+            fs::remove_file(&path).map_err(fault("remove", &path))?;
+        }
+    }
+    let path_of = |number: u32| dir.join(format!("{FILE_PREFIX}{number:08}"));
+    let reserved = |number| fs::metadata(path_of(number)).map_or(0, |file| file.blocks() * 512);
+    let needed_bytes: u64 = (0..geometry.extents)
+        .map(|number| geometry.extent_bytes.saturating_sub(reserved(number)))
+        .sum();
+    let space = rustix::fs::statvfs(&dir).map_err(|errno| fault("measure", &dir)(errno.into()))?;
+    let free_bytes = space.f_bavail.saturating_mul(space.f_frsize);
+    let no_space = || NvmeError::NoSpace {
+        dir: config.dir.clone(),
+        capacity_bytes: config.capacity_bytes,
+        needed_bytes,
+        free_bytes,
+    };
+    if needed_bytes > free_bytes {
+        return Err(no_space());
+    }
+    if !config.preallocate {
+        return Ok(Some("space checked, not reserved"));
+    }
+    for number in 0..geometry.extents {
+        let path = path_of(number);
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(fault("open", &path))?;
+        match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, geometry.extent_bytes) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {
+                return Ok(Some("space checked; the file system cannot reserve it"));
+            }
+            Err(rustix::io::Errno::NOSPC) => return Err(no_space()),
+            Err(errno) => return Err(fault("reserve", &path)(errno.into())),
+        }
+    }
+    Ok(None)
+}
+
+/// Whether direct I/O really works here: opens, writes and reads a page.
+pub(super) fn direct_io_works(dir: &Path) -> bool {
+    let path = dir.join("probe-direct");
+    let flags = OFlags::DIRECT | OFlags::NOATIME;
+    let try_it = || -> io::Result<()> {
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(true)
+            .read(true)
+            .write(true)
+            .custom_flags(flags.bits() as i32)
+            .open(&path)?;
+        // A heap slot is page-aligned ordinary memory.
+        let mut page = SlotMut::heap(PAGE as usize);
+        file.write_all_at(&page, 0)?;
+        file.read_exact_at(&mut page, 0)
+    };
+    let works = try_it().is_ok();
+    let _ = fs::remove_file(&path);
+    works
+}
+
+/// Writes, syncs, reads back and removes a small file: is the disk a disk again?
+pub(super) fn probe_disk(dir: &Path) -> io::Result<()> {
+    let path = dir.join("probe");
+    let written = [0x5a_u8; 16 * 1024];
+    let mut read = Vec::new();
+    let file = File::create(&path)?;
+    file.write_all_at(&written, 0)?;
+    file.sync_all()?;
+    File::open(&path)?.read_to_end(&mut read)?;
+    fs::remove_file(&path)?;
+    if read != written {
+        return Err(io::Error::other("what was written did not come back"));
+    }
+    Ok(())
+}
