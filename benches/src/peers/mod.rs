@@ -1,0 +1,42 @@
+//! The peers: what a user would pick instead, each with a client of equal care, and the physical limits.
+//!
+//! ```text
+//!   wire     a protocol without I/O: what to send, what exactly must come back
+//!   redis memcached tcp    three such protocols, and the processes that answer them
+//!   socket   carries a wire protocol over TCP or a Unix socket, as tasks or as threads
+//!   tonic_stock            tonic and prost as they come
+//!   terrace                a node and its client
+//!   memory disk            memcpy and direct reads
+//! ```
+//!
+//! Equal care means: no delay on sockets, one connection per operation in flight, one reused buffer per connection, one
+//! write per request, values read straight into the caller's buffer, nothing formatted but the key. Only Terrace verifies
+//! what it reads.
+
+pub mod disk;
+pub mod memcached;
+pub mod memory;
+pub mod network;
+pub mod redis;
+pub mod socket;
+pub mod tcp;
+pub mod terrace;
+pub mod tonic_stock;
+pub mod wire;
+
+/// Sizes of values: 64 KiB, 256 KiB, 1 MiB, 4 MiB.
+pub const SIZES: [u64; 4] = [64 << 10, 256 << 10, 1 << 20, 4 << 20];
+
+/// Keys in one chain of the lookup cells.
+pub const CHAIN_KEYS: u32 = 512;
+
+/// Chains of the lookup cells.
+pub const CHAINS: u32 = 32;
+
+/// Size of the values behind the keys of the lookup cells.
+pub const LOOKUP_BYTES: u64 = 4096;
+
+/// How many values of a size there are, given the bytes of a working set.
+pub fn values_of(working_set_bytes: u64, bytes: u64) -> u64 {
+    if bytes == LOOKUP_BYTES { u64::from(CHAINS * CHAIN_KEYS) } else { (working_set_bytes / bytes).max(8) }
+}

@@ -1,0 +1,1 @@
+//! Terrace: a node and its client.

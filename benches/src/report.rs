@@ -1,0 +1,3 @@
+//! report
+/// size
+pub fn size(b: u64) -> String { b.to_string() }
