@@ -106,7 +106,12 @@ struct Accounts {
 impl Accounts {
     fn open(server_pids: &[u32]) -> Self {
         let (servers, busy) = (Cpu::of(server_pids), machine_busy());
-        Self { client: Cpu::own(), servers, busy, started: Started::now() }
+        Self {
+            client: Cpu::own(),
+            servers,
+            busy,
+            started: Started::now(),
+        }
     }
 
     /// Everything but the operations themselves: those arrive with [`count`].
@@ -117,7 +122,13 @@ impl Accounts {
         let foreign_cores = self.busy.zip(machine_busy()).map(|(before, after)| {
             ((after - before - client_cpu_s - server_cpu_s) / wall_s).max(0.0)
         });
-        Sample { wall_s, client_cpu_s, server_cpu_s, foreign_cores, ..Sample::default() }
+        Sample {
+            wall_s,
+            client_cpu_s,
+            server_cpu_s,
+            foreign_cores,
+            ..Sample::default()
+        }
     }
 }
 
@@ -148,7 +159,10 @@ async fn lap<W: Worker>(mut worker: W, length: Duration) -> Result<(W, Lap)> {
 }
 
 async fn laps<W: Worker>(workers: Vec<W>, length: Duration) -> Result<(Vec<W>, Vec<Lap>)> {
-    let tasks: Vec<_> = workers.into_iter().map(|w| tokio::spawn(lap(w, length))).collect();
+    let tasks: Vec<_> = workers
+        .into_iter()
+        .map(|w| tokio::spawn(lap(w, length)))
+        .collect();
     let (mut workers, mut laps) = (Vec::new(), Vec::new());
     let mut failed = None;
     for task in tasks {
@@ -170,7 +184,11 @@ async fn laps<W: Worker>(workers: Vec<W>, length: Duration) -> Result<(Vec<W>, V
 ///
 /// # Errors
 /// The first worker's; the workers are gone then, and with them their connections.
-pub async fn drive<W: Worker>(workers: Vec<W>, window: Window, server_pids: &[u32]) -> Result<(Vec<W>, Sample)> {
+pub async fn drive<W: Worker>(
+    workers: Vec<W>,
+    window: Window,
+    server_pids: &[u32],
+) -> Result<(Vec<W>, Sample)> {
     let (workers, _) = laps(workers, window.warm).await?;
     let accounts = Accounts::open(server_pids);
     let (workers, laps) = laps(workers, window.measure).await?;
@@ -181,10 +199,20 @@ pub async fn drive<W: Worker>(workers: Vec<W>, window: Window, server_pids: &[u3
 ///
 /// # Errors
 /// The first worker's.
-pub fn drive_blocking<W: BlockingWorker>(workers: &mut [W], window: Window, server_pids: &[u32]) -> Result<Sample> {
+pub fn drive_blocking<W: BlockingWorker>(
+    workers: &mut [W],
+    window: Window,
+    server_pids: &[u32],
+) -> Result<Sample> {
     // Threads live from before the first account to after the second, so that none takes its CPU time with it.
-    let (warmed, go) = (Barrier::new(workers.len() + 1), Barrier::new(workers.len() + 1));
-    let (done, over) = (Barrier::new(workers.len() + 1), Barrier::new(workers.len() + 1));
+    let (warmed, go) = (
+        Barrier::new(workers.len() + 1),
+        Barrier::new(workers.len() + 1),
+    );
+    let (done, over) = (
+        Barrier::new(workers.len() + 1),
+        Barrier::new(workers.len() + 1),
+    );
     let work = |worker: &mut W, length: Duration| -> Result<Lap> {
         let (begun, mut lap) = (Started::now(), Lap::default());
         while begun.elapsed() < length {
@@ -218,7 +246,11 @@ pub fn drive_blocking<W: BlockingWorker>(workers: &mut [W], window: Window, serv
         over.wait();
         let mut laps = Vec::new();
         for thread in threads {
-            laps.push(thread.join().map_err(|_| anyhow::anyhow!("a worker panicked"))??);
+            laps.push(
+                thread
+                    .join()
+                    .map_err(|_| anyhow::anyhow!("a worker panicked"))??,
+            );
         }
         Ok(count(sample, laps))
     })
@@ -248,7 +280,10 @@ mod tests {
         }
     }
 
-    const WINDOW: Window = Window { warm: Duration::from_millis(2), measure: Duration::from_millis(20) };
+    const WINDOW: Window = Window {
+        warm: Duration::from_millis(2),
+        measure: Duration::from_millis(20),
+    };
 
     fn plausible(sample: &Sample) {
         assert!(sample.ops > 0 && sample.bytes == sample.ops << 20);
@@ -258,7 +293,9 @@ mod tests {
 
     #[tokio::test]
     async fn every_worker_comes_back_and_its_work_counts() {
-        let (workers, sample) = drive(vec![Spin, Spin, Spin], WINDOW, &[]).await.expect("no error");
+        let (workers, sample) = drive(vec![Spin, Spin, Spin], WINDOW, &[])
+            .await
+            .expect("no error");
         assert_eq!(workers.len(), 3);
         plausible(&sample);
     }

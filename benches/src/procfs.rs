@@ -22,9 +22,13 @@ impl Cpu {
         let mut cpu = Self::default();
         for &pid in pids {
             cpu.ticks += ticks(pid).unwrap_or(0);
-            let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { continue };
+            let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else {
+                continue;
+            };
             for task in tasks.flatten() {
-                let Some(tid) = task.file_name().to_str().and_then(|t| t.parse().ok()) else { continue };
+                let Some(tid) = task.file_name().to_str().and_then(|t| t.parse().ok()) else {
+                    continue;
+                };
                 let nanos = fs::read_to_string(task.path().join("schedstat")).ok();
                 if let Some(nanos) = nanos.and_then(|s| s.split(' ').next()?.parse().ok()) {
                     cpu.threads.insert((pid, tid), nanos);
@@ -41,8 +45,14 @@ impl Cpu {
 
     /// Seconds used since `earlier`.
     pub fn seconds_since(&self, earlier: &Self) -> f64 {
-        let by_tick = self.ticks.saturating_sub(earlier.ticks) as f64 / clock_ticks_per_second() as f64;
-        if self.threads.is_empty() || earlier.threads.keys().any(|t| !self.threads.contains_key(t)) {
+        let by_tick =
+            self.ticks.saturating_sub(earlier.ticks) as f64 / clock_ticks_per_second() as f64;
+        if self.threads.is_empty()
+            || earlier
+                .threads
+                .keys()
+                .any(|t| !self.threads.contains_key(t))
+        {
             return by_tick;
         }
         let nanos: u64 = self
@@ -64,12 +74,19 @@ fn ticks(pid: u32) -> Option<u64> {
 
 /// Busy time of the whole machine, seconds over all cores, stolen time included. `None` where /proc is absent.
 pub fn machine_busy() -> Option<f64> {
-    busy_ticks(&fs::read_to_string("/proc/stat").ok()?).map(|t| t as f64 / clock_ticks_per_second() as f64)
+    busy_ticks(&fs::read_to_string("/proc/stat").ok()?)
+        .map(|t| t as f64 / clock_ticks_per_second() as f64)
 }
 
 /// user nice system idle iowait irq softirq steal, guest times are inside user: everything but idle and iowait.
 fn busy_ticks(stat: &str) -> Option<u64> {
-    let fields: Vec<u64> = stat.lines().next()?.strip_prefix("cpu ")?.split_whitespace().filter_map(|f| f.parse().ok()).collect();
+    let fields: Vec<u64> = stat
+        .lines()
+        .next()?
+        .strip_prefix("cpu ")?
+        .split_whitespace()
+        .filter_map(|f| f.parse().ok())
+        .collect();
     let total: u64 = fields.iter().take(8).sum();
     Some(total - fields.get(3)? - fields.get(4)?)
 }
@@ -88,15 +105,25 @@ pub struct Memory {
 impl Memory {
     /// Reads it; `None` when the process is gone.
     pub fn of(pid: u32) -> Option<Self> {
-        Some(Self::parse(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?))
+        Some(Self::parse(
+            &fs::read_to_string(format!("/proc/{pid}/status")).ok()?,
+        ))
     }
 
     fn parse(status: &str) -> Self {
         let field = |name: &str| {
-            let line = status.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':'));
-            line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
+            let line = status
+                .lines()
+                .find_map(|l| l.strip_prefix(name)?.strip_prefix(':'));
+            line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok())
+                .unwrap_or(0)
+                * 1024
         };
-        Self { anonymous_bytes: field("RssAnon"), shared_bytes: field("RssShmem"), huge_bytes: field("HugetlbPages") }
+        Self {
+            anonymous_bytes: field("RssAnon"),
+            shared_bytes: field("RssShmem"),
+            huge_bytes: field("HugetlbPages"),
+        }
     }
 
     /// All of it.
@@ -109,13 +136,25 @@ impl Memory {
 pub fn machine() -> String {
     let field = |path: &str, name: &str| {
         let text = fs::read_to_string(path).unwrap_or_default();
-        let line = text.lines().find(|l| l.starts_with(name)).and_then(|l| l.split_once(':'));
+        let line = text
+            .lines()
+            .find(|l| l.starts_with(name))
+            .and_then(|l| l.split_once(':'));
         line.map_or_else(|| "unknown".into(), |(_, v)| v.trim().to_owned())
     };
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
-    let memory_kib: u64 = field("/proc/meminfo", "MemTotal").split(' ').next().and_then(|m| m.parse().ok()).unwrap_or(0);
+    let memory_kib: u64 = field("/proc/meminfo", "MemTotal")
+        .split(' ')
+        .next()
+        .and_then(|m| m.parse().ok())
+        .unwrap_or(0);
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    format!("{}, {cores} cores, {} GiB memory, kernel {}", field("/proc/cpuinfo", "model name"), memory_kib >> 20, kernel.trim())
+    format!(
+        "{}, {cores} cores, {} GiB memory, kernel {}",
+        field("/proc/cpuinfo", "model name"),
+        memory_kib >> 20,
+        kernel.trim()
+    )
 }
 
 #[cfg(test)]
@@ -124,14 +163,26 @@ mod tests {
 
     #[test]
     fn busy_is_everything_but_idle_and_iowait() {
-        assert_eq!(busy_ticks("cpu  10 1 5 1000 50 2 3 4 9 0\ncpu0 1 1 1 1"), Some(10 + 1 + 5 + 2 + 3 + 4));
+        assert_eq!(
+            busy_ticks("cpu  10 1 5 1000 50 2 3 4 9 0\ncpu0 1 1 1 1"),
+            Some(10 + 1 + 5 + 2 + 3 + 4)
+        );
         assert_eq!(busy_ticks("intr 5"), None);
     }
 
     #[test]
     fn memory_is_read_in_bytes() {
-        let memory = Memory::parse("Name:\tx\nRssAnon:\t    112 kB\nRssFile:\t 9 kB\nRssShmem:\t  4 kB\nHugetlbPages:\t 2048 kB\n");
-        assert_eq!(memory, Memory { anonymous_bytes: 112 << 10, shared_bytes: 4 << 10, huge_bytes: 2 << 20 });
+        let memory = Memory::parse(
+            "Name:\tx\nRssAnon:\t    112 kB\nRssFile:\t 9 kB\nRssShmem:\t  4 kB\nHugetlbPages:\t 2048 kB\n",
+        );
+        assert_eq!(
+            memory,
+            Memory {
+                anonymous_bytes: 112 << 10,
+                shared_bytes: 4 << 10,
+                huge_bytes: 2 << 20
+            }
+        );
         assert_eq!(memory.total_bytes(), 2164 << 10);
     }
 
@@ -148,10 +199,19 @@ mod tests {
 
     #[test]
     fn a_vanished_thread_falls_back_to_ticks() {
-        let earlier = Cpu { threads: [((1, 1), 5), ((1, 2), 7)].into(), ticks: 10 };
-        let later = Cpu { threads: [((1, 1), 9)].into(), ticks: 10 + clock_ticks_per_second() };
+        let earlier = Cpu {
+            threads: [((1, 1), 5), ((1, 2), 7)].into(),
+            ticks: 10,
+        };
+        let later = Cpu {
+            threads: [((1, 1), 9)].into(),
+            ticks: 10 + clock_ticks_per_second(),
+        };
         assert_eq!(later.seconds_since(&earlier), 1.0);
-        let both = Cpu { threads: [((1, 1), 2_000_000_005), ((1, 2), 7), ((1, 3), 500_000_000)].into(), ticks: 10 };
+        let both = Cpu {
+            threads: [((1, 1), 2_000_000_005), ((1, 2), 7), ((1, 3), 500_000_000)].into(),
+            ticks: 10,
+        };
         assert_eq!(both.seconds_since(&earlier), 2.5);
     }
 }

@@ -124,7 +124,10 @@ pub struct Series {
 impl Series {
     /// One figure of every round.
     pub fn values(&self, figure: impl Fn(&Sample) -> Option<f64>) -> Vec<Option<f64>> {
-        self.samples.iter().map(|s| s.as_ref().and_then(&figure)).collect()
+        self.samples
+            .iter()
+            .map(|s| s.as_ref().and_then(&figure))
+            .collect()
     }
 }
 
@@ -138,7 +141,13 @@ pub struct Measured {
 }
 
 /// Runs all groups, `rounds` times.
-pub async fn run(peers: &mut [Box<dyn Peer>], groups: &[Group], rounds: usize, window: Window, progress: &ProgressBar) -> Vec<Measured> {
+pub async fn run(
+    peers: &mut [Box<dyn Peer>],
+    groups: &[Group],
+    rounds: usize,
+    window: Window,
+    progress: &ProgressBar,
+) -> Vec<Measured> {
     let mut measured: Vec<Measured> = groups
         .iter()
         .map(|g| Measured {
@@ -146,7 +155,11 @@ pub async fn run(peers: &mut [Box<dyn Peer>], groups: &[Group], rounds: usize, w
             series: g
                 .cells
                 .iter()
-                .map(|(_, cell)| Series { cell: cell.clone(), samples: Vec::with_capacity(rounds), failure: None })
+                .map(|(_, cell)| Series {
+                    cell: cell.clone(),
+                    samples: Vec::with_capacity(rounds),
+                    failure: None,
+                })
                 .collect(),
         })
         .collect();
@@ -166,7 +179,9 @@ pub async fn run(peers: &mut [Box<dyn Peer>], groups: &[Group], rounds: usize, w
                 ));
                 let sample = peers[*peer].run(cell, window).await;
                 if let Err(error) = &sample {
-                    series.failure.get_or_insert_with(|| format!("round {}: {error:#}", round + 1));
+                    series
+                        .failure
+                        .get_or_insert_with(|| format!("round {}: {error:#}", round + 1));
                 }
                 series.samples.push(sample.ok());
                 progress.inc(1);
@@ -190,7 +205,10 @@ mod tests {
             self.0.borrow_mut().push(cell.peer);
             Box::pin(async move {
                 anyhow::ensure!(cell.peer != "broken", "out of order");
-                Ok(Sample { ops: 1, ..Sample::default() })
+                Ok(Sample {
+                    ops: 1,
+                    ..Sample::default()
+                })
             })
         }
     }
@@ -198,14 +216,33 @@ mod tests {
     #[tokio::test]
     async fn order_turns_and_a_failure_stops_nobody_else() {
         let seen = Rc::new(RefCell::new(Vec::new()));
-        let cell = |peer| Cell { peer, op: Op::Get, transport: Transport::Tcp, bytes: 1, concurrency: 1, keys: 1 };
-        let group = Group { cells: vec![(0, cell("a")), (0, cell("broken")), (0, cell("c"))], base: 0 };
-        let window = Window { warm: Duration::ZERO, measure: Duration::ZERO };
+        let cell = |peer| Cell {
+            peer,
+            op: Op::Get,
+            transport: Transport::Tcp,
+            bytes: 1,
+            concurrency: 1,
+            keys: 1,
+        };
+        let group = Group {
+            cells: vec![(0, cell("a")), (0, cell("broken")), (0, cell("c"))],
+            base: 0,
+        };
+        let window = Window {
+            warm: Duration::ZERO,
+            measure: Duration::ZERO,
+        };
         let mut peers: Vec<Box<dyn Peer>> = vec![Box::new(Recorder(seen.clone()))];
         let measured = run(&mut peers, &[group], 3, window, &ProgressBar::hidden()).await;
-        assert_eq!(*seen.borrow(), ["a", "broken", "c", "broken", "c", "a", "c", "a", "broken"]);
+        assert_eq!(
+            *seen.borrow(),
+            ["a", "broken", "c", "broken", "c", "a", "c", "a", "broken"]
+        );
         let series = &measured[0].series;
-        assert!(series[0].samples.iter().all(Option::is_some) && series[1].samples.iter().all(Option::is_none));
+        assert!(
+            series[0].samples.iter().all(Option::is_some)
+                && series[1].samples.iter().all(Option::is_none)
+        );
         assert_eq!(series[1].failure.as_deref(), Some("round 1: out of order"));
     }
 }

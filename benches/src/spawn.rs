@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use rustix::process::{getuid, set_parent_process_death_signal, Signal};
+use rustix::process::{Signal, getuid, set_parent_process_death_signal};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::clock::pause;
@@ -27,10 +27,21 @@ impl Server {
     ///
     /// # Errors
     /// It ended, or the time ran out.
-    pub async fn ready<F: Future<Output = bool>>(&mut self, mut ready: impl FnMut() -> F, log: &Path) -> Result<()> {
+    pub async fn ready<F: Future<Output = bool>>(
+        &mut self,
+        mut ready: impl FnMut() -> F,
+        log: &Path,
+    ) -> Result<()> {
         let words = || {
             let text = std::fs::read_to_string(log).unwrap_or_default();
-            text.lines().rev().take(5).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join(" | ")
+            text.lines()
+                .rev()
+                .take(5)
+                .collect::<Vec<_>>()
+                .into_iter()
+                .rev()
+                .collect::<Vec<_>>()
+                .join(" | ")
         };
         for _ in 0..START_POLLS {
             if let Some(status) = self.child.try_wait()? {
@@ -89,12 +100,24 @@ impl Cores {
     /// # Errors
     /// The program cannot be started, or the log not be written.
     pub fn start(self, command: &mut Command, log: &Path) -> Result<Server> {
-        let name = Path::new(command.get_program()).file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let file = std::fs::File::create(log).with_context(|| format!("creating {}", log.display()))?;
+        let name = Path::new(command.get_program())
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        let file =
+            std::fs::File::create(log).with_context(|| format!("creating {}", log.display()))?;
         self.settle(0)?; // a child inherits its parent's cores
-        let child = command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file).spawn();
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(file.try_clone()?)
+            .stderr(file)
+            .spawn();
         self.client()?;
-        Ok(Server { child: child.with_context(|| format!("starting {name}"))?, name })
+        Ok(Server {
+            child: child.with_context(|| format!("starting {name}"))?,
+            name,
+        })
     }
 }
 
@@ -106,30 +129,56 @@ pub fn end_with_parent() {
 /// Finds a program on the path.
 pub fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path).map(|dir| dir.join(program)).find(|p| p.is_file())
+    std::env::split_paths(&path)
+        .map(|dir| dir.join(program))
+        .find(|p| p.is_file())
 }
 
 /// Installs Debian packages for the `programs` that are missing. Answers a line for each that stays missing.
 pub fn install(programs: &[(&'static str, &'static str)], allowed: bool) -> Vec<String> {
-    let missing = || programs.iter().filter(|(program, _)| find(program).is_none());
+    let missing = || {
+        programs
+            .iter()
+            .filter(|(program, _)| find(program).is_none())
+    };
     let packages: Vec<_> = missing().map(|(_, package)| *package).collect();
-    if allowed && !packages.is_empty() && getuid().is_root() && find("apt-get").is_some() && !apt_install(&packages) {
+    if allowed
+        && !packages.is_empty()
+        && getuid().is_root()
+        && find("apt-get").is_some()
+        && !apt_install(&packages)
+    {
         let _ = apt(&["update", "-qq"]); // the lists may be absent or old
         apt_install(&packages);
     }
-    missing().map(|(program, package)| format!("{program}: not found, and not installed (apt-get install {package})")).collect()
+    missing()
+        .map(|(program, package)| {
+            format!("{program}: not found, and not installed (apt-get install {package})")
+        })
+        .collect()
 }
 
 fn apt_install(packages: &[&str]) -> bool {
     eprintln!("installing {} to compare with", packages.join(", "));
-    apt(&[&["install", "-y", "-qq", "--no-install-recommends"], packages].concat())
+    apt(&[
+        &["install", "-y", "-qq", "--no-install-recommends"],
+        packages,
+    ]
+    .concat())
 }
 
 /// `RUNLEVEL=1` keeps the packages' scripts from starting a service: we start our own.
 fn apt(arguments: &[&str]) -> bool {
     let mut command = Command::new("apt-get");
-    command.args(arguments).env("DEBIAN_FRONTEND", "noninteractive").env("RUNLEVEL", "1");
-    command.stdin(Stdio::null()).stdout(Stdio::null()).status().is_ok_and(|s| s.success())
+    command
+        .args(arguments)
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .env("RUNLEVEL", "1");
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .status()
+        .is_ok_and(|s| s.success())
 }
 
 /// A loopback port that was free a moment ago.
@@ -137,7 +186,9 @@ fn apt(arguments: &[&str]) -> bool {
 /// # Errors
 /// No port can be bound.
 pub fn free_port() -> Result<u16> {
-    Ok(std::net::TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
+    Ok(std::net::TcpListener::bind(("127.0.0.1", 0))?
+        .local_addr()?
+        .port())
 }
 
 #[cfg(test)]
@@ -147,7 +198,9 @@ mod tests {
     #[test]
     fn a_dropped_server_is_gone() {
         let dir = tempfile::tempdir().expect("temporary folder");
-        let server = Cores::Any.start(Command::new("sleep").arg("60"), &dir.path().join("log")).expect("sleep starts");
+        let server = Cores::Any
+            .start(Command::new("sleep").arg("60"), &dir.path().join("log"))
+            .expect("sleep starts");
         let proc = PathBuf::from(format!("/proc/{}", server.pid()));
         assert!(proc.exists());
         drop(server);
@@ -158,8 +211,16 @@ mod tests {
     async fn a_server_that_ends_says_why() {
         let dir = tempfile::tempdir().expect("temporary folder");
         let log = dir.path().join("log");
-        let mut server = Cores::Any.start(Command::new("sh").args(["-c", "echo no such option; exit 3"]), &log).expect("sh starts");
-        let error = server.ready(|| async { false }, &log).await.expect_err("it ended");
+        let mut server = Cores::Any
+            .start(
+                Command::new("sh").args(["-c", "echo no such option; exit 3"]),
+                &log,
+            )
+            .expect("sh starts");
+        let error = server
+            .ready(|| async { false }, &log)
+            .await
+            .expect_err("it ended");
         assert!(error.to_string().contains("no such option"), "{error}");
     }
 

@@ -127,7 +127,16 @@ mod tests {
     #[test]
     fn ranks_are_those_of_the_binomial_tables() {
         // Standard tables of the distribution-free interval of a median at 95 %.
-        let table = [(5, None), (6, Some(1)), (8, Some(1)), (9, Some(2)), (12, Some(3)), (15, Some(4)), (20, Some(6)), (30, Some(10))];
+        let table = [
+            (5, None),
+            (6, Some(1)),
+            (8, Some(1)),
+            (9, Some(2)),
+            (12, Some(3)),
+            (15, Some(4)),
+            (20, Some(6)),
+            (30, Some(10)),
+        ];
         for (n, rank) in table {
             assert_eq!(enclosing_rank(n), rank, "n = {n}");
         }
@@ -138,7 +147,9 @@ mod tests {
         // 4000 draws of 15 skewed values whose true median is known; the nominal coverage is 96.5 %.
         let mut state = 7u64;
         let mut uniform = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             (state >> 11) as f64 / (1u64 << 53) as f64
         };
         let truth = 2.0f64.ln(); // median of the exponential distribution
@@ -163,7 +174,10 @@ mod tests {
 
     #[test]
     fn latencies_come_in_microseconds() {
-        assert_eq!(latency_us((1..=101).map(|i| i * 1000).collect()), Some((51.0, 100.0)));
+        assert_eq!(
+            latency_us((1..=101).map(|i| i * 1000).collect()),
+            Some((51.0, 100.0))
+        );
         assert_eq!(latency_us(Vec::new()), None);
     }
 }

@@ -31,15 +31,23 @@ impl DirectReads {
     /// # Errors
     /// The disk is full, or the file system has no direct I/O.
     pub fn create(path: &Path, bytes: u64) -> Result<Self> {
-        let mut file = File::create(path).with_context(|| format!("creating {}", path.display()))?;
+        let mut file =
+            File::create(path).with_context(|| format!("creating {}", path.display()))?;
         let piece = payload(4 << 20, 2);
         for _ in 0..bytes / piece.len() as u64 {
             file.write_all(&piece)?;
         }
         file.sync_all()?;
         let direct = i32::try_from(OFlags::DIRECT.bits())?;
-        let file = OpenOptions::new().read(true).custom_flags(direct).open(path).context("opening without the page cache")?;
-        Ok(Self { file: Arc::new(file), bytes })
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(direct)
+            .open(path)
+            .context("opening without the page cache")?;
+        Ok(Self {
+            file: Arc::new(file),
+            bytes,
+        })
     }
 }
 
@@ -68,7 +76,12 @@ impl Peer for DirectReads {
                 .map(|nth| {
                     let memory = vec![0; cell.bytes as usize + ALIGN];
                     let start = memory.as_ptr().align_offset(ALIGN);
-                    Reader { file: self.file.clone(), memory, start, job: Job::of(cell, nth, self.bytes) }
+                    Reader {
+                        file: self.file.clone(),
+                        memory,
+                        start,
+                        job: Job::of(cell, nth, self.bytes),
+                    }
                 })
                 .collect();
             drive_blocking(&mut readers, window, &[])

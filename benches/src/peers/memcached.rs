@@ -30,7 +30,12 @@ impl Wire for Meta {
             out.extend_from_slice(b" v\r\n");
             3
         });
-        Ask { request, head: &self.head, body: bytes, tail: b"\r\n" }
+        Ask {
+            request,
+            head: &self.head,
+            body: bytes,
+            tail: b"\r\n",
+        }
     }
 
     fn put(&mut self, bytes: usize, index: u64) -> Ask<'_> {
@@ -42,7 +47,12 @@ impl Wire for Meta {
             out.extend_from_slice(b"\r\n");
             3
         });
-        Ask { request, head: b"HD\r\n", body: 0, tail: b"" }
+        Ask {
+            request,
+            head: b"HD\r\n",
+            body: 0,
+            tail: b"",
+        }
     }
 
     fn exists(&mut self, bytes: usize, first: u64, count: u32) -> Option<Ask<'_>> {
@@ -56,7 +66,12 @@ impl Wire for Meta {
         if self.hits.len() != len {
             self.hits = b"HD\r\n".repeat(count as usize);
         }
-        Some(Ask { request: &self.pipeline, head: &self.hits, body: 0, tail: b"" })
+        Some(Ask {
+            request: &self.pipeline,
+            head: &self.hits,
+            body: 0,
+            tail: b"",
+        })
     }
 }
 
@@ -80,7 +95,10 @@ pub fn start(cores: Cores, dir: &Path, memory_mib: u64) -> Result<([Server; 2], 
     let mut local = Command::new(program);
     local.arg("-s").arg(&unix);
     sized(&mut local);
-    let servers = [cores.start(&mut tcp, &dir.join("memcached.log"))?, cores.start(&mut local, &dir.join("memcached-unix.log"))?];
+    let servers = [
+        cores.start(&mut tcp, &dir.join("memcached.log"))?,
+        cores.start(&mut local, &dir.join("memcached-unix.log"))?,
+    ];
     Ok((servers, format!("127.0.0.1:{port}"), unix))
 }
 
@@ -93,9 +111,19 @@ mod tests {
         let mut meta = Meta::default();
         let ask = meta.get(4, 1);
         assert_eq!(ask.request, b"mg 00000000000000040000000000000001 v\r\n");
-        assert_eq!((ask.head, ask.body, ask.tail), (&b"VA 4\r\n"[..], 4, &b"\r\n"[..]));
+        assert_eq!(
+            (ask.head, ask.body, ask.tail),
+            (&b"VA 4\r\n"[..], 4, &b"\r\n"[..])
+        );
         let put = meta.put(4, 2);
-        assert!(put.request.starts_with(b"ms 00000000000000040000000000000002 4\r\n") && put.request.ends_with(b"\r\n"));
-        assert_eq!(meta.exists(4, 0, 3).expect("supported").head, b"HD\r\nHD\r\nHD\r\n");
+        assert!(
+            put.request
+                .starts_with(b"ms 00000000000000040000000000000002 4\r\n")
+                && put.request.ends_with(b"\r\n")
+        );
+        assert_eq!(
+            meta.exists(4, 0, 3).expect("supported").head,
+            b"HD\r\nHD\r\nHD\r\n"
+        );
     }
 }

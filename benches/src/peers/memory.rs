@@ -17,7 +17,9 @@ pub struct Memcpy {
 impl Memcpy {
     /// With its working set in memory.
     pub fn new(working_set_bytes: u64) -> Result<Self> {
-        Ok(Self { source: Arc::new(payload(usize::try_from(working_set_bytes)?, 1)) })
+        Ok(Self {
+            source: Arc::new(payload(usize::try_from(working_set_bytes)?, 1)),
+        })
     }
 }
 
@@ -29,10 +31,11 @@ struct Copier {
 
 impl BlockingWorker for Copier {
     fn step(&mut self) -> Result<u64> {
-        let at = usize::try_from(self.job.next())? * self.buffer.len();
-        self.buffer.copy_from_slice(&self.source[at..at + self.buffer.len()]);
+        let length = self.buffer.len();
+        let at = usize::try_from(self.job.next())? * length;
+        self.buffer.copy_from_slice(&self.source[at..at + length]);
         std::hint::black_box(&self.buffer);
-        Ok(self.buffer.len() as u64)
+        Ok(length as u64)
     }
 }
 

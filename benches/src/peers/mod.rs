@@ -38,5 +38,9 @@ pub const LOOKUP_BYTES: u64 = 4096;
 
 /// How many values of a size there are, given the bytes of a working set.
 pub fn values_of(working_set_bytes: u64, bytes: u64) -> u64 {
-    if bytes == LOOKUP_BYTES { u64::from(CHAINS * CHAIN_KEYS) } else { (working_set_bytes / bytes).max(8) }
+    if bytes == LOOKUP_BYTES {
+        u64::from(CHAINS * CHAIN_KEYS)
+    } else {
+        (working_set_bytes / bytes).max(8)
+    }
 }

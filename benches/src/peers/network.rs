@@ -25,16 +25,30 @@ impl Job {
     /// the server's memory is read cold.
     pub fn of(cell: &Cell, nth: usize, working_set_bytes: u64) -> Self {
         let values = values_of(working_set_bytes, cell.bytes);
-        let steps = if cell.keys > 1 { u64::from(CHAINS) } else { values };
+        let steps = if cell.keys > 1 {
+            u64::from(CHAINS)
+        } else {
+            values
+        };
         let next = steps * nth as u64 / cell.concurrency as u64;
-        Self { op: cell.op, bytes: cell.bytes, keys: cell.keys, values, next }
+        Self {
+            op: cell.op,
+            bytes: cell.bytes,
+            keys: cell.keys,
+            values,
+            next,
+        }
     }
 
     /// The number of the next value; of the first value of the next chain when the operation has many keys.
     pub fn next(&mut self) -> u64 {
         let next = self.next;
         self.next += 1;
-        if self.keys > 1 { next % u64::from(CHAINS) * u64::from(CHAIN_KEYS) } else { next % self.values }
+        if self.keys > 1 {
+            next % u64::from(CHAINS) * u64::from(CHAIN_KEYS)
+        } else {
+            next % self.values
+        }
     }
 
     /// Bytes that one operation moves.
@@ -84,20 +98,42 @@ pub struct Network<C: Connection> {
 impl<C: Connection> Network<C> {
     /// A peer whose servers run already.
     pub fn new(target: C::Target, working_set_bytes: u64, server_pids: Vec<u32>) -> Self {
-        Self { target, working_set_bytes, server_pids, idle: Vec::new() }
+        Self {
+            target,
+            working_set_bytes,
+            server_pids,
+            idle: Vec::new(),
+        }
     }
 
     /// Writes the working set of every size in `sizes`.
     ///
     /// # Errors
     /// A write failed.
-    pub async fn fill(&mut self, peer: &'static str, transport: Transport, sizes: &[u64]) -> Result<()> {
-        let mut connection = C::connect(&self.target).await.with_context(|| format!("connecting to {peer}"))?;
+    pub async fn fill(
+        &mut self,
+        peer: &'static str,
+        transport: Transport,
+        sizes: &[u64],
+    ) -> Result<()> {
+        let mut connection = C::connect(&self.target)
+            .await
+            .with_context(|| format!("connecting to {peer}"))?;
         for &bytes in sizes {
-            let cell = Cell { peer, op: Op::Put, transport, bytes, concurrency: 1, keys: 1 };
+            let cell = Cell {
+                peer,
+                op: Op::Put,
+                transport,
+                bytes,
+                concurrency: 1,
+                keys: 1,
+            };
             let job = Job::of(&cell, 0, self.working_set_bytes);
             for index in 0..job.values {
-                connection.act(&job, index).await.with_context(|| format!("filling {peer} with values of {bytes} bytes"))?;
+                connection
+                    .act(&job, index)
+                    .await
+                    .with_context(|| format!("filling {peer} with values of {bytes} bytes"))?;
             }
         }
         self.idle.push(connection);
@@ -114,7 +150,10 @@ impl<C: Connection> Peer for Network<C> {
             }
             let connections = self.idle.drain(..cell.concurrency).enumerate();
             let workers = connections
-                .map(|(nth, connection)| Busy { connection, job: Job::of(cell, nth, self.working_set_bytes) })
+                .map(|(nth, connection)| Busy {
+                    connection,
+                    job: Job::of(cell, nth, self.working_set_bytes),
+                })
                 .collect();
             let (workers, sample) = drive(workers, window, &self.server_pids).await?;
             self.idle.extend(workers.into_iter().map(|w| w.connection));
@@ -129,7 +168,14 @@ mod tests {
 
     #[test]
     fn workers_start_apart_and_walk_through_everything() {
-        let cell = Cell { peer: "x", op: Op::Get, transport: Transport::Tcp, bytes: 1 << 20, concurrency: 8, keys: 1 };
+        let cell = Cell {
+            peer: "x",
+            op: Op::Get,
+            transport: Transport::Tcp,
+            bytes: 1 << 20,
+            concurrency: 8,
+            keys: 1,
+        };
         let mut job = Job::of(&cell, 4, 128 << 20);
         assert_eq!((job.next(), job.next()), (64, 65));
         let mut seen: Vec<u64> = (0..126).map(|_| job.next()).collect();
@@ -141,7 +187,14 @@ mod tests {
 
     #[test]
     fn lookups_walk_from_chain_to_chain() {
-        let cell = Cell { peer: "x", op: Op::Exists, transport: Transport::Tcp, bytes: LOOKUP_BYTES, concurrency: 1, keys: 128 };
+        let cell = Cell {
+            peer: "x",
+            op: Op::Exists,
+            transport: Transport::Tcp,
+            bytes: LOOKUP_BYTES,
+            concurrency: 1,
+            keys: 128,
+        };
         let mut job = Job::of(&cell, 0, 0);
         assert_eq!((job.next(), job.next()), (0, 512));
         assert_eq!(job.payload_bytes(), 0);

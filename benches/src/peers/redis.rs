@@ -33,7 +33,12 @@ impl Wire for Resp {
             out.extend_from_slice(b"\r\n");
             at
         });
-        Ask { request, head: &self.head, body: bytes, tail: b"\r\n" }
+        Ask {
+            request,
+            head: &self.head,
+            body: bytes,
+            tail: b"\r\n",
+        }
     }
 
     fn put(&mut self, bytes: usize, index: u64) -> Ask<'_> {
@@ -46,13 +51,19 @@ impl Wire for Resp {
             out.extend_from_slice(b"\r\n");
             at
         });
-        Ask { request, head: b"+OK\r\n", body: 0, tail: b"" }
+        Ask {
+            request,
+            head: b"+OK\r\n",
+            body: 0,
+            tail: b"",
+        }
     }
 
     fn exists(&mut self, bytes: usize, first: u64, count: u32) -> Option<Ask<'_>> {
         self.pipeline.clear();
         for index in first..first + u64::from(count) {
-            self.pipeline.extend_from_slice(b"*2\r\n$6\r\nEXISTS\r\n$32\r\n");
+            self.pipeline
+                .extend_from_slice(b"*2\r\n$6\r\nEXISTS\r\n$32\r\n");
             self.pipeline.extend_from_slice(&key(bytes, index));
             self.pipeline.extend_from_slice(b"\r\n");
         }
@@ -60,7 +71,12 @@ impl Wire for Resp {
         if self.ones.len() != len {
             self.ones = b":1\r\n".repeat(count as usize);
         }
-        Some(Ask { request: &self.pipeline, head: &self.ones, body: 0, tail: b"" })
+        Some(Ask {
+            request: &self.pipeline,
+            head: &self.ones,
+            body: 0,
+            tail: b"",
+        })
     }
 }
 
@@ -69,11 +85,32 @@ impl Wire for Resp {
 /// # Errors
 /// It is not installed or cannot be started.
 pub fn start(cores: Cores, dir: &Path) -> Result<(Server, String, std::path::PathBuf)> {
-    let program = find("redis-server").ok_or_else(|| anyhow::anyhow!("redis-server is not installed"))?;
+    let program =
+        find("redis-server").ok_or_else(|| anyhow::anyhow!("redis-server is not installed"))?;
     let (port, unix) = (free_port()?, dir.join("redis.sock"));
     let mut command = Command::new(program);
-    command.args(["--bind", "127.0.0.1", "--port", &port.to_string(), "--unixsocket"]).arg(&unix);
-    command.args(["--save", "", "--appendonly", "no", "--daemonize", "no", "--protected-mode", "no", "--dir"]).arg(dir);
+    command
+        .args([
+            "--bind",
+            "127.0.0.1",
+            "--port",
+            &port.to_string(),
+            "--unixsocket",
+        ])
+        .arg(&unix);
+    command
+        .args([
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+            "--daemonize",
+            "no",
+            "--protected-mode",
+            "no",
+            "--dir",
+        ])
+        .arg(dir);
     let server = cores.start(&mut command, &dir.join("redis.log"))?;
     Ok((server, format!("127.0.0.1:{port}"), unix))
 }
@@ -86,15 +123,34 @@ mod tests {
     fn requests_are_resp() {
         let mut resp = Resp::default();
         let ask = resp.get(4, 1);
-        assert_eq!(ask.request, b"*2\r\n$3\r\nGET\r\n$32\r\n00000000000000040000000000000001\r\n");
-        assert_eq!((ask.head, ask.body, ask.tail), (&b"$4\r\n"[..], 4, &b"\r\n"[..]));
+        assert_eq!(
+            ask.request,
+            b"*2\r\n$3\r\nGET\r\n$32\r\n00000000000000040000000000000001\r\n"
+        );
+        assert_eq!(
+            (ask.head, ask.body, ask.tail),
+            (&b"$4\r\n"[..], 4, &b"\r\n"[..])
+        );
         let again = resp.get(65536, 2);
-        assert!(again.request.ends_with(b"00000000000100000000000000000002\r\n") && again.head == b"$65536\r\n");
+        assert!(
+            again
+                .request
+                .ends_with(b"00000000000100000000000000000002\r\n")
+                && again.head == b"$65536\r\n"
+        );
         let put = resp.put(4, 7);
-        assert!(put.request.starts_with(b"*3\r\n$3\r\nSET\r\n$32\r\n00000000000000040000000000000007\r\n$4\r\n"));
-        assert_eq!(put.request.len(), 20 + 32 + 2 + 4 + 4 + 2);
+        assert!(
+            put.request.starts_with(
+                b"*3\r\n$3\r\nSET\r\n$32\r\n00000000000000040000000000000007\r\n$4\r\n"
+            )
+        );
+        assert_eq!(put.request.len(), 18 + 32 + 2 + 4 + 4 + 2);
         let exists = resp.exists(4, 1, 2).expect("supported");
         assert_eq!(exists.head, b":1\r\n:1\r\n");
-        assert!(exists.request.ends_with(b"*2\r\n$6\r\nEXISTS\r\n$32\r\n00000000000000040000000000000002\r\n"));
+        assert!(
+            exists
+                .request
+                .ends_with(b"*2\r\n$6\r\nEXISTS\r\n$32\r\n00000000000000040000000000000002\r\n")
+        );
     }
 }

@@ -46,7 +46,11 @@ impl<W: Wire + Default> Connection for Socket<W> {
             }
             Address::Unix(path) => Stream::Unix(UnixStream::connect(path).await?),
         };
-        Ok(Self { stream, wire: W::default(), reply: Vec::new() })
+        Ok(Self {
+            stream,
+            wire: W::default(),
+            reply: Vec::new(),
+        })
     }
 
     async fn act(&mut self, job: &Job, index: u64) -> Result<u64> {
@@ -76,7 +80,11 @@ fn ask<'a, W: Wire>(wire: &'a mut W, job: &Job, index: u64) -> Result<Ask<'a>> {
     })
 }
 
-async fn exchange<S: AsyncReadExt + AsyncWriteExt + Unpin>(stream: &mut S, ask: &Ask<'_>, reply: &mut [u8]) -> Result<()> {
+async fn exchange<S: AsyncReadExt + AsyncWriteExt + Unpin>(
+    stream: &mut S,
+    ask: &Ask<'_>,
+    reply: &mut [u8],
+) -> Result<()> {
     stream.write_all(ask.request).await?;
     let mut filled = 0;
     while filled < reply.len() {
@@ -139,7 +147,12 @@ pub struct Threads<W> {
 impl<W: Wire + Default> Threads<W> {
     /// A client of a server that another peer has filled.
     pub fn new(address: Address, working_set_bytes: u64, server_pids: Vec<u32>) -> Self {
-        Self { address, working_set_bytes, server_pids, idle: Vec::new() }
+        Self {
+            address,
+            working_set_bytes,
+            server_pids,
+            idle: Vec::new(),
+        }
     }
 }
 
@@ -165,11 +178,19 @@ impl<W: Wire + Default> Peer for Threads<W> {
     fn run<'a>(&'a mut self, cell: &'a Cell, window: Window) -> Pending<'a, Result<Sample>> {
         Box::pin(async move {
             while self.idle.len() < cell.concurrency {
-                self.idle.push((BlockingStream::connect(&self.address)?, W::default(), Vec::new()));
+                self.idle.push((
+                    BlockingStream::connect(&self.address)?,
+                    W::default(),
+                    Vec::new(),
+                ));
             }
             let parts = self.idle.drain(..cell.concurrency).enumerate();
-            let mut workers: Vec<_> =
-                parts.map(|(nth, parts)| ThreadWorker { parts, job: Job::of(cell, nth, self.working_set_bytes) }).collect();
+            let mut workers: Vec<_> = parts
+                .map(|(nth, parts)| ThreadWorker {
+                    parts,
+                    job: Job::of(cell, nth, self.working_set_bytes),
+                })
+                .collect();
             // Blocks the runtime's thread, on which nothing else has to run meanwhile.
             let sample = drive_blocking(&mut workers, window, &self.server_pids)?;
             self.idle.extend(workers.into_iter().map(|w| w.parts));

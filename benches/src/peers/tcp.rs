@@ -30,7 +30,9 @@ pub struct Framed {
 
 impl Framed {
     fn head(&mut self, op: u8, bytes: usize, index: u64) {
-        self.length = u32::try_from(bytes).expect("values are below 4 GiB").to_le_bytes();
+        self.length = u32::try_from(bytes)
+            .expect("values are below 4 GiB")
+            .to_le_bytes();
         self.head[0] = op;
         self.head[1..9].copy_from_slice(&slot(bytes, index).to_le_bytes());
         self.head[9..].copy_from_slice(&self.length);
@@ -45,7 +47,12 @@ fn slot(bytes: usize, index: u64) -> u64 {
 impl Wire for Framed {
     fn get(&mut self, bytes: usize, index: u64) -> Ask<'_> {
         self.head(0, bytes, index);
-        Ask { request: &self.head, head: &self.length, body: bytes, tail: b"" }
+        Ask {
+            request: &self.head,
+            head: &self.length,
+            body: bytes,
+            tail: b"",
+        }
     }
 
     fn put(&mut self, bytes: usize, index: u64) -> Ask<'_> {
@@ -55,7 +62,12 @@ impl Wire for Framed {
             self.put.extend_from_slice(&payload(bytes, bytes as u64));
         }
         self.put[..HEAD_BYTES].copy_from_slice(&self.head);
-        Ask { request: &self.put, head: &self.length, body: 0, tail: b"" }
+        Ask {
+            request: &self.put,
+            head: &self.length,
+            body: 0,
+            tail: b"",
+        }
     }
 
     fn exists(&mut self, _: usize, _: u64, _: u32) -> Option<Ask<'_>> {
@@ -87,7 +99,10 @@ pub async fn serve(tcp: &str, unix: &Path) -> Result<()> {
 }
 
 /// One connection. A received value is swapped with the one it replaces, whose memory receives the next.
-async fn converse(mut stream: impl AsyncRead + AsyncWrite + Unpin, table: Table) -> std::io::Result<()> {
+async fn converse(
+    mut stream: impl AsyncRead + AsyncWrite + Unpin,
+    table: Table,
+) -> std::io::Result<()> {
     let mut spare = Vec::new();
     loop {
         let op = stream.read_u8().await?;
@@ -104,7 +119,10 @@ async fn converse(mut stream: impl AsyncRead + AsyncWrite + Unpin, table: Table)
         } else {
             spare.resize(bytes as usize, 0);
             stream.read_exact(&mut spare).await?;
-            let old = table.lock().expect("no holder panics").insert(slot, Arc::new(std::mem::take(&mut spare)));
+            let old = table
+                .lock()
+                .expect("no holder panics")
+                .insert(slot, Arc::new(std::mem::take(&mut spare)));
             spare = old.and_then(Arc::into_inner).unwrap_or_default();
             stream.write_all(&length).await?;
         }
@@ -123,9 +141,16 @@ mod tests {
         let mut exchange = async |ask: Ask<'_>| {
             client.write_all(ask.request).await.expect("server lives");
             let mut reply = vec![0; ask.reply_len().max(4)];
-            let n = if ask.body == 0 { 4 } else { client.read(&mut reply).await.expect("server lives") };
+            let n = if ask.body == 0 {
+                4
+            } else {
+                client.read(&mut reply).await.expect("server lives")
+            };
             if ask.body == 0 {
-                client.read_exact(&mut reply[..4]).await.expect("server lives");
+                client
+                    .read_exact(&mut reply[..4])
+                    .await
+                    .expect("server lives");
             }
             (ask.check_head(&reply[..n]).is_ok(), reply)
         };

@@ -14,9 +14,10 @@ use bytes::Bytes;
 use kvproto::v1::blocks_client::BlocksClient;
 use kvproto::v1::blocks_server::{Blocks, BlocksServer};
 use kvproto::v1::{
-    BlockHeader, Chain, GetOutcome, GetRequest, GetResponse, InvalidateRequest, InvalidateResponse, LookupRequest, LookupResponse,
-    OpenNamespaceRequest, OpenNamespaceResponse, PutOutcome, PutRequest, PutResponse, PutResult, PutStart, ReleaseRequest,
-    ReleaseResponse, RenewRequest, RenewResponse, StatsRequest, StatsResponse, WatchRequest, WatchResponse,
+    BlockHeader, Chain, GetOutcome, GetRequest, GetResponse, InvalidateRequest, InvalidateResponse,
+    LookupRequest, LookupResponse, OpenNamespaceRequest, OpenNamespaceResponse, PutOutcome,
+    PutRequest, PutResponse, PutResult, PutStart, ReleaseRequest, ReleaseResponse, RenewRequest,
+    RenewResponse, StatsRequest, StatsResponse, WatchRequest, WatchResponse,
 };
 use tokio::net::{TcpListener, UnixListener};
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
@@ -49,23 +50,46 @@ impl Blocks for Map {
     async fn get(&self, request: Request<GetRequest>) -> Result<Response<Self::GetStream>, Status> {
         let hash = request.into_inner().chain.unwrap_or_default().hashes;
         let data = self.0.lock().expect("no holder panics").get(&hash).cloned();
-        let outcome = if data.is_some() { GetOutcome::Hit } else { GetOutcome::Miss };
-        let answer = GetResponse { outcome: outcome.into(), data: data.unwrap_or_default(), ..Default::default() };
+        let outcome = if data.is_some() {
+            GetOutcome::Hit
+        } else {
+            GetOutcome::Miss
+        };
+        let answer = GetResponse {
+            outcome: outcome.into(),
+            data: data.unwrap_or_default(),
+            ..Default::default()
+        };
         Ok(Response::new(Box::pin(tokio_stream::once(Ok(answer)))))
     }
 
-    async fn put(&self, request: Request<Streaming<PutRequest>>) -> Result<Response<PutResponse>, Status> {
+    async fn put(
+        &self,
+        request: Request<Streaming<PutRequest>>,
+    ) -> Result<Response<PutResponse>, Status> {
         let mut stream = request.into_inner();
         let mut results = Vec::new();
         while let Some(put) = stream.message().await? {
             let hash = put.header.unwrap_or_default().hash;
-            self.0.lock().expect("no holder panics").insert(hash, put.data);
-            results.push(PutResult { outcome: PutOutcome::Cached.into(), ..Default::default() });
+            self.0
+                .lock()
+                .expect("no holder panics")
+                .insert(hash, put.data);
+            results.push(PutResult {
+                outcome: PutOutcome::Cached.into(),
+                ..Default::default()
+            });
         }
-        Ok(Response::new(PutResponse { results, ..Default::default() }))
+        Ok(Response::new(PutResponse {
+            results,
+            ..Default::default()
+        }))
     }
 
-    async fn open_namespace(&self, _: Request<OpenNamespaceRequest>) -> Result<Response<OpenNamespaceResponse>, Status> {
+    async fn open_namespace(
+        &self,
+        _: Request<OpenNamespaceRequest>,
+    ) -> Result<Response<OpenNamespaceResponse>, Status> {
         absent()
     }
     async fn lookup(&self, _: Request<LookupRequest>) -> Result<Response<LookupResponse>, Status> {
@@ -74,10 +98,16 @@ impl Blocks for Map {
     async fn renew(&self, _: Request<RenewRequest>) -> Result<Response<RenewResponse>, Status> {
         absent()
     }
-    async fn release(&self, _: Request<ReleaseRequest>) -> Result<Response<ReleaseResponse>, Status> {
+    async fn release(
+        &self,
+        _: Request<ReleaseRequest>,
+    ) -> Result<Response<ReleaseResponse>, Status> {
         absent()
     }
-    async fn invalidate(&self, _: Request<InvalidateRequest>) -> Result<Response<InvalidateResponse>, Status> {
+    async fn invalidate(
+        &self,
+        _: Request<InvalidateRequest>,
+    ) -> Result<Response<InvalidateResponse>, Status> {
         absent()
     }
     async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
@@ -94,7 +124,11 @@ impl Blocks for Map {
 /// The addresses cannot be bound.
 pub async fn serve(tcp: &str, unix: &Path, tuned: bool) -> Result<()> {
     let map = Map::default();
-    let service = || BlocksServer::new(map.clone()).max_decoding_message_size(MESSAGE_BYTES).max_encoding_message_size(MESSAGE_BYTES);
+    let service = || {
+        BlocksServer::new(map.clone())
+            .max_decoding_message_size(MESSAGE_BYTES)
+            .max_encoding_message_size(MESSAGE_BYTES)
+    };
     let server = || match tuned {
         true => Server::builder()
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
@@ -103,7 +137,9 @@ pub async fn serve(tcp: &str, unix: &Path, tuned: bool) -> Result<()> {
         false => Server::builder(),
     };
     let tcp = TcpListenerStream::new(TcpListener::bind(tcp).await?);
-    let tcp = tokio_stream::StreamExt::map(tcp, |stream| stream.inspect(|s| s.set_nodelay(true).unwrap_or_default()));
+    let tcp = tokio_stream::StreamExt::map(tcp, |stream| {
+        stream.inspect(|s| s.set_nodelay(true).unwrap_or_default())
+    });
     let unix = UnixListenerStream::new(UnixListener::bind(unix)?);
     tokio::try_join!(
         server().add_service(service()).serve_with_incoming(tcp),
@@ -135,8 +171,14 @@ impl Connection for Stock {
                 .max_frame_size(FRAME_BYTES);
         }
         let channel = endpoint.connect().await?;
-        let client = BlocksClient::new(channel).max_decoding_message_size(MESSAGE_BYTES).max_encoding_message_size(MESSAGE_BYTES);
-        Ok(Self { client, value: Bytes::new(), buffer: Vec::new() })
+        let client = BlocksClient::new(channel)
+            .max_decoding_message_size(MESSAGE_BYTES)
+            .max_encoding_message_size(MESSAGE_BYTES);
+        Ok(Self {
+            client,
+            value: Bytes::new(),
+            buffer: Vec::new(),
+        })
     }
 
     async fn act(&mut self, job: &Job, index: u64) -> Result<u64> {
@@ -145,10 +187,24 @@ impl Connection for Stock {
         match job.op {
             Op::Get => {
                 self.buffer.resize(bytes, 0);
-                let chain = Some(Chain { hashes: hash, ..Default::default() });
-                let mut stream = self.client.get(GetRequest { chain, ..Default::default() }).await?.into_inner();
+                let chain = Some(Chain {
+                    hashes: hash,
+                    ..Default::default()
+                });
+                let mut stream = self
+                    .client
+                    .get(GetRequest {
+                        chain,
+                        ..Default::default()
+                    })
+                    .await?
+                    .into_inner();
                 let answer = stream.message().await?.context("an empty stream")?;
-                ensure!(answer.data.len() == bytes, "got {} bytes", answer.data.len());
+                ensure!(
+                    answer.data.len() == bytes,
+                    "got {} bytes",
+                    answer.data.len()
+                );
                 self.buffer.copy_from_slice(&answer.data); // into the caller's buffer, like everybody
                 ensure!(stream.message().await?.is_none(), "a second message");
             }
@@ -156,10 +212,22 @@ impl Connection for Stock {
                 if self.value.len() != bytes {
                     self.value = payload(bytes, bytes as u64).into();
                 }
-                let header = BlockHeader { hash, length_bytes: job.bytes, ..Default::default() };
-                let put = PutRequest { start: Some(PutStart::default()), header: Some(header), data: self.value.clone() };
+                let header = BlockHeader {
+                    hash,
+                    length_bytes: job.bytes,
+                    ..Default::default()
+                };
+                let put = PutRequest {
+                    start: Some(PutStart::default()),
+                    header: Some(header),
+                    data: self.value.clone(),
+                };
                 let answer = self.client.put(tokio_stream::once(put)).await?.into_inner();
-                ensure!(answer.results.len() == 1, "{} results", answer.results.len());
+                ensure!(
+                    answer.results.len() == 1,
+                    "{} results",
+                    answer.results.len()
+                );
             }
             other => anyhow::bail!("no {} here", other.as_str()),
         }

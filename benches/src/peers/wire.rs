@@ -36,7 +36,11 @@ impl Ask<'_> {
     /// It is not what must come.
     pub fn check_head(&self, received: &[u8]) -> Result<()> {
         let known = received.len().min(self.head.len());
-        ensure!(received[..known] == self.head[..known], "answered {:?}", String::from_utf8_lossy(&received[..received.len().min(80)]));
+        ensure!(
+            received[..known] == self.head[..known],
+            "answered {:?}",
+            String::from_utf8_lossy(&received[..received.len().min(80)])
+        );
         Ok(())
     }
 
@@ -46,7 +50,10 @@ impl Ask<'_> {
     /// It is not what must come.
     pub fn check(&self, reply: &[u8]) -> Result<()> {
         self.check_head(reply)?;
-        ensure!(reply.ends_with(self.tail), "the reply ends with something else");
+        ensure!(
+            reply.ends_with(self.tail),
+            "the reply ends with something else"
+        );
         Ok(())
     }
 }
@@ -83,7 +90,9 @@ pub fn payload(bytes: usize, seed: u64) -> Vec<u8> {
     let mut state = seed ^ 0x9e37_79b9_7f4a_7c15;
     let mut out = Vec::with_capacity(bytes + 8);
     while out.len() < bytes {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         out.extend_from_slice(&(state ^ (state >> 29)).to_le_bytes());
     }
     out.truncate(bytes);
@@ -100,7 +109,12 @@ pub struct Template {
 
 impl Template {
     /// The request for `index`; laid out anew by `lay` (which answers where the key stands) only when the size changes.
-    pub fn with(&mut self, bytes: usize, index: u64, lay: impl FnOnce(&mut Vec<u8>) -> usize) -> &[u8] {
+    pub fn with(
+        &mut self,
+        bytes: usize,
+        index: u64,
+        lay: impl FnOnce(&mut Vec<u8>) -> usize,
+    ) -> &[u8] {
         if self.bytes != bytes || self.buffer.is_empty() {
             self.buffer.clear();
             self.key_at = lay(&mut self.buffer);
@@ -123,7 +137,12 @@ mod tests {
 
     #[test]
     fn a_wrong_reply_is_seen_at_its_first_byte() {
-        let ask = Ask { request: b"", head: b"$4\r\n", body: 4, tail: b"\r\n" };
+        let ask = Ask {
+            request: b"",
+            head: b"$4\r\n",
+            body: 4,
+            tail: b"\r\n",
+        };
         assert_eq!(ask.reply_len(), 10);
         assert!(ask.check_head(b"$4").is_ok() && ask.check_head(b"$-1\r\n").is_err());
         assert!(ask.check(b"$4\r\nabcd\r\n").is_ok() && ask.check(b"$4\r\nabcdef").is_err());
