@@ -61,7 +61,7 @@ struct Reader {
 impl BlockingWorker for Reader {
     fn step(&mut self) -> Result<u64> {
         let length = self.job.bytes;
-        let at = self.job.next() * length;
+        let at = self.job.next_value() * length;
         let buffer = &mut self.memory[self.start..self.start + length as usize];
         let n = self.file.read_at(buffer, at)?;
         ensure!(n as u64 == length, "read {n} of {length} bytes at {at}");

@@ -32,7 +32,7 @@ struct Copier {
 impl BlockingWorker for Copier {
     fn step(&mut self) -> Result<u64> {
         let length = self.buffer.len();
-        let at = usize::try_from(self.job.next())? * length;
+        let at = usize::try_from(self.job.next_value())? * length;
         self.buffer.copy_from_slice(&self.source[at..at + length]);
         std::hint::black_box(&self.buffer);
         Ok(length as u64)

@@ -41,7 +41,7 @@ impl Job {
     }
 
     /// The number of the next value; of the first value of the next chain when the operation has many keys.
-    pub fn next(&mut self) -> u64 {
+    pub fn next_value(&mut self) -> u64 {
         let next = self.next;
         self.next += 1;
         if self.keys > 1 {
@@ -82,7 +82,7 @@ struct Busy<C> {
 
 impl<C: Connection> Worker for Busy<C> {
     async fn step(&mut self) -> Result<u64> {
-        let index = self.job.next();
+        let index = self.job.next_value();
         self.connection.act(&self.job, index).await
     }
 }
@@ -177,12 +177,12 @@ mod tests {
             keys: 1,
         };
         let mut job = Job::of(&cell, 4, 128 << 20);
-        assert_eq!((job.next(), job.next()), (64, 65));
-        let mut seen: Vec<u64> = (0..126).map(|_| job.next()).collect();
+        assert_eq!((job.next_value(), job.next_value()), (64, 65));
+        let mut seen: Vec<u64> = (0..126).map(|_| job.next_value()).collect();
         seen.sort_unstable();
         seen.dedup();
         assert_eq!(seen.len(), 126);
-        assert_eq!(job.next(), 64);
+        assert_eq!(job.next_value(), 64);
     }
 
     #[test]
@@ -196,7 +196,7 @@ mod tests {
             keys: 128,
         };
         let mut job = Job::of(&cell, 0, 0);
-        assert_eq!((job.next(), job.next()), (0, 512));
+        assert_eq!((job.next_value(), job.next_value()), (0, 512));
         assert_eq!(job.payload_bytes(), 0);
     }
 }

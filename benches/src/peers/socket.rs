@@ -163,7 +163,7 @@ struct ThreadWorker<W> {
 
 impl<W: Wire> BlockingWorker for ThreadWorker<W> {
     fn step(&mut self) -> Result<u64> {
-        let index = self.job.next();
+        let index = self.job.next_value();
         let (stream, wire, reply) = &mut self.parts;
         let ask = ask(wire, &self.job, index)?;
         if reply.len() < ask.reply_len() {

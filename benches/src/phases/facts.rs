@@ -1,0 +1,7 @@
+//! facts
+
+use super::{Found, Options};
+/// run
+pub async fn run(_options: &Options) -> Found {
+    Found::default()
+}

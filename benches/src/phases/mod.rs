@@ -1,0 +1,116 @@
+//! What is run, phase after phase; servers of one phase do not outlive it.
+//!
+//! ```text
+//!   network   gets, puts and lookups against every peer, TCP and Unix sockets     client on its own runtime
+//!   nvme      blocks that lie on the disk, beside direct reads of the same disk   node in this process, and by gRPC
+//!   lease     a reference without a copy                                          node in this process
+//!   memory    resident bytes per stored byte            ┐
+//!   trace     hit share on a recorded trace             ├ facts: no rounds
+//!   overcommit  four times RAM, every stored block read ┘
+//! ```
+
+pub mod facts;
+pub mod inside;
+pub mod network;
+
+use std::path::PathBuf;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::bars::Bar;
+use crate::load::Window;
+use crate::rounds::{Cell, Group, Measured};
+use crate::spawn::Cores;
+
+/// How everything is run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Interleaved rounds.
+    pub rounds: usize,
+    /// Warm-up and length of a cell.
+    pub window: Window,
+    /// Bytes of values per size and server.
+    pub working_set_bytes: u64,
+    /// Where servers and clients run.
+    pub cores: Cores,
+    /// Connections of Terrace's client; None: its own default.
+    pub connections: Option<usize>,
+    /// Parts of names; empty means everything.
+    pub only: Vec<String>,
+    /// A recorded trace to replay.
+    pub trace: Option<PathBuf>,
+    /// Scratch folder, on the disk that is measured.
+    pub dir: PathBuf,
+    /// Whether a bar of progress is wanted.
+    pub progress: bool,
+}
+
+impl Options {
+    /// Whether something of this name is wanted.
+    pub fn wants(&self, name: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|part| name.contains(part.as_str()))
+    }
+
+    fn bar(&self, phase: &'static str, groups: &[Group]) -> ProgressBar {
+        if !self.progress {
+            return ProgressBar::hidden();
+        }
+        let cells: usize = groups.iter().map(|g| g.cells.len()).sum();
+        let bar = ProgressBar::new((cells * self.rounds) as u64).with_prefix(phase);
+        let style = ProgressStyle::with_template(
+            "{prefix:10} {bar:30} {pos}/{len} {elapsed_precise} left {eta_precise}  {msg}",
+        );
+        bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+    }
+
+    fn spinner(&self, phase: &'static str) -> ProgressBar {
+        if !self.progress {
+            return ProgressBar::hidden();
+        }
+        let style = ProgressStyle::with_template("{prefix:10} {spinner} {elapsed_precise}  {msg}");
+        let bar = ProgressBar::new_spinner().with_prefix(phase);
+        let bar = bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
+        bar.enable_steady_tick(std::time::Duration::from_millis(200));
+        bar
+    }
+}
+
+/// What `--only` is matched against: `get tcp 1MiB c8 redis`.
+pub fn label(cell: &Cell) -> String {
+    let size = crate::report::size(cell.bytes).replace(' ', "");
+    format!(
+        "{} {} {size} c{} {}",
+        cell.op.as_str(),
+        cell.transport.as_str(),
+        cell.concurrency,
+        cell.peer
+    )
+}
+
+/// What a phase found.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// Cells.
+    pub measured: Vec<Measured>,
+    /// Bars of facts; those of ratios are derived from the cells.
+    pub facts: Vec<Bar>,
+    /// What was left out, and why.
+    pub skipped: Vec<String>,
+}
+
+impl Found {
+    /// Adds what another phase found.
+    pub fn add(&mut self, other: Found) {
+        self.measured.extend(other.measured);
+        self.facts.extend(other.facts);
+        self.skipped.extend(other.skipped);
+    }
+
+    /// Notes a phase that failed as a whole.
+    pub fn failed(phase: &str, error: &anyhow::Error) -> Self {
+        Self {
+            skipped: vec![format!("{phase}: {error:#}")],
+            ..Self::default()
+        }
+    }
+}
