@@ -1,0 +1,142 @@
+//! Forgetting on purpose: a block, everything below a prefix, or a namespace.
+//!
+//! ```text
+//! raise the fence ─► visit every shard ─► what goes, and the tiers that must remove it for good
+//! ```
+//!
+//! Below a prefix goes every block whose known ancestors lead to it, and every block of which that cannot be
+//! excluded because an ancestor is missing: an engine may lose a block, and may not keep one that must go.
+//! Leases do not hold what is invalidated: a get under them answers `Invalidated`.
+//! Cost: a prefix or a namespace visits the whole index, one shard at a time. Units: blocks.
+
+use std::collections::{HashMap, HashSet};
+
+use kvproto::{BlockKey, Kind, NamespaceId, Reason, SequenceHash, TierKind};
+
+use super::{Change, Engine, TierSet, budget::slot_bytes, policy::BlockId};
+use crate::tier::BlockRef;
+
+/// What is to be forgotten, within a namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// This block, in all its parts.
+    Block(SequenceHash),
+    /// This block and every block after it in any chain.
+    Prefix(SequenceHash),
+    /// Everything.
+    All,
+}
+
+/// A block that was forgotten.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Invalidated {
+    /// Which.
+    pub key: BlockKey,
+    /// The tiers below RAM that must remove it.
+    pub tiers: TierSet,
+}
+
+impl Engine {
+    /// Forgets what `target` names, and outlaws the puts under way that might bring it back. The answer says which
+    /// tiers have to remove what.
+    pub fn invalidate(&self, namespace: NamespaceId, target: Target) -> Vec<Invalidated> {
+        match target {
+            Target::Block(hash) => {
+                self.fences.raise_for(&namespace, &hash);
+                self.forget_where(|key| key.namespace == namespace && key.hash == hash)
+            }
+            Target::All => {
+                self.fences.raise(&namespace);
+                self.forget_where(|key| key.namespace == namespace)
+            }
+            Target::Prefix(hash) => {
+                self.fences.raise(&namespace);
+                let below = self.below_prefix(namespace, hash);
+                self.forget_where(|key| key.namespace == namespace && below.contains(&key.hash))
+            }
+        }
+    }
+
+    fn forget_where(&self, gone: impl Fn(&BlockKey) -> bool) -> Vec<Invalidated> {
+        let mut forgotten = Vec::new();
+        let mut from_ram: Vec<(Kind, BlockId, BlockRef)> = Vec::new();
+        for mut shard in self.index.shards() {
+            let keys: Vec<BlockKey> = shard
+                .iter()
+                .map(|(key, _)| *key)
+                .filter(|key| gone(key))
+                .collect();
+            for key in keys {
+                let Some(entry) = shard.get_mut(&key) else {
+                    continue;
+                };
+                if !entry.is_present() {
+                    entry.gone = Some(Reason::Invalidated);
+                    continue;
+                }
+                let change = Change::Removed(Reason::Invalidated);
+                let tiers = std::mem::take(&mut entry.below);
+                for tier in tiers.iter() {
+                    self.tell(&key, entry, change, tier);
+                }
+                if let Some(held) = entry.ram.take() {
+                    self.tell(&key, entry, change, TierKind::Ram);
+                    from_ram.push((entry.kind, held.id, held.block));
+                }
+                shard.settle(&key, Reason::Invalidated);
+                forgotten.push(Invalidated { key, tiers });
+            }
+        }
+        // The RAM lock comes before a shard's, so the handles end afterwards. Until then the policy knows blocks
+        // that the index has let go of; as victims they are refused, because their entry is gone.
+        let mut ram = self.ram.lock();
+        for (kind, id, block) in from_ram {
+            ram.remove(kind, id);
+            self.budget.release(kind, slot_bytes(block.len_bytes()));
+        }
+        forgotten
+    }
+
+    /// Every hash in the namespace that is `prefix`, or comes after it, or might.
+    fn below_prefix(&self, namespace: NamespaceId, prefix: SequenceHash) -> HashSet<SequenceHash> {
+        let mut places: HashMap<SequenceHash, (u32, Option<SequenceHash>)> = HashMap::new();
+        for shard in self.index.shards() {
+            let known = shard.iter().filter(|(key, _)| key.namespace == namespace);
+            places.extend(
+                known.map(|(key, entry)| (key.hash, (entry.place.index, entry.place.parent))),
+            );
+        }
+        let prefix_index = places.get(&prefix).map(|(index, _)| *index);
+        let mut verdicts: HashMap<SequenceHash, bool> = HashMap::from([(prefix, true)]);
+        let mut path = Vec::new();
+        for start in places.keys() {
+            path.clear();
+            let mut at = *start;
+            let verdict = loop {
+                if let Some(verdict) = verdicts.get(&at) {
+                    break *verdict;
+                }
+                let Some((index, parent)) = places.get(&at) else {
+                    // Unknown from here towards the root: it might hang below the prefix.
+                    break true;
+                };
+                path.push(at);
+                match parent {
+                    // At the prefix's depth or above, and not the prefix.
+                    _ if prefix_index.is_some_and(|prefix| *index <= prefix) => break false,
+                    None => break false,
+                    Some(parent) => at = *parent,
+                }
+                // Indices fall towards the root in honest chains; a loop in dishonest ones ends here.
+                if path.len() > places.len() {
+                    break true;
+                }
+            };
+            verdicts.extend(path.iter().map(|hash| (*hash, verdict)));
+        }
+        verdicts
+            .into_iter()
+            .filter_map(|(hash, below)| below.then_some(hash))
+            .collect()
+    }
+}

@@ -1,0 +1,121 @@
+//! What the engine is told by, and tells, the tiers below RAM.
+//!
+//! ```text
+//! demotable ─► tier write ─► stored (true: it counts; false: it was invalidated, remove it again)
+//! tier read fails, or a tier drops something ─► lost        tier wants room ─► keep?
+//! start ─► residents ─► recover
+//! ```
+//!
+//! Whoever writes a block to a tier keeps its `BlockRef` until it has called `stored`: RAM does not evict what
+//! somebody reads, so the entry is still there unless it was invalidated.
+
+use kvproto::{BlockKey, Kind, Reason, TierKind};
+
+use super::{Change, Demotion, Engine, TierSet, index::Entry};
+use crate::tier::{BlockRef, ReclaimGuard, Resident};
+
+/// Blocks that one call looks at: the coldest that are all below already need no second copy.
+const LOOK_AHEAD: usize = 1024;
+
+impl Engine {
+    /// Blocks that are in RAM alone and would be lost soonest, coldest first, up to so many bytes; those that the
+    /// configured demotion admits.
+    pub fn demotable(&self, max_bytes: u64) -> Vec<BlockRef> {
+        let ram = self.ram.lock();
+        let mut chosen = Vec::new();
+        let mut bytes = 0;
+        let mut coldest = Vec::new();
+        for kind in Kind::ALL {
+            coldest.clear();
+            ram.policy(*kind).coldest(LOOK_AHEAD, &mut coldest);
+            for block in coldest.iter().filter_map(|id| ram.block(*id)) {
+                if !self.should_demote(block) {
+                    continue;
+                }
+                bytes += block.len_bytes();
+                if bytes > max_bytes {
+                    return chosen;
+                }
+                chosen.push(block.clone());
+            }
+        }
+        chosen
+    }
+
+    fn should_demote(&self, block: &BlockRef) -> bool {
+        let shard = self.index.shard(block.key());
+        shard.get(block.key()).is_some_and(|entry| {
+            entry.below.is_empty()
+                && match self.config.demotion {
+                    Demotion::Open => true,
+                    Demotion::Reuse => entry.uses > 0,
+                }
+        })
+    }
+
+    /// A lower tier has the block now. False if it was invalidated while it was written: the caller removes it
+    /// from the tier again.
+    #[must_use = "what was invalidated must leave the tier again"]
+    pub fn stored(&self, key: &BlockKey, tier: TierKind) -> bool {
+        let mut shard = self.index.shard(key);
+        let Some(entry) = shard.get_mut(key).filter(|entry| entry.is_present()) else {
+            return false;
+        };
+        if entry.below.insert(tier) {
+            self.tell(key, entry, Change::Stored, tier);
+        }
+        true
+    }
+
+    /// A lower tier has the block no longer.
+    pub fn lost(&self, key: &BlockKey, tier: TierKind, reason: Reason) {
+        let mut shard = self.index.shard(key);
+        let Some(entry) = shard.get_mut(key) else {
+            return;
+        };
+        if entry.below.remove(tier) {
+            self.tell(key, entry, Change::Removed(reason), tier);
+            shard.settle(key, reason);
+        }
+    }
+
+    /// What a tier proved to hold when it was opened.
+    pub fn recover(&self, tier: TierKind, residents: Vec<Resident>, kind: Kind) {
+        for resident in residents {
+            let key = resident.key;
+            let mut shard = self.index.shard(&key);
+            let entry = shard.entry(&key, || Entry {
+                place: resident.place,
+                length_bytes: resident.length_bytes,
+                seal: resident.seal,
+                ram: None,
+                pins: 0,
+                below: TierSet::EMPTY,
+                kind,
+                uses: 0,
+                gone: None,
+            });
+            if entry.below.insert(tier) {
+                self.tell(&key, entry, Change::Stored, tier);
+            }
+        }
+    }
+}
+
+impl ReclaimGuard for Engine {
+    /// Leased blocks stay; any other is forgotten in this moment. Only the NVMe tier drops blocks to make room.
+    fn keep(&self, key: &BlockKey) -> bool {
+        let mut shard = self.index.shard(key);
+        let Some(entry) = shard.get_mut(key) else {
+            return false;
+        };
+        if entry.pins > 0 {
+            return true;
+        }
+        if entry.below.remove(TierKind::Nvme) {
+            self.tell(key, entry, Change::Removed(Reason::Evicted), TierKind::Nvme);
+            shard.settle(key, Reason::Evicted);
+        }
+        false
+    }
+}
