@@ -15,14 +15,21 @@ use crate::{
     clock::{Clock, SystemClock},
     endpoint::Endpoint,
     error::Error,
+    lane::Lanes,
     lease::{self, MAX_RELEASES},
     link::Tuning,
     pool::Pool,
     retry::{Breaker, BreakerPolicy, RetryBudget, RetryPolicy},
 };
 
-/// Most connections to one node.
+/// Most multiplexed connections to one node.
 pub const MAX_CONNECTIONS: usize = 64;
+
+/// Most calls at once to one node.
+pub const MAX_LANES: usize = 256;
+
+/// Calls that one large request is cut into and that run at once.
+const PARALLEL: usize = 4;
 
 /// Makes a [`Client`]. Every setting has a default that serves one engine beside one node.
 #[derive(Clone, Debug)]
@@ -31,6 +38,7 @@ pub struct ClientBuilder {
     endpoint: Result<Endpoint, String>,
     deadline: Duration,
     connections: usize,
+    lanes: usize,
     tuning: Tuning,
     retry: RetryPolicy,
     breaker: BreakerPolicy,
@@ -44,7 +52,8 @@ impl ClientBuilder {
         Self {
             endpoint: endpoint.parse().map_err(|_: Error| endpoint.to_owned()),
             deadline: Duration::from_secs(5),
-            connections: 4,
+            connections: 1,
+            lanes: 16,
             tuning: Tuning::default(),
             retry: RetryPolicy::default(),
             breaker: BreakerPolicy::default(),
@@ -59,10 +68,16 @@ impl ClientBuilder {
         self
     }
 
-    /// Most connections, 1 to 64; those beyond the first are opened when calls overlap. Default 4: one
-    /// connection is one task, and so at most one core.
+    /// Most multiplexed connections, 1 to 64, which carry watches and tell whether the node is well. Default 1.
     pub fn connections(mut self, connections: usize) -> Self {
         self.connections = connections.clamp(1, MAX_CONNECTIONS);
+        self
+    }
+
+    /// Calls that run at once, 1 to 256; each has a connection of its own, kept for the next call. More calls
+    /// wait, within their deadline. Default 16.
+    pub fn lanes(mut self, lanes: usize) -> Self {
+        self.lanes = lanes.clamp(1, MAX_LANES);
         self
     }
 
@@ -146,6 +161,7 @@ impl ClientBuilder {
         owner[8..].copy_from_slice(&self.clock.random_u64().to_le_bytes());
         let inner = Arc::new(Inner {
             pool,
+            lanes: Lanes::new(endpoint, self.lanes),
             clock: self.clock,
             retry: self.retry,
             budget: RetryBudget::new(),
@@ -154,7 +170,7 @@ impl ClientBuilder {
             boot: AtomicU64::new(0),
             reboots: AtomicU64::new(0),
             releases,
-            parallel: self.connections,
+            parallel: PARALLEL.min(self.lanes),
         });
         inner
             .pool

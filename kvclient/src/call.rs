@@ -28,6 +28,7 @@ use tokio::sync::mpsc;
 use crate::{
     clock::{Clock, Tick, within},
     error::Error,
+    lane::Lanes,
     pool::{Checkout, Pool},
     retry::{BreakerState, RetryBudget, RetryPolicy},
     wire::{self, Method},
@@ -36,6 +37,7 @@ use crate::{
 /// What all clones of a client share.
 pub(crate) struct Inner {
     pub(crate) pool: Pool,
+    pub(crate) lanes: Lanes,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) retry: RetryPolicy,
     pub(crate) budget: RetryBudget,
@@ -168,8 +170,11 @@ impl<'a> Tries<'a> {
         if let Some((link, live)) = used {
             match &error {
                 Error::Deadline { .. } => link.suspect(&live),
-                // A reset concerns one stream; anything else takes the connection with it.
-                Error::Broken { source, .. } if !source.is_reset() => link.retire(&live),
+                // One lane or stream: the rest may be well, and if it is not, its silence says so.
+                Error::Broken { .. } => {
+                    inner.lanes.clear();
+                    link.suspect(&live);
+                }
                 _ => {}
             }
         }
@@ -214,7 +219,8 @@ where
         let answer = tries
             .run(|checkout, left| async move {
                 let authorization = inner.authorization.as_ref();
-                wire::unary(&checkout.live.send, method, left, authorization, question).await
+                let _checkout = checkout;
+                wire::unary(&inner.lanes, method, left, authorization, &question).await
             })
             .await?;
         if let Ok(answer) = answer {

@@ -69,7 +69,7 @@ pub enum Error {
         /// Which call.
         method: &'static str,
         /// What the transport says.
-        source: h2::Error,
+        source: io::Error,
     },
     /// The stream ended in good order, but too early.
     #[error("{method} ended before its answer was whole")]

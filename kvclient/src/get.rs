@@ -1,9 +1,9 @@
 //! Bulk get: from the socket into the caller's memory, checked on the way.
 //!
 //! ```text
-//! DATA ─Bytes─► FrameReader ─► head ──► header: key asked for? seal right?
-//!                          └─► data ──► copied once into the buffer, pages summed while in cache
-//!                          └─► end ───► sums equal the header's? ── no ──► Corrupt, buffer zeroed
+//! lane ─chunk──► FrameReader ─► head ──► header: key asked for? seal right?
+//!      ◄─room──  └─► data ──► read right into the buffer, each page summed while it is in the cache
+//!                └─► end ───► sums equal the header's? ── no ──► Corrupt, buffer zeroed
 //! ```
 //!
 //! Units: bytes.
@@ -11,10 +11,12 @@
 //! that is missing, expired or corrupt is an outcome.
 //! Why below the codec: tonic would gather a message before anyone sees it, and copy it twice.
 
+use std::io;
+
 use bytes::Bytes;
 use kvproto::{
     BlockHeader, BlockKey, Chain, FieldError, GetOutcome, Part, TierKind,
-    checksum::{Landing, PageSummer},
+    checksum::Landing,
     frame::{Frame, FrameLimits, FrameReader},
     v1,
 };
@@ -25,17 +27,13 @@ use crate::{
     call::{Deadline, Inner, Tries},
     convert,
     error::Error,
+    lane::Receiver,
     lease::Lease,
     namespace::NamespaceHandle,
-    pool::Checkout,
     wire::{self, Method},
 };
 
 const METHOD: Method = Method::GET;
-
-/// Bytes below which a kept block is copied out of the buffer it was read into, so that it does not
-/// hold a whole frame's memory.
-const COPY_BELOW_BYTES: usize = 64 << 10;
 
 /// How a get is made. `From<Option<&Lease>>` and `From<&Lease>` are the usual ways to have one.
 #[derive(Clone, Copy, Debug, Default)]
@@ -217,10 +215,21 @@ async fn one_call<S: Sink>(
         });
         let sink = &mut *sink;
         let answer = tries
-            .run(|checkout, left| async move {
+            .run(|_checkout, left| async move {
                 let authorization = inner.authorization.as_ref();
-                let stream = wire::start(&checkout.live.send, METHOD, left, authorization).await?;
-                read(inner, &checkout, stream, question, wanted, sink).await
+                let mut reading = Reading::new(inner, wanted, sink);
+                let body = &[&question[..]];
+                let exchange = wire::exchange(
+                    &inner.lanes,
+                    METHOD,
+                    left,
+                    authorization,
+                    body,
+                    &mut reading,
+                );
+                let outcome = exchange.await;
+                reading.failed.take().map_or(outcome, Err)?;
+                reading.finish()
             })
             .await?;
         if let Ok(answer) = answer {
@@ -229,46 +238,14 @@ async fn one_call<S: Sink>(
     }
 }
 
-/// Reads one answer to its end.
-async fn read<S: Sink>(
-    inner: &Inner,
-    _checkout: &Checkout,
-    (response, mut stream): (h2::client::ResponseFuture, h2::SendStream<Bytes>),
-    question: Bytes,
-    wanted: &Wanted<'_>,
-    sink: &mut S,
-) -> Result<Vec<Got>, Error> {
-    let broken = |source| Error::Broken {
-        method: METHOD.name,
-        source,
-    };
-    stream.send_data(question, true).map_err(broken)?;
-    let mut body = wire::body(METHOD, response.await.map_err(broken)?)?;
-    let limits = FrameLimits {
-        max_data_bytes: wanted.namespace.max_block_bytes(),
-        ..FrameLimits::default()
-    };
-    let mut frames = FrameReader::new(limits);
-    let mut reading = Reading::new(inner, wanted, sink);
-    while let Some(bytes) = wire::chunk(METHOD, &mut body).await? {
-        frames.push(bytes);
-        while let Some(frame) = frames.next().map_err(|error| wire::answer(METHOD, error))? {
-            reading.take(frame)?;
-        }
-    }
-    wire::finish(METHOD, &mut body).await?;
-    frames.finish().map_err(|_| Error::Truncated {
-        method: METHOD.name,
-    })?;
-    reading.finish()
-}
-
 /// Where the bytes of an answer go. `slot` counts the objects asked for.
 trait Sink {
     /// A block begins; refused when it does not fit.
     fn open(&mut self, slot: usize, length_bytes: usize) -> Result<(), FieldError>;
-    /// Its next bytes.
-    fn piece(&mut self, slot: usize, bytes: Bytes);
+    /// Where its next bytes belong; up to the end of the block.
+    fn room(&mut self, slot: usize) -> &mut [u8];
+    /// So many bytes have been put there.
+    fn landed(&mut self, slot: usize, bytes: usize);
     /// It is whole: the sums of its pages.
     fn close(&mut self, slot: usize) -> Vec<u64>;
     /// What lies there is not the block: nobody shall take it for one.
@@ -303,8 +280,12 @@ impl Sink for Buffers<'_, '_> {
         Ok(())
     }
 
-    fn piece(&mut self, slot: usize, bytes: Bytes) {
-        self.landing.land(&bytes, self.buffers[slot]);
+    fn room(&mut self, slot: usize) -> &mut [u8] {
+        &mut self.buffers[slot][self.landing.landed_bytes()..]
+    }
+
+    fn landed(&mut self, slot: usize, bytes: usize) {
+        self.landing.landed(bytes, self.buffers[slot]);
     }
 
     fn close(&mut self, slot: usize) -> Vec<u64> {
@@ -316,34 +297,33 @@ impl Sink for Buffers<'_, '_> {
     }
 }
 
-/// Blocks kept as they arrived.
+/// Buffers made for blocks whose length nobody knew.
 #[derive(Default)]
 struct Kept {
     blocks: Vec<Option<Bytes>>,
-    pieces: Vec<Bytes>,
-    summer: PageSummer,
+    block: Vec<u8>,
+    landing: Landing,
 }
 
 impl Sink for Kept {
-    fn open(&mut self, _: usize, _: usize) -> Result<(), FieldError> {
-        self.pieces.clear();
-        self.summer = PageSummer::default();
+    fn open(&mut self, _: usize, length_bytes: usize) -> Result<(), FieldError> {
+        self.block = vec![0; length_bytes];
+        self.landing = Landing::new(length_bytes as u64);
         Ok(())
     }
 
-    fn piece(&mut self, _: usize, bytes: Bytes) {
-        self.summer.update(&bytes);
-        self.pieces.push(bytes);
+    fn room(&mut self, _: usize) -> &mut [u8] {
+        &mut self.block[self.landing.landed_bytes()..]
+    }
+
+    fn landed(&mut self, _: usize, bytes: usize) {
+        self.landing.landed(bytes, &self.block);
     }
 
     fn close(&mut self, slot: usize) -> Vec<u64> {
-        let block = match &mut self.pieces[..] {
-            [whole] if whole.len() >= COPY_BELOW_BYTES => std::mem::take(whole),
-            pieces => pieces.concat().into(),
-        };
-        self.pieces.clear();
-        self.blocks[slot] = Some(block);
-        std::mem::take(&mut self.summer).finish()
+        let sums = std::mem::take(&mut self.landing).finish(&self.block);
+        self.blocks[slot] = Some(std::mem::take(&mut self.block).into());
+        sums
     }
 
     fn spoil(&mut self, slot: usize) {
@@ -358,6 +338,41 @@ struct Reading<'a, S> {
     sink: &'a mut S,
     got: Vec<Option<Got>>,
     open: Option<Open>,
+    frames: FrameReader,
+    /// Why reading stopped.
+    failed: Option<Error>,
+}
+
+impl<S: Sink> Receiver for Reading<'_, S> {
+    fn room(&mut self) -> Option<&mut [u8]> {
+        let left = self.frames.data_left();
+        let open = self
+            .open
+            .as_ref()
+            .filter(|open| !open.spoiled && left > 0)?;
+        // What the message announces beyond the block's end is refused when it comes, see `data`.
+        let left = left.min(open.header.length_bytes - open.at) as usize;
+        if left == 0 {
+            return None;
+        }
+        Some(&mut self.sink.room(open.slot)[..left])
+    }
+
+    fn landed(&mut self, bytes: usize) -> io::Result<()> {
+        if let Some(slot) = self.landing_slot() {
+            self.frames.skip_data(bytes as u64);
+            self.sink.landed(slot, bytes);
+            let outcome = self.data(bytes).and_then(|()| self.advance());
+            return self.stop_at(outcome);
+        }
+        Ok(())
+    }
+
+    fn chunk(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.frames.push(Bytes::copy_from_slice(bytes));
+        let outcome = self.advance();
+        self.stop_at(outcome)
+    }
 }
 
 /// The block whose bytes are coming in.
@@ -379,13 +394,41 @@ impl<'a, S: Sink> Reading<'a, S> {
             sink,
             got: vec![None; wanted.count()],
             open: None,
+            frames: FrameReader::new(FrameLimits {
+                max_data_bytes: wanted.namespace.max_block_bytes(),
+                ..FrameLimits::default()
+            }),
+            failed: None,
         }
+    }
+
+    /// Takes what the pushed bytes have made whole.
+    fn advance(&mut self) -> Result<(), Error> {
+        while let Some(frame) = self.frames.next().map_err(|e| wire::answer(METHOD, e))? {
+            self.take(frame)?;
+        }
+        Ok(())
+    }
+
+    /// Keeps the error that ends the exchange.
+    fn stop_at(&mut self, outcome: Result<(), Error>) -> io::Result<()> {
+        outcome.map_err(|error| {
+            self.failed = Some(error);
+            io::Error::new(io::ErrorKind::InvalidData, "the answer cannot be used")
+        })
     }
 
     fn take(&mut self, frame: Frame) -> Result<(), Error> {
         match frame {
             Frame::Head { message, data_len } => self.head(message, data_len),
-            Frame::Data(bytes) => self.data(bytes),
+            Frame::Data(bytes) => {
+                self.data(bytes.len())?;
+                if let Some(slot) = self.landing_slot() {
+                    self.sink.room(slot)[..bytes.len()].copy_from_slice(&bytes);
+                    self.sink.landed(slot, bytes.len());
+                }
+                Ok(())
+            }
             Frame::End => self.end(),
         }
     }
@@ -451,22 +494,28 @@ impl<'a, S: Sink> Reading<'a, S> {
         Ok(())
     }
 
-    fn data(&mut self, bytes: Bytes) -> Result<(), Error> {
+    /// `length` bytes of payload have come; refused when the block has no room for them.
+    fn data(&mut self, length: usize) -> Result<(), Error> {
         let open = self
             .open
             .as_mut()
             .ok_or_else(|| unexpected("data without a block"))?;
-        open.at += bytes.len() as u64;
+        open.at += length as u64;
         if open.at > open.header.length_bytes {
             return Err(unexpected(format!(
                 "block {} is longer than its header says",
                 open.slot
             )));
         }
-        if !open.spoiled {
-            self.sink.piece(open.slot, bytes);
-        }
         Ok(())
+    }
+
+    /// The block that payload goes into, if there is one and it is worth it.
+    fn landing_slot(&self) -> Option<usize> {
+        self.open
+            .as_ref()
+            .filter(|open| !open.spoiled)
+            .map(|open| open.slot)
     }
 
     fn end(&mut self) -> Result<(), Error> {

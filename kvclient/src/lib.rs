@@ -44,6 +44,7 @@ mod convert;
 mod endpoint;
 mod error;
 mod get;
+mod lane;
 mod lease;
 mod link;
 mod namespace;
@@ -53,7 +54,7 @@ pub mod retry;
 mod watch;
 mod wire;
 
-pub use builder::{ClientBuilder, MAX_CONNECTIONS};
+pub use builder::{ClientBuilder, MAX_CONNECTIONS, MAX_LANES};
 pub use client::{Client, Lookup, LookupOptions, Target, split_buffers};
 pub use endpoint::{DEFAULT_PORT, Endpoint};
 pub use error::{Error, ErrorKind};

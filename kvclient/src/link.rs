@@ -15,8 +15,8 @@
 //!
 //! Units: bytes, durations.
 //! Errors: the last failure to connect is what a waiting call gets.
-//! Why h2 below any gRPC library: a `DATA` frame is handed over as the `Bytes` it was read into, and a
-//! payload goes out by reference; a codec in between would copy both ways.
+//! Why it exists beside the lanes (see [`crate::lane`]): a watch needs a connection that is read all the time,
+//! and a PING on it tells at once whether anybody is there.
 //! Why a PONG before use: a kernel accepts connections for a frozen process; only the process answers.
 
 use std::{io, sync::Arc, time::Duration};
@@ -114,7 +114,6 @@ pub(crate) struct Link {
     finished: watch::Sender<u64>,
     wanted: Notify,
     suspected: Notify,
-    retired: Notify,
 }
 
 impl Link {
@@ -133,7 +132,6 @@ impl Link {
             finished: watch::Sender::new(0),
             wanted: Notify::new(),
             suspected: Notify::new(),
-            retired: Notify::new(),
         })
     }
 
@@ -200,16 +198,6 @@ impl Link {
         }
     }
 
-    /// `live` takes no further calls (it broke, or the node says it is leaving).
-    pub(crate) fn retire(&self, live: &Live) {
-        let mut state = self.state.lock();
-        if state.live.as_ref().is_some_and(|l| l.number == live.number) {
-            state.live = None;
-            drop(state);
-            self.retired.notify_one();
-        }
-    }
-
     fn is_current(&self, live: &Live) -> bool {
         let state = self.state.lock();
         state.live.as_ref().is_some_and(|l| l.number == live.number)
@@ -245,7 +233,6 @@ impl Link {
         loop {
             tokio::select! {
                 _ = &mut up.driver.0 => return,
-                () = self.retired.notified() => return up.driver.detach(),
                 () = self.suspected.notified() => {}
             }
             let fresh = {
@@ -393,14 +380,6 @@ struct Up {
 
 /// The task that moves a connection's bytes; it ends with its owner.
 struct Driver(JoinHandle<()>);
-
-impl Driver {
-    /// Lets it finish the streams it has.
-    fn detach(mut self) {
-        // The keeper has no more use for it; h2 ends a connection whose handles and streams are gone.
-        self.0 = tokio::spawn(std::future::ready(()));
-    }
-}
 
 impl Drop for Driver {
     fn drop(&mut self) {

@@ -1,19 +1,16 @@
 //! Bulk put: headers made once, payload sent by reference.
 //!
 //! ```text
-//! block ─► page sums, seal ─► BlockHeader ─┐ once per put, just before its first bytes leave, so that
-//!                                          │ hashing one block overlaps sending the one before
-//!   [start] [header] data ≤ 1 MiB │ data ≤ 1 MiB │ [header] data ...     as the window allows
+//! block ─► page sums, seal ─► BlockHeader      once per put, whatever the number of tries
+//!                                  │
+//!   [start] [header] data ≤ 1 MiB │ data ≤ 1 MiB │ [header] data ...     written from where it lies
 //! ```
 //!
 //! Units: bytes.
 //! Errors: the call's; what became of each block is a [`PutResult`], a rejection included.
-//! Why pieces of 1 MiB: one HTTP/2 frame each; and a borrowed slice is copied piece by piece, never whole.
-
-use std::future::poll_fn;
+//! Why pieces of 1 MiB: one HTTP/2 frame each, and well below every gRPC server's message limit.
 
 use bytes::Bytes;
-use h2::SendStream;
 use kvproto::{
     Ack, BlockHeader, BlockKey, Chain, FieldError, Kind, Part, PutOutcome, Reason, frame, v1,
 };
@@ -24,8 +21,7 @@ use crate::{
     convert,
     error::Error,
     namespace::NamespaceHandle,
-    pool::Checkout,
-    wire::{self, Method},
+    wire::{self, Method, Whole},
 };
 
 const METHOD: Method = Method::PUT;
@@ -47,13 +43,6 @@ impl Payload<'_> {
         match self {
             Self::Shared(bytes) => bytes,
             Self::Borrowed(bytes) => bytes,
-        }
-    }
-
-    fn piece(&self, from: usize, to: usize) -> Bytes {
-        match self {
-            Self::Shared(bytes) => bytes.slice(from..to),
-            Self::Borrowed(bytes) => Bytes::copy_from_slice(&bytes[from..to]),
         }
     }
 }
@@ -214,11 +203,14 @@ impl Putting<'_> {
             let request = tries.request;
             let headers = &mut headers[..];
             let answer = tries
-                .run(|checkout, left| async move {
+                .run(|_checkout, left| async move {
                     let authorization = self.inner.authorization.as_ref();
-                    let stream =
-                        wire::start(&checkout.live.send, METHOD, left, authorization).await?;
-                    self.exchange(&checkout, stream, headers, &request).await
+                    let heads = self.heads(headers, &request);
+                    let body = self.slices(&heads);
+                    let mut whole = Whole::default();
+                    let lanes = &self.inner.lanes;
+                    wire::exchange(lanes, METHOD, left, authorization, &body, &mut whole).await?;
+                    whole.decode(METHOD)
                 })
                 .await?;
             if let Ok(answer) = answer {
@@ -227,81 +219,41 @@ impl Putting<'_> {
         }
     }
 
-    /// Sends, and listens at the same time: a node that refuses says so before it has read everything.
-    async fn exchange(
-        &self,
-        _checkout: &Checkout,
-        (mut response, mut stream): (h2::client::ResponseFuture, SendStream<Bytes>),
-        headers: &mut [Option<v1::BlockHeader>],
-        request: &[u8; 16],
-    ) -> Result<v1::PutResponse, Error> {
-        let broken = |source| Error::Broken {
-            method: METHOD.name,
-            source,
-        };
-        let mut early = None;
-        let sent = {
-            let sending = self.send(&mut stream, headers, request);
-            tokio::pin!(sending);
-            loop {
-                tokio::select! {
-                    biased;
-                    sent = &mut sending => break sent,
-                    head = &mut response, if early.is_none() => {
-                        early = Some(wire::body(METHOD, head.map_err(broken)?)?);
-                    }
-                }
-            }
-        };
-        // A stream that was closed under us usually has a status that says why.
-        let answer = async {
-            let mut body = match early {
-                Some(body) => body,
-                None => wire::body(METHOD, response.await.map_err(broken)?)?,
-            };
-            wire::one(METHOD, &mut body).await
-        };
-        match (answer.await, sent) {
-            (Ok(answer), _) => Ok(answer),
-            (Err(error @ Error::Refused { .. }), _) | (Err(error), Ok(())) => Err(error),
-            (Err(_), Err(error)) => Err(error),
-        }
-    }
-
-    async fn send(
-        &self,
-        stream: &mut SendStream<Bytes>,
-        headers: &mut [Option<v1::BlockHeader>],
-        request: &[u8; 16],
-    ) -> Result<(), Error> {
+    /// The head of every message, in order; `headers` are made on the first try.
+    fn heads(&self, headers: &mut [Option<v1::BlockHeader>], request: &[u8; 16]) -> Vec<Bytes> {
         let mut start = Some(v1::PutStart {
             context: Some(self.inner.context(request)),
             namespace_id: Bytes::copy_from_slice(&self.namespace.id().0),
             ack: self.options.ack.to_wire().into(),
             kind: self.options.kind.to_wire().into(),
         });
-        let last = self.blocks.len().saturating_sub(1);
-        for (i, (block, header)) in self.blocks.iter().zip(headers).enumerate() {
-            let length = block.data.as_slice().len();
-            let mut message = v1::PutRequest {
-                start: start.take(),
-                header: Some(header.take().unwrap_or_else(|| self.describe(block))),
-                data: Bytes::new(),
-            };
-            let mut at = 0;
-            while at < length {
-                let end = (at + PIECE_BYTES).min(length);
-                let head = frame::head(&message, end - at);
-                if let Some(used) = message.header.take() {
-                    *header = Some(used);
-                    message.start = None;
-                }
-                send(stream, head, false)?;
-                send_payload(stream, &block.data, at, end, i == last && end == length).await?;
-                at = end;
+        let mut heads = Vec::with_capacity(self.blocks.len());
+        for (block, header) in self.blocks.iter().zip(headers) {
+            let header = header.get_or_insert_with(|| self.describe(block));
+            let mut header = Some(header.clone());
+            for piece in block.data.as_slice().chunks(PIECE_BYTES) {
+                let message = v1::PutRequest {
+                    start: start.take(),
+                    header: header.take(),
+                    data: Bytes::new(),
+                };
+                heads.push(frame::head(&message, piece.len()));
             }
         }
-        Ok(())
+        heads
+    }
+
+    /// Heads and payload, alternating, as they go out.
+    fn slices<'s>(&'s self, heads: &'s [Bytes]) -> Vec<&'s [u8]> {
+        let pieces = self
+            .blocks
+            .iter()
+            .flat_map(|block| block.data.as_slice().chunks(PIECE_BYTES));
+        heads
+            .iter()
+            .zip(pieces)
+            .flat_map(|(head, piece)| [&head[..], piece])
+            .collect()
     }
 
     fn describe(&self, block: &PutBlock<'_>) -> v1::BlockHeader {
@@ -336,48 +288,5 @@ impl Putting<'_> {
             })
         });
         results.collect()
-    }
-}
-
-/// Sends `from..to` of a payload as the window allows.
-async fn send_payload(
-    stream: &mut SendStream<Bytes>,
-    payload: &Payload<'_>,
-    mut from: usize,
-    to: usize,
-    end_of_stream: bool,
-) -> Result<(), Error> {
-    while from < to {
-        let room = capacity(stream, to - from).await?;
-        let until = (from + room).min(to);
-        let bytes = payload.piece(from, until);
-        send(stream, bytes, end_of_stream && until == to)?;
-        from = until;
-    }
-    Ok(())
-}
-
-/// Queues bytes; a message's head may go ahead of the window, its payload never does.
-fn send(stream: &mut SendStream<Bytes>, bytes: Bytes, end_of_stream: bool) -> Result<(), Error> {
-    stream
-        .send_data(bytes, end_of_stream)
-        .map_err(|source| Error::Broken {
-            method: METHOD.name,
-            source,
-        })
-}
-
-/// Waits until the peer and the send buffer take some of `wanted` bytes.
-async fn capacity(stream: &mut SendStream<Bytes>, wanted: usize) -> Result<usize, Error> {
-    stream.reserve_capacity(wanted);
-    match poll_fn(|cx| stream.poll_capacity(cx)).await {
-        Some(Ok(room)) => Ok(room),
-        Some(Err(source)) => Err(Error::Broken {
-            method: METHOD.name,
-            source,
-        }),
-        None => Err(Error::Truncated {
-            method: METHOD.name,
-        }),
     }
 }

@@ -175,10 +175,7 @@ pub(crate) async fn watch(
         });
         let answer = tries
             .run(|checkout, _| async move {
-                let broken = |source| Error::Broken {
-                    method: METHOD.name,
-                    source,
-                };
+                let broken = |source| wire::broken(METHOD, source);
                 let authorization = inner.authorization.as_ref();
                 let (response, mut stream) =
                     wire::start(&checkout.live.send, METHOD, lifetime, authorization).await?;

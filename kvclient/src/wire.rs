@@ -11,10 +11,11 @@
 //! Units: bytes.
 //! Errors: [`Error::Broken`] for the transport, [`Error::Refused`] for a status other than OK,
 //! [`Error::Answer`] for bytes that are not the contract's.
-//! Why no tonic channel: unary calls and bulk calls share one connection and one way of failing; tonic
-//! serves for its status parser alone.
+//! Who carries it: a lane (see [`crate::lane`]), or, for a watch, a stream of the multiplexed connection.
+//! Why no tonic channel: unary and bulk calls share one way of failing; tonic serves for its status parser
+//! alone.
 
-use std::time::Duration;
+use std::{io, time::Duration};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use h2::{
@@ -26,7 +27,10 @@ use kvproto::reason::Reason;
 use prost::Message;
 use tonic::Status;
 
-use crate::error::Error;
+use crate::{
+    error::Error,
+    lane::{self, Lanes, Receiver},
+};
 
 /// Largest answer of a unary call: the tiers of 65536 blocks, or a node's counters, fit with room.
 const MAX_ANSWER_BYTES: usize = 16 << 20;
@@ -37,6 +41,7 @@ const PREFIX_BYTES: usize = 5;
 pub(crate) struct Method {
     /// Its name in errors.
     pub(crate) name: &'static str,
+    uri: &'static str,
     path: &'static str,
 }
 
@@ -45,7 +50,8 @@ macro_rules! methods {
         impl Method {
             $(pub(crate) const $constant: Self = Self {
                 name: $name,
-                path: concat!("http://terrace/terrace.v1.Blocks/", $name),
+                uri: concat!("http://terrace/terrace.v1.Blocks/", $name),
+                path: concat!("/terrace.v1.Blocks/", $name),
             };)*
         }
     };
@@ -70,14 +76,11 @@ pub(crate) async fn start(
     timeout: Duration,
     authorization: Option<&HeaderValue>,
 ) -> Result<(ResponseFuture, SendStream<Bytes>), Error> {
-    let broken = |source| Error::Broken {
-        method: method.name,
-        source,
-    };
+    let broken = |source| broken(method, source);
     let mut send = send.clone().ready().await.map_err(broken)?;
     let mut request = Request::new(());
     *request.method_mut() = Verb::POST;
-    *request.uri_mut() = Uri::from_static(method.path);
+    *request.uri_mut() = Uri::from_static(method.uri);
     let headers = request.headers_mut();
     headers.insert(
         header::CONTENT_TYPE,
@@ -150,10 +153,7 @@ fn judge(method: Method, headers: &HeaderMap) -> Result<bool, Error> {
 
 /// Next bytes of a body, their window given back at once; `None` at its end.
 pub(crate) async fn chunk(method: Method, body: &mut RecvStream) -> Result<Option<Bytes>, Error> {
-    let broken = |source| Error::Broken {
-        method: method.name,
-        source,
-    };
+    let broken = |source| broken(method, source);
     match body.data().await {
         None => Ok(None),
         Some(Err(source)) => Err(broken(source)),
@@ -168,10 +168,10 @@ pub(crate) async fn chunk(method: Method, body: &mut RecvStream) -> Result<Optio
 
 /// Reads the status behind a body that has ended.
 pub(crate) async fn finish(method: Method, body: &mut RecvStream) -> Result<(), Error> {
-    let trailers = body.trailers().await.map_err(|source| Error::Broken {
-        method: method.name,
-        source,
-    })?;
+    let trailers = body
+        .trailers()
+        .await
+        .map_err(|source| broken(method, source))?;
     match trailers {
         Some(trailers) if judge(method, &trailers)? => Ok(()),
         _ => Err(Error::Truncated {
@@ -180,53 +180,129 @@ pub(crate) async fn finish(method: Method, body: &mut RecvStream) -> Result<(), 
     }
 }
 
-/// A call with one message each way.
-pub(crate) async fn unary<A: Message + Default>(
-    send: &SendRequest<Bytes>,
+/// A call on a lane: `body` are the slices of its messages, the answer's messages go to `receiver`.
+///
+/// # Errors
+/// [`Error::Connect`], [`Error::Broken`], [`Error::Refused`]; [`Error::Truncated`] when the answer has no status.
+pub(crate) async fn exchange<R: Receiver>(
+    lanes: &Lanes,
     method: Method,
     timeout: Duration,
     authorization: Option<&HeaderValue>,
-    question: Bytes,
-) -> Result<A, Error> {
-    let broken = |source| Error::Broken {
-        method: method.name,
-        source,
+    body: &[&[u8]],
+    receiver: &mut R,
+) -> Result<(), Error> {
+    let mut guard = lanes.take().await?;
+    let timeout = grpc_timeout(timeout);
+    let request = lane::Request {
+        path: method.path,
+        timeout: timeout.as_bytes(),
+        authorization,
     };
-    let (response, mut stream) = start(send, method, timeout, authorization).await?;
-    stream.send_data(question, true).map_err(broken)?;
-    let mut body = body(method, response.await.map_err(broken)?)?;
-    one(method, &mut body).await
+    let answer = guard
+        .lane
+        .exchange(&request, body, receiver)
+        .await
+        .map_err(|source| Error::Broken {
+            method: method.name,
+            source,
+        })?;
+    if !answer.is_early {
+        guard.keep();
+    }
+    let has_status = judge(method, &answer.headers)?;
+    if answer.status != http::StatusCode::OK.as_u16() {
+        return Err(self::answer(
+            method,
+            format!("HTTP status {}: is this a Terrace node?", answer.status),
+        ));
+    }
+    if has_status {
+        Ok(())
+    } else {
+        Err(Error::Truncated {
+            method: method.name,
+        })
+    }
 }
 
-/// Reads the one message of a unary answer, and its status.
-pub(crate) async fn one<A: Message + Default>(
+/// A call with one message each way.
+pub(crate) async fn unary<A: Message + Default>(
+    lanes: &Lanes,
     method: Method,
-    body: &mut RecvStream,
+    timeout: Duration,
+    authorization: Option<&HeaderValue>,
+    question: &[u8],
 ) -> Result<A, Error> {
-    let mut whole = Bytes::new();
-    while let Some(bytes) = chunk(method, body).await? {
-        if whole.is_empty() {
-            whole = bytes;
-        } else if whole.len() + bytes.len() > MAX_ANSWER_BYTES {
-            return Err(answer(method, "longer than 16 MiB"));
-        } else {
-            whole = [whole, bytes].concat().into();
+    let mut whole = Whole::default();
+    exchange(
+        lanes,
+        method,
+        timeout,
+        authorization,
+        &[question],
+        &mut whole,
+    )
+    .await?;
+    whole.decode(method)
+}
+
+/// The one message of a unary answer.
+#[derive(Default)]
+pub(crate) struct Whole {
+    bytes: Vec<u8>,
+}
+
+impl Receiver for Whole {
+    fn room(&mut self) -> Option<&mut [u8]> {
+        None
+    }
+
+    fn landed(&mut self, _: usize) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn chunk(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if self.bytes.len() + bytes.len() > MAX_ANSWER_BYTES {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "an answer longer than 16 MiB",
+            ));
         }
+        self.bytes.extend_from_slice(bytes);
+        Ok(())
     }
-    finish(method, body).await?;
-    let Some((prefix, message)) = whole.split_at_checked(PREFIX_BYTES) else {
-        return Err(Error::Truncated {
-            method: method.name,
-        });
+}
+
+impl Whole {
+    /// Reads the message.
+    pub(crate) fn decode<A: Message + Default>(&self, method: Method) -> Result<A, Error> {
+        let Some((prefix, message)) = self.bytes.split_at_checked(PREFIX_BYTES) else {
+            return Err(Error::Truncated {
+                method: method.name,
+            });
+        };
+        let length = u32::from_be_bytes([prefix[1], prefix[2], prefix[3], prefix[4]]) as usize;
+        if prefix[0] != 0 {
+            return Err(answer(method, "compressed, which nobody asked for"));
+        }
+        if length != message.len() {
+            return Err(answer(method, "its length is not the one it declares"));
+        }
+        A::decode(message).map_err(|error| answer(method, error))
+    }
+}
+
+/// A stream of a multiplexed connection broke.
+pub(crate) fn broken(method: Method, source: h2::Error) -> Error {
+    let source = match source.into_io() {
+        Some(source) => source,
+        None => io::ErrorKind::ConnectionReset.into(),
     };
-    let length = u32::from_be_bytes([prefix[1], prefix[2], prefix[3], prefix[4]]) as usize;
-    if prefix[0] != 0 {
-        return Err(answer(method, "compressed, which nobody asked for"));
+    Error::Broken {
+        method: method.name,
+        source,
     }
-    if length != message.len() {
-        return Err(answer(method, "its length is not the one it declares"));
-    }
-    A::decode(whole.slice(PREFIX_BYTES..)).map_err(|error| answer(method, error))
 }
 
 /// An answer that breaks the contract.

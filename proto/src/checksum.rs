@@ -80,6 +80,24 @@ impl Landing {
         self.landed_bytes
     }
 
+    /// Takes the next `bytes` of `block` as landed: they have been read right to their place.
+    ///
+    /// # Panics
+    ///
+    /// When `block` ends before them.
+    pub fn landed(&mut self, bytes: usize, block: &[u8]) {
+        self.landed_bytes += bytes;
+        loop {
+            let page_start = self.sums.len() * PAGE_BYTES;
+            if self.landed_bytes < page_start + PAGE_BYTES {
+                return;
+            }
+            self.sums.push(XxHash3_64::oneshot(
+                &block[page_start..page_start + PAGE_BYTES],
+            ));
+        }
+    }
+
     /// Copies the next piece to its place in `block`, the destination of the whole block.
     ///
     /// # Panics
@@ -440,17 +458,20 @@ mod tests {
             cuts.sort_unstable();
             let (mut plain, mut copying, mut landing) =
                 (PageSummer::new(), PageSummer::new(), Landing::new(len as u64));
+            let mut in_place = Landing::new(len as u64);
             let (mut copied, mut landed) = (vec![0; len], vec![0; len]);
             for cut in cuts.windows(2) {
                 let piece = &source[cut[0]..cut[1]];
                 plain.update(piece);
                 copying.update_copy(piece, &mut copied[cut[0]..cut[1]]);
                 landing.land(piece, &mut landed);
+                in_place.landed(piece.len(), &source);
             }
             prop_assert_eq!(landing.landed_bytes(), len);
             prop_assert_eq!(&plain.finish(), &expected);
             prop_assert_eq!(&copying.finish(), &expected);
             prop_assert_eq!(&landing.finish(&landed), &expected);
+            prop_assert_eq!(&in_place.finish(&source), &expected);
             prop_assert!(copied == source && landed == source);
 
             let (mut copy, mut sums) = (vec![0; len], Vec::new());

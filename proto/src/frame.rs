@@ -225,6 +225,33 @@ impl FrameReader {
         step
     }
 
+    /// Bytes of payload that come next and have not been pushed: whoever knows their place may read them right
+    /// there, and says so with [`FrameReader::skip_data`]. 0 while pushed bytes are unread, and outside payload.
+    pub fn data_left(&self) -> u64 {
+        match self.state {
+            State::Data { left } if self.unread.is_empty() => left,
+            _ => 0,
+        }
+    }
+
+    /// So many bytes of payload went elsewhere. [`FrameReader::next`] goes on behind them.
+    ///
+    /// # Panics
+    ///
+    /// When they are more than [`FrameReader::data_left`].
+    pub fn skip_data(&mut self, bytes: u64) {
+        assert!(
+            bytes <= self.data_left(),
+            "only payload that has not been pushed can be skipped"
+        );
+        if let State::Data { left } = &mut self.state {
+            *left -= bytes;
+            if *left == 0 {
+                self.state = State::End;
+            }
+        }
+    }
+
     /// Checks that the stream ended where a message ended; to be called when [`FrameReader::next`] has answered `None`.
     ///
     /// # Errors
