@@ -29,9 +29,15 @@
 pub mod block;
 #[doc(hidden)]
 pub mod conformance;
+pub mod durable;
+pub mod fault;
+mod gate;
+mod health;
 pub mod journal;
+mod land;
 pub mod nvme;
 pub mod record;
+mod threads;
 
 use std::{future::Future, io, pin::Pin};
 
@@ -40,6 +46,8 @@ use kvproto::{BlockKey, NamespaceId, Place, Reason, TierKind};
 
 pub use self::{
     block::{BlockRef, MutableBlock, SealError, SealedBlock, Unsealed},
+    durable::{DurableConfig, DurableError, DurableTier},
+    fault::{Fault, Faults, FaultyTier},
     nvme::{NvmeConfig, NvmeError, NvmeTier},
 };
 

@@ -32,16 +32,13 @@
 //! a read that had begun before may come too late, and then tries again after it.
 
 mod config;
-mod health;
 mod residency;
 mod store;
 
 use std::{
     collections::HashMap,
     fs::{self, File},
-    future::Future,
     io,
-    pin::pin,
     sync::{
         Arc, Weak,
         atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
@@ -49,33 +46,29 @@ use std::{
     time::Duration,
 };
 
-use futures_util::future::{Either, select};
 use kvgpu::SlotMut;
 use kvproto::{BlockKey, NamespaceId, Reason, TierKind};
 use parking_lot::{Mutex, RwLock};
 use tokio::{
     runtime::Handle,
-    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
+    sync::{OwnedSemaphorePermit, oneshot},
     task::AbortHandle,
 };
 
 pub use self::config::{Geometry, MIN_CAPACITY_BYTES, NvmeConfig, NvmeError};
 use self::{
-    health::Health,
     residency::{Begin, KeepLimits, Residency, Wear},
     store::{CARRY_EXTENTS, Loaded, Store, hash_of},
 };
 use super::{
     BlockRef, BoxFuture, Durability, Read, ReclaimGuard, Resident, Tier, TierStatus, WriteOutcome,
+    gate::{Gate, within},
+    health::Health,
     journal::{Entry, Journal, Tail},
 };
 use crate::clock::Clock;
 
 const DAY_MS: u64 = 86_400_000;
-/// Semaphores count in these, because they count in 32 bits.
-const UNIT: u64 = 4096;
-/// What a full queue drains at for the retry hint: 512 MiB/s, a modest NVMe disk.
-const DRAIN_BYTES_PER_MS: u64 = 512 * 1024;
 /// Open files left for everything else when the limit has to be raised for the extents.
 const SPARE_FILES: u64 = 4096;
 /// What a closing tier waits for at most.
@@ -104,9 +97,9 @@ struct Shared {
     residency: Arc<Residency>,
     health: Health,
     store: RwLock<Option<Arc<Store>>>,
-    queue: Arc<Semaphore>,
-    flight: Arc<Semaphore>,
-    turns: Arc<Semaphore>,
+    queue: Gate,
+    flight: Gate,
+    turns: Gate,
     read_waiters: AtomicUsize,
     closed: AtomicBool,
     direct: bool,
@@ -156,9 +149,9 @@ impl NvmeTier {
         let dropped = prove(&residency, &store);
         let (blocks, _) = residency.usage();
         let mut shared = Shared {
-            queue: semaphore(config.queue_bytes),
-            flight: semaphore(config.flight_bytes),
-            turns: semaphore(config.read_bytes),
+            queue: Gate::new(config.queue_bytes),
+            flight: Gate::new(config.flight_bytes),
+            turns: Gate::new(config.read_bytes),
             health: Health::new(Duration::from_millis(config.cooldown_ms)),
             geometry,
             clock,
@@ -375,8 +368,8 @@ impl Shared {
                 outcomes[at] = Some(self.refuse((Reason::Wear, until_midnight as u32)));
                 continue;
             }
-            let flight = acquire(&self.flight, units(entry_bytes, self.config.flight_bytes));
-            let flight = self.within(deadline, flight).await.flatten();
+            let flight = self.flight.enter(entry_bytes);
+            let flight = within(&*self.clock, deadline, flight).await.flatten();
             let (Some(flight), Some(store)) = (flight, self.store()) else {
                 let _ = self.residency.finish(hash, false);
                 self.write_failed("writes do not finish");
@@ -409,12 +402,10 @@ impl Shared {
         if !self.geometry.fits(block.len_bytes()) {
             return Err((Reason::TooLarge, 0));
         }
-        let wanted = units(
-            self.geometry.entry_bytes(block.len_bytes()),
-            self.config.queue_bytes,
-        );
-        let queued = Arc::clone(&self.queue).try_acquire_many_owned(wanted);
-        queued.map_err(|_| (Reason::QueueFull, self.drain_ms()))
+        let queued = self
+            .queue
+            .try_enter(self.geometry.entry_bytes(block.len_bytes()));
+        queued.ok_or_else(|| (Reason::QueueFull, self.queue.retry_after_ms()))
     }
 
     fn refuse(&self, (reason, retry_after_ms): (Reason, u32)) -> WriteOutcome {
@@ -437,10 +428,13 @@ impl Shared {
             dones.push(flight.done);
             flights.push((flight.at, flight.hash, flight.key));
         }
-        let all_done = self
-            .within(deadline, futures_util::future::join_all(dones))
-            .await
-            .is_some();
+        let all_done = within(
+            &*self.clock,
+            deadline,
+            futures_util::future::join_all(dones),
+        )
+        .await
+        .is_some();
         let store = self.store();
         let mut stored = Vec::new();
         let mut failed = !all_done;
@@ -497,9 +491,12 @@ impl Shared {
             return Read::Busy;
         };
         let deadline = Duration::from_millis(self.config.read_deadline_ms);
-        match self
-            .within(deadline, self.read_in_turn(hash, resident, into))
-            .await
+        match within(
+            &*self.clock,
+            deadline,
+            self.read_in_turn(hash, resident, into),
+        )
+        .await
         {
             Some(read) => read,
             None => {
@@ -518,7 +515,7 @@ impl Shared {
         // Bytes bound the buffers, and a floor under them bounds the number of reads.
         let floor = self.config.read_bytes / self.config.reads as u64;
         let wanted = self.geometry.entry_bytes(resident.length_bytes).max(floor);
-        let Some(_turn) = acquire(&self.turns, units(wanted, self.config.read_bytes)).await else {
+        let Some(_turn) = self.turns.enter(wanted).await else {
             return Read::Gone(Reason::TierDown);
         };
         let mut tries = 0;
@@ -583,7 +580,7 @@ impl Shared {
             return Err(io::Error::other("the tier is closed"));
         };
         let deadline = Duration::from_millis(self.config.write_deadline_ms);
-        match self.within(deadline, store.blocking(work)).await {
+        match within(&*self.clock, deadline, store.blocking(work)).await {
             Some(Ok(flushed)) => flushed,
             Some(Err(error)) => Err(io::Error::other(error)),
             None => Err(io::ErrorKind::TimedOut.into()),
@@ -627,7 +624,7 @@ impl Shared {
             store::probe_disk(&dir)?;
             residency.journal.rewrite(|| residency.truth())
         });
-        match self.within(deadline, disk).await {
+        match within(&*self.clock, deadline, disk).await {
             Some(Ok(Ok(()))) => {}
             Some(Ok(Err(error))) => return Err(error.to_string()),
             Some(Err(error)) => return Err(error.to_string()),
@@ -636,7 +633,7 @@ impl Shared {
         if let Some(old) = self.store() {
             // What it still reclaims should end before another foyer reads the files; if it cannot, its
             // threads are left behind and its entries are checked like any other.
-            let _ = self.within(CLOSE_DEADLINE, old.close()).await;
+            let _ = within(&*self.clock, CLOSE_DEADLINE, old.close()).await;
         }
         let opened = Store::open(
             &self.config,
@@ -644,7 +641,7 @@ impl Shared {
             self.direct,
             Arc::clone(&self.residency),
         );
-        let store = match self.within(deadline, opened).await {
+        let store = match within(&*self.clock, deadline, opened).await {
             Some(Ok(store)) => store,
             Some(Err(error)) => return Err(error.to_string()),
             None => return Err("the store does not open in time".to_owned()),
@@ -665,14 +662,13 @@ impl Shared {
             prober.abort();
         }
         // Every write holds a part of the queue until foyer has finished with it.
-        let all = units(self.config.queue_bytes, self.config.queue_bytes);
-        let _drained = self.within(CLOSE_DEADLINE, acquire(&self.queue, all)).await;
+        let _drained = within(&*self.clock, CLOSE_DEADLINE, self.queue.clear()).await;
         if let Err(error) = self.flush_journal(true).await {
             tracing::warn!(%error, "the NVMe journal could not be closed cleanly");
         }
         let store = self.store.write().take();
         if let Some(store) = store {
-            let _ = self.within(CLOSE_DEADLINE, store.close()).await;
+            let _ = within(&*self.clock, CLOSE_DEADLINE, store.close()).await;
         }
         self.turns.close();
         self.lock.lock().take();
@@ -686,7 +682,6 @@ impl Shared {
         } else {
             self.health.why()
         };
-        let free = self.queue.available_permits() as u64 * UNIT;
         TierStatus {
             capacity_bytes: self.geometry.capacity_bytes(),
             used_bytes,
@@ -696,9 +691,7 @@ impl Shared {
                 || self.setup_note.clone(),
                 |why| format!("{why}; {}", self.setup_note),
             ),
-            queued_bytes: (u64::from(units(self.config.queue_bytes, self.config.queue_bytes))
-                * UNIT)
-                .saturating_sub(free),
+            queued_bytes: self.queue.inside_bytes(),
             written_bytes_today: self.residency.written_today(unix_day(&*self.clock)),
             drops: self.residency.drops(),
         }
@@ -706,21 +699,6 @@ impl Shared {
 
     fn store(&self) -> Option<Arc<Store>> {
         self.store.read().clone()
-    }
-
-    fn drain_ms(&self) -> u32 {
-        let queued = self
-            .config
-            .queue_bytes
-            .saturating_sub(self.queue.available_permits() as u64 * UNIT);
-        (queued / DRAIN_BYTES_PER_MS).clamp(1, 1000) as u32
-    }
-
-    async fn within<T>(&self, deadline: Duration, work: impl Future<Output = T>) -> Option<T> {
-        match select(pin!(work), self.clock.sleep(deadline)).await {
-            Either::Left((answer, _)) => Some(answer),
-            Either::Right(_) => None,
-        }
     }
 }
 
@@ -860,21 +838,6 @@ fn allow_open_files(wanted: u64) {
 
 fn unix_day(clock: &dyn Clock) -> u32 {
     (clock.unix_ms() / DAY_MS) as u32
-}
-
-fn semaphore(bytes: u64) -> Arc<Semaphore> {
-    Arc::new(Semaphore::new(units(bytes, bytes) as usize))
-}
-
-/// How many units `bytes` take of a semaphore for `limit_bytes`: never more than all of it, so that one
-/// block larger than the limit passes alone.
-fn units(bytes: u64, limit_bytes: u64) -> u32 {
-    let most = (limit_bytes / UNIT).clamp(1, u64::from(u32::MAX));
-    bytes.div_ceil(UNIT).clamp(1, most) as u32
-}
-
-async fn acquire(semaphore: &Arc<Semaphore>, wanted: u32) -> Option<OwnedSemaphorePermit> {
-    Arc::clone(semaphore).acquire_many_owned(wanted).await.ok()
 }
 
 /// One reader in the waiting room.

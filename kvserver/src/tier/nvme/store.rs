@@ -34,22 +34,18 @@ use foyer::{
     Statistics, StorageFilter, StorageFilterCondition, StorageFilterResult,
 };
 use kvgpu::SlotMut;
-use kvproto::{
-    BlockKey,
-    checksum::{PAGE_BYTES, page_sums},
-};
+use kvproto::BlockKey;
 use parking_lot::Mutex;
 use rustix::fs::{FallocateFlags, OFlags};
-use tokio::{
-    runtime::{Builder, Runtime},
-    sync::{OwnedSemaphorePermit, oneshot},
-};
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::{
     super::{
         Resident,
-        block::{BlockRef, MutableBlock, SealedBlock},
+        block::{BlockRef, SealedBlock},
+        land::{Landed, land},
         record,
+        threads::DiskThreads,
     },
     config::{Geometry, NvmeConfig, NvmeError, PAGE},
     residency::{Reclaim, Residency},
@@ -170,42 +166,20 @@ pub(super) enum Loaded {
 }
 
 impl Landing {
-    /// Reads a record into the slot, page by page, and verifies it. Answers whether it landed.
+    /// Reads a record into the slot and verifies it. Answers whether it landed.
     fn land(&mut self, reader: &mut impl io::Read) -> bool {
-        let landed = self.try_land(reader);
+        let Some(slot) = self.slot.take() else {
+            return false;
+        };
+        let landed = match land(reader, &self.resident, slot) {
+            Landed::Block(block) => Loaded::Block(block),
+            Landed::Corrupt => Loaded::Corrupt,
+            Landed::Other => Loaded::Other,
+            Landed::Failed(error) => Loaded::Failed(error.to_string()),
+        };
         let good = matches!(landed, Loaded::Block(_));
         self.landed = Some(landed);
         good
-    }
-
-    fn try_land(&mut self, reader: &mut impl io::Read) -> Loaded {
-        let Ok(header) = record::read_head(reader) else {
-            return Loaded::Corrupt;
-        };
-        let resident = &self.resident;
-        if header.key != resident.key
-            || header.seal != resident.seal
-            || header.place != resident.place
-            || header.length_bytes != resident.length_bytes
-        {
-            return Loaded::Other;
-        }
-        let Some(mut slot) = self.slot.take() else {
-            return Loaded::Other;
-        };
-        let mut sums = Vec::with_capacity(header.page_sums.len());
-        for page in slot[..header.length_bytes as usize].chunks_mut(PAGE_BYTES) {
-            if reader.read_exact(page).is_err() {
-                return Loaded::Corrupt;
-            }
-            // Still in the cache: the copy and the sum cost one pass over memory.
-            sums.extend(page_sums(page));
-        }
-        let block = MutableBlock::new(header.key, header.place, header.length_bytes, slot);
-        match block.seal_summed(header, &sums) {
-            Ok(block) => Loaded::Block(block),
-            Err(_) => Loaded::Corrupt,
-        }
     }
 }
 
@@ -266,7 +240,8 @@ impl StoreCell {
 pub(super) struct Store {
     cache: Option<HybridCache<StoredKey, StoredValue>>,
     cell: Arc<StoreCell>,
-    runtime: Option<Runtime>,
+    /// Last, because the others end on it.
+    threads: DiskThreads,
 }
 
 impl Store {
@@ -277,17 +252,12 @@ impl Store {
         direct: bool,
         residency: Arc<Residency>,
     ) -> Result<Self, NvmeError> {
-        let runtime = Builder::new_multi_thread()
-            .worker_threads(2)
-            .max_blocking_threads(config.reads + 4)
-            .thread_name("terrace-nvme")
-            .enable_all()
-            .build()
-            .map_err(|source| NvmeError::Io {
-                what: "start threads for",
-                path: config.dir.clone(),
-                source,
-            })?;
+        let threads = DiskThreads::start("terrace-nvme", 2, config.reads + 4);
+        let threads = threads.map_err(|source| NvmeError::Io {
+            what: "start threads for",
+            path: config.dir.clone(),
+            source,
+        })?;
         let cell = Arc::new(StoreCell::default());
         let filter = ReclaimFilter {
             residency,
@@ -298,30 +268,18 @@ impl Store {
             geometry,
             direct,
             filter,
-            Spawner::from(runtime.handle().clone()),
+            Spawner::from(threads.handle().clone()),
         );
         // On that runtime, because foyer spawns while it recovers.
-        let cache = runtime.handle().spawn(built).await;
-        let cache = match cache {
-            Ok(Ok(cache)) => cache,
-            Ok(Err(error)) => {
-                runtime.shutdown_background();
-                return Err(NvmeError::Store {
-                    problem: error.to_string(),
-                });
-            }
-            Err(error) => {
-                runtime.shutdown_background();
-                return Err(NvmeError::Store {
-                    problem: error.to_string(),
-                });
-            }
-        };
+        let cache = threads.handle().spawn(built).await;
+        let failed = |problem: String| NvmeError::Store { problem };
+        let cache = cache.map_err(|error| failed(error.to_string()))?;
+        let cache = cache.map_err(|error| failed(error.to_string()))?;
         *cell.0.lock() = Some(cache.clone());
         Ok(Self {
             cache: Some(cache),
             cell,
-            runtime: Some(runtime),
+            threads,
         })
     }
 
@@ -430,7 +388,8 @@ impl Store {
                 Some(block) => {
                     landing.slot = Some(slot);
                     let head = record::encode_head(block.header());
-                    landing.try_land(&mut head.as_slice().chain(block.bytes()))
+                    landing.land(&mut head.as_slice().chain(block.bytes()));
+                    landing.landed.take().unwrap_or(Loaded::Other)
                 }
                 None => Loaded::Other,
             },
@@ -448,10 +407,7 @@ impl Store {
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> tokio::task::JoinHandle<T> {
-        self.runtime
-            .as_ref()
-            .expect("present until drop")
-            .spawn_blocking(work)
+        self.threads.blocking(work)
     }
 
     /// Finishes what is queued.
@@ -466,9 +422,6 @@ impl Drop for Store {
     fn drop(&mut self) {
         self.cell.0.lock().take();
         drop(self.cache.take());
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
-        }
     }
 }
 
