@@ -1,3 +1,4 @@
-//! What the behaviour tests share: seeded mutation, fuzz targets, nodes as child processes.
+//! What the behaviour tests share: a seeded mutator, and every parser of outside bytes as a fuzz target.
 
 pub mod mutate;
+pub mod targets;

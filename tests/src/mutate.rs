@@ -25,7 +25,11 @@ impl Dice {
 
     /// A number below `bound`; 0 when `bound` is 0.
     pub fn below(&mut self, bound: usize) -> usize {
-        if bound == 0 { 0 } else { (self.next_u64() % bound as u64) as usize }
+        if bound == 0 {
+            0
+        } else {
+            (self.next_u64() % bound as u64) as usize
+        }
     }
 
     /// Fills `out`.
@@ -38,8 +42,18 @@ impl Dice {
 }
 
 /// Values that parsers of lengths and tags trip over.
-const INTEGERS: [u64; 10] =
-    [0, 1, 127, 128, 255, 0xffff, 0x7fff_ffff, 0xffff_ffff, u64::MAX >> 1, u64::MAX];
+const INTEGERS: [u64; 10] = [
+    0,
+    1,
+    127,
+    128,
+    255,
+    0xffff,
+    0x7fff_ffff,
+    0xffff_ffff,
+    u64::MAX >> 1,
+    u64::MAX,
+];
 
 /// Longest input made, bytes: parsers see their limits long before, and runs stay quick.
 pub const INPUT_MAX_BYTES: usize = 64 * 1024;
@@ -84,7 +98,11 @@ fn step(dice: &mut Dice, input: &mut Vec<u8>, corpus: &[Vec<u8>]) {
         }
         _ => {
             let value = INTEGERS[dice.below(INTEGERS.len())];
-            let bytes = if dice.below(2) == 0 { value.to_le_bytes() } else { value.to_be_bytes() };
+            let bytes = if dice.below(2) == 0 {
+                value.to_le_bytes()
+            } else {
+                value.to_be_bytes()
+            };
             let width = 1 << dice.below(4);
             let end = (at + width).min(input.len());
             for (slot, byte) in input[at..end].iter_mut().zip(bytes) {
@@ -103,7 +121,9 @@ mod tests {
         let corpus = vec![b"terrace".to_vec(), vec![0; 100]];
         let run = |seed| {
             let mut dice = Dice::new(seed);
-            (0..100).map(|_| mutate(&mut dice, &corpus)).collect::<Vec<_>>()
+            (0..100)
+                .map(|_| mutate(&mut dice, &corpus))
+                .collect::<Vec<_>>()
         };
         assert_eq!(run(7), run(7));
         assert_ne!(run(7), run(8));

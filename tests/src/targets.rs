@@ -1,0 +1,192 @@
+//! Every parser of bytes that come from outside, as a function of those bytes.
+//!
+//! ```text
+//! target(bytes) ─► parser ─► error: fine, as long as it is one
+//!                        └─► value ─► written out again ─► parsed again ─► the same value
+//! ```
+//!
+//! A target panics when a parser does, when it loops past a bound, or when what it read does not survive the
+//! way there and back. The bounded run (`tests/fuzz.rs`) and libFuzzer (`tests/fuzz/`) use the same functions.
+
+use std::str::FromStr;
+
+use bytes::Bytes;
+use kvproto::{
+    BlockKey, NamespaceId, Place, SequenceHash, convert,
+    frame::{Frame, FrameLimits, FrameReader},
+    v1,
+};
+use kvserver::{
+    config::Config,
+    engine::replay::Trace,
+    tier::{journal, record},
+};
+use prost::Message;
+
+/// A parser under test.
+pub type Target = fn(&[u8]);
+
+/// Name (and corpus folder) of each target.
+pub const TARGETS: &[(&str, Target)] = &[
+    ("frame", frame),
+    ("convert_request", convert_request),
+    ("convert_answer", convert_answer),
+    ("key", key),
+    ("record", record_of_a_block),
+    ("journal", journal_of_a_tier),
+    ("trace", trace),
+    ("config", config),
+];
+
+/// Bulk messages: any split of the bytes gives the same frames, and what is whole is what prost reads.
+pub fn frame(bytes: &[u8]) {
+    let limits = FrameLimits {
+        max_head_bytes: 4 << 10,
+        max_data_bytes: 32 << 10,
+    };
+    let read = |step: usize| {
+        let mut reader = FrameReader::new(limits);
+        let (mut heads, mut data, mut ends) = (Vec::new(), Vec::new(), 0_u32);
+        for chunk in bytes.chunks(step.max(1)) {
+            reader.push(Bytes::copy_from_slice(chunk));
+            loop {
+                match reader.next() {
+                    Ok(Some(Frame::Head { message, data_len })) => heads.push((message, data_len)),
+                    Ok(Some(Frame::Data(piece))) => data.extend_from_slice(&piece),
+                    Ok(Some(Frame::End)) => ends += 1,
+                    Ok(None) => break,
+                    Err(error) => return (heads, data, ends, Some(error)),
+                }
+            }
+        }
+        (heads, data, ends, reader.finish().err())
+    };
+    let whole = read(bytes.len());
+    let split = read(1 + bytes.first().map_or(0, |byte| usize::from(*byte)));
+    assert_eq!(whole.0, split.0, "heads depend on how the bytes were cut");
+    assert_eq!(whole.2, split.2, "ends depend on how the bytes were cut");
+    if whole.3.is_none() {
+        assert_eq!(whole.1, split.1, "data depends on how the bytes were cut");
+        for (head, _) in &whole.0 {
+            let _ = v1::PutRequest::decode(head.clone());
+            let _ = v1::GetResponse::decode(head.clone());
+        }
+    }
+}
+
+/// Every request: decoded, judged, and if it is accepted, the same after a round trip.
+pub fn convert_request(bytes: &[u8]) {
+    let Some((kind, bytes)) = bytes.split_first() else {
+        return;
+    };
+    match kind % 8 {
+        0 => judged::<v1::OpenNamespaceRequest, convert::request::OpenNamespace>(bytes),
+        1 => judged::<v1::LookupRequest, convert::request::Lookup>(bytes),
+        2 => judged::<v1::GetRequest, convert::request::Get>(bytes),
+        3 => judged::<v1::PutStart, convert::request::PutStart>(bytes),
+        4 => judged::<v1::RenewRequest, convert::request::Renew>(bytes),
+        5 => judged::<v1::ReleaseRequest, convert::request::Release>(bytes),
+        6 => judged::<v1::InvalidateRequest, convert::request::Invalidate>(bytes),
+        _ => judged::<v1::WatchRequest, convert::request::Watch>(bytes),
+    }
+}
+
+fn judged<W, D>(bytes: &[u8])
+where
+    W: Message + Default,
+    D: TryFrom<W, Error = kvproto::FieldError>,
+{
+    if let Ok(message) = W::decode(bytes)
+        && let Err(error) = D::try_from(message)
+    {
+        assert!(!error.field.is_empty(), "a refusal names no field");
+        assert!(
+            !error.problem.is_empty(),
+            "a refusal of {} gives no reason",
+            error.field
+        );
+    }
+}
+
+/// Answers, as a client reads them.
+pub fn convert_answer(bytes: &[u8]) {
+    if let Ok(answer) = v1::LookupResponse::decode(bytes) {
+        let _ = convert::answer::Lookup::from_wire(&answer, 64);
+    }
+    if let Ok(answer) = v1::WatchResponse::decode(bytes) {
+        let _ = convert::answer::WatchEvent::from_wire(&answer);
+    }
+    if let Ok(wire) = v1::BlockHeader::decode(bytes) {
+        let rules = convert::HeaderRules {
+            namespace: NamespaceId([7; 16]),
+            run_blocks: 8,
+            max_block_bytes: 64 << 20,
+        };
+        if let Ok(header) = convert::header(&wire, rules) {
+            let again = convert::header(&v1::BlockHeader::from(&header), rules);
+            assert_eq!(again.as_ref(), Ok(&header), "a header changes on the wire");
+        }
+    }
+}
+
+/// Keys and places from bytes and text.
+pub fn key(bytes: &[u8]) {
+    if let Ok(bytes) = bytes.try_into() {
+        assert_eq!(BlockKey::from_bytes(bytes).to_bytes(), *bytes);
+    }
+    if let Ok(bytes) = bytes.try_into()
+        && let Some(place) = Place::from_bytes(bytes)
+    {
+        assert_eq!(place.to_bytes(), *bytes);
+    }
+    if let Ok(text) = std::str::from_utf8(bytes)
+        && let Ok(hash) = SequenceHash::from_str(text)
+    {
+        assert_eq!(hash.to_string(), text.to_lowercase());
+    }
+}
+
+/// A stored record: what is read was sealed, and verifies.
+pub fn record_of_a_block(bytes: &[u8]) {
+    if let Ok((header, payload)) = record::parse(bytes) {
+        assert_eq!(header.length_bytes, payload.len() as u64);
+        let head = record::encode_head(&header);
+        let again = record::read_head(&mut &head[..]).expect("our own head");
+        assert_eq!(again, header);
+    }
+}
+
+/// A residency journal: entries before the first broken record, the same when written again.
+pub fn journal_of_a_tier(bytes: &[u8]) {
+    let (entries, scan) = journal::parse(bytes);
+    assert_eq!(entries.len() as u64, scan.records);
+    assert!(scan.good_bytes <= bytes.len() as u64);
+    if scan.extent_bytes > 0 {
+        let written = journal::encode(scan.extent_bytes, &entries);
+        assert_eq!(
+            journal::parse(&written).0,
+            entries,
+            "a journal changes when it is rewritten"
+        );
+    }
+}
+
+/// A request trace.
+pub fn trace(bytes: &[u8]) {
+    if let Ok(trace) = Trace::read(bytes) {
+        assert!(trace.unique_blocks() <= trace.block_refs());
+    }
+}
+
+/// Settings: `name=value` lines through the same door as file, environment and flags.
+pub fn config(bytes: &[u8]) {
+    let mut config = Config::default();
+    for line in String::from_utf8_lossy(bytes).lines() {
+        if let Some((name, value)) = line.split_once('=')
+            && let Err(error) = config.set(name.trim(), value.trim(), "fuzz")
+        {
+            assert!(!error.to_string().is_empty());
+        }
+    }
+    let _ = config.validate();
+}
