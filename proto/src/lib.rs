@@ -13,11 +13,13 @@
 
 #![forbid(unsafe_code)]
 
+pub mod chain;
 pub mod checksum;
 pub mod convert;
 pub mod field;
 pub mod frame;
 pub mod hash;
+pub mod header;
 mod hex;
 pub mod key;
 pub mod namespace;
@@ -37,9 +39,10 @@ pub mod v1 {
     tonic::include_proto!("terrace.v1");
 }
 
-pub use checksum::BlockHeader;
+pub use chain::Chain;
 pub use field::FieldError;
-pub use hash::{Chain, NamespaceKey};
+pub use hash::NamespaceKey;
+pub use header::{BlockHeader, Mismatch};
 pub use key::{
     BlockKey, BootId, LeaseId, NamespaceId, OwnerId, Part, Place, RequestId, RunHash, SequenceHash,
 };
