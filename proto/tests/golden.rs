@@ -59,7 +59,8 @@ fn chain_hashes() {
     let edge = [0, 1, u32::MAX, 0x0102_0304, 7, 7, 7, 7];
     let lora: &[u8] = b"lora:7f3a";
     let image: &[u8] = &counting(200);
-    let cases: [(&str, u32, &[u32], Vec<Vec<&[u8]>>); 7] = [
+    type Case<'a> = (&'a str, u32, &'a [u32], Vec<Vec<&'a [u8]>>);
+    let cases: [Case<'_>; 7] = [
         (
             "16 tokens a block, the last 6 are no block",
             16,
