@@ -2,3 +2,4 @@
 
 pub mod mutate;
 pub mod targets;
+pub mod peer;
