@@ -16,19 +16,22 @@ use std::{
 
 use bytes::Bytes;
 use kvproto::{
-    BootId, Chain, FieldError, Namespace, NamespaceId, NamespaceKey, Part, Reason, SequenceHash,
-    TierKind, v1,
+    BootId, Chain, FieldError, Namespace, Part, Reason, SequenceHash, TierKind,
+    convert::{
+        answer::{self, OpenedNamespace, PutResult},
+        chain_to_wire, parts_to_wire,
+    },
+    v1,
 };
 
 use crate::{
     builder::ClientBuilder,
     call::{self, Deadline, Inner, Tries},
-    convert,
     error::Error,
     get::{self, Fetched, GetOptions, Got, Wanted},
     lease::{Lease, millis},
     namespace::NamespaceHandle,
-    put::{self, PutBlock, PutOptions, PutResult},
+    put::{self, PutBlock, PutOptions},
     retry::BreakerState,
     watch::{self, Watch},
     wire::{self, Method},
@@ -163,24 +166,15 @@ impl Client {
             call::unary(&self.inner, method, deadline, |context| {
                 v1::OpenNamespaceRequest {
                     context: Some(context),
-                    spec: Some(convert::spec(spec)),
+                    spec: Some(spec.into()),
                     strict,
                 }
             })
             .await?;
         self.inner.heard(answer.context.as_ref());
-        let width = |field: &str| wire::answer(method, format!("{field} has the wrong width"));
-        let id =
-            NamespaceId::from_slice(&answer.namespace_id).ok_or_else(|| width("namespace_id"))?;
-        let key =
-            <[u8; 32]>::try_from(&answer.namespace_key[..]).map_err(|_| width("namespace_key"))?;
-        Ok(NamespaceHandle::new(
-            spec.clone(),
-            id,
-            NamespaceKey::from_bytes(key),
-            Some(answer.difference).filter(|difference| !difference.is_empty()),
-            answer.max_block_bytes,
-        ))
+        let opened =
+            OpenedNamespace::try_from(&answer).map_err(|problem| wire::answer(method, problem))?;
+        Ok(NamespaceHandle::new(spec.clone(), opened))
     }
 
     /// The longest prefix of `chain` that is present, with a lease on it unless it is a probe.
@@ -206,12 +200,8 @@ impl Client {
                 v1::LookupRequest {
                     context: Some(context),
                     namespace_id: Bytes::copy_from_slice(&namespace.id().0),
-                    chain: Some(convert::chain(chain)),
-                    parts: options
-                        .parts
-                        .iter()
-                        .map(|part| convert::part(*part))
-                        .collect(),
+                    chain: Some(chain_to_wire(chain)),
+                    parts: parts_to_wire(&options.parts),
                     probe: options.probe,
                     lease_ttl_ms: millis(options.lease_ttl),
                     idempotency_key: idempotency
@@ -227,15 +217,14 @@ impl Client {
             }
         };
         let boot_id = self.inner.heard(answer.context.as_ref());
-        let runs = answer.tiers.iter();
+        let found = answer::Lookup::from_wire(&answer, chain.len())
+            .map_err(|problem| wire::answer(Method::LOOKUP, problem))?;
         Ok(Lookup {
-            present_blocks: answer.present_blocks,
-            tiers: runs
-                .filter_map(|run| Some((run.blocks, TierKind::from_wire(run.tier)?)))
-                .collect(),
-            lease: answer
+            present_blocks: found.present_blocks,
+            tiers: found.tiers,
+            lease: found
                 .lease
-                .map(|lease| Lease::new(&self.inner, self.deadline, boot_id, &lease)),
+                .map(|lease| Lease::new(&self.inner, self.deadline, boot_id, lease)),
             boot_id,
         })
     }

@@ -17,6 +17,7 @@ use bytes::Bytes;
 use kvproto::{
     BlockHeader, BlockKey, Chain, FieldError, GetOutcome, Part, TierKind,
     checksum::Landing,
+    convert,
     frame::{Frame, FrameLimits, FrameReader},
     v1,
 };
@@ -25,7 +26,6 @@ use prost::Message;
 use crate::{
     batch,
     call::{Deadline, Inner, Tries},
-    convert,
     error::Error,
     lane::Receiver,
     lease::Lease,
@@ -203,13 +203,8 @@ async fn one_call<S: Sink>(
         let question = wire::encode(&v1::GetRequest {
             context: Some(inner.context(&tries.request)),
             namespace_id: Bytes::copy_from_slice(&wanted.namespace.id().0),
-            chain: Some(convert::chain(wanted.chain)),
-            parts: wanted
-                .options
-                .parts
-                .iter()
-                .map(|part| convert::part(*part))
-                .collect(),
+            chain: Some(convert::chain_to_wire(wanted.chain)),
+            parts: convert::parts_to_wire(wanted.options.parts),
             lease_id: wanted.options.lease.map_or(0, |lease| lease.id().0),
             piece_bytes: 0,
         });
@@ -338,6 +333,8 @@ struct Reading<'a, S> {
     sink: &'a mut S,
     got: Vec<Option<Got>>,
     open: Option<Open>,
+    /// A block whose header made no sense or names another: its pieces go nowhere.
+    skipped: Option<usize>,
     frames: FrameReader,
     /// Why reading stopped.
     failed: Option<Error>,
@@ -346,10 +343,7 @@ struct Reading<'a, S> {
 impl<S: Sink> Receiver for Reading<'_, S> {
     fn room(&mut self) -> Option<&mut [u8]> {
         let left = self.frames.data_left();
-        let open = self
-            .open
-            .as_ref()
-            .filter(|open| !open.spoiled && left > 0)?;
+        let open = self.open.as_ref().filter(|_| left > 0)?;
         // What the message announces beyond the block's end is refused when it comes, see `data`.
         let left = left.min(open.header.length_bytes - open.at) as usize;
         if left == 0 {
@@ -359,13 +353,12 @@ impl<S: Sink> Receiver for Reading<'_, S> {
     }
 
     fn landed(&mut self, bytes: usize) -> io::Result<()> {
-        if let Some(slot) = self.landing_slot() {
-            self.frames.skip_data(bytes as u64);
-            self.sink.landed(slot, bytes);
-            let outcome = self.data(bytes).and_then(|()| self.advance());
-            return self.stop_at(outcome);
+        self.frames.skip_data(bytes as u64);
+        if let Some(open) = &self.open {
+            self.sink.landed(open.slot, bytes);
         }
-        Ok(())
+        let outcome = self.data(bytes).and_then(|()| self.advance());
+        self.stop_at(outcome)
     }
 
     fn chunk(&mut self, bytes: &[u8]) -> io::Result<()> {
@@ -382,8 +375,6 @@ struct Open {
     tier: Option<TierKind>,
     /// Bytes landed.
     at: u64,
-    /// The header itself is wrong: its bytes go nowhere.
-    spoiled: bool,
 }
 
 impl<'a, S: Sink> Reading<'a, S> {
@@ -394,6 +385,7 @@ impl<'a, S: Sink> Reading<'a, S> {
             sink,
             got: vec![None; wanted.count()],
             open: None,
+            skipped: None,
             frames: FrameReader::new(FrameLimits {
                 max_data_bytes: wanted.namespace.max_block_bytes(),
                 ..FrameLimits::default()
@@ -423,13 +415,16 @@ impl<'a, S: Sink> Reading<'a, S> {
             Frame::Head { message, data_len } => self.head(message, data_len),
             Frame::Data(bytes) => {
                 self.data(bytes.len())?;
-                if let Some(slot) = self.landing_slot() {
-                    self.sink.room(slot)[..bytes.len()].copy_from_slice(&bytes);
-                    self.sink.landed(slot, bytes.len());
+                if let Some(open) = &self.open {
+                    self.sink.room(open.slot)[..bytes.len()].copy_from_slice(&bytes);
+                    self.sink.landed(open.slot, bytes.len());
                 }
                 Ok(())
             }
-            Frame::End => self.end(),
+            Frame::End => {
+                self.end();
+                Ok(())
+            }
         }
     }
 
@@ -439,6 +434,10 @@ impl<'a, S: Sink> Reading<'a, S> {
             self.inner.heard(head.context.as_ref());
         }
         let slot = head.block as usize;
+        if self.skipped == Some(slot) {
+            return Ok(());
+        }
+        self.skipped = None;
         if slot >= self.got.len() || self.got[slot].is_some() {
             return Err(unexpected(format!(
                 "block {slot} was not asked for, or came twice"
@@ -463,7 +462,10 @@ impl<'a, S: Sink> Reading<'a, S> {
             return Ok(());
         }
         if let Some(header) = head.header {
-            self.begin(slot, header, head.tier)?;
+            self.begin(slot, &header, head.tier)?;
+            if self.skipped == Some(slot) {
+                return Ok(());
+            }
         }
         match &self.open {
             Some(open) if open.slot == slot && open.at == head.offset => Ok(()),
@@ -473,29 +475,45 @@ impl<'a, S: Sink> Reading<'a, S> {
         }
     }
 
-    fn begin(&mut self, slot: usize, header: v1::BlockHeader, tier: i32) -> Result<(), Error> {
+    fn begin(&mut self, slot: usize, header: &v1::BlockHeader, tier: i32) -> Result<(), Error> {
         if self.open.is_some() {
             return Err(unexpected(format!("block {slot} begins inside another")));
         }
         let key = self.wanted.key(slot);
-        let header = convert::block_header(key.namespace, &header).map_err(unexpected)?;
-        let spoiled = header.key != key || !header.check_seal();
+        let header = convert::header(header, self.wanted.namespace.header_rules())
+            .ok()
+            .filter(|header| header.key == key && header.check_seal());
+        let Some(header) = header else {
+            self.corrupt(slot, &key);
+            self.skipped = Some(slot);
+            return Ok(());
+        };
         let length = usize::try_from(header.length_bytes).unwrap_or(usize::MAX);
-        if !spoiled {
-            self.sink.open(slot, length)?;
-        }
+        self.sink.open(slot, length)?;
         self.open = Some(Open {
             slot,
             header,
             tier: TierKind::from_wire(tier),
             at: 0,
-            spoiled,
         });
         Ok(())
     }
 
+    fn corrupt(&mut self, slot: usize, key: &BlockKey) {
+        tracing::warn!(%key, "block does not match its checksums and was dropped");
+        self.sink.spoil(slot);
+        self.got[slot] = Some(Got {
+            outcome: GetOutcome::Corrupt,
+            tier: None,
+            length_bytes: 0,
+        });
+    }
+
     /// `length` bytes of payload have come; refused when the block has no room for them.
     fn data(&mut self, length: usize) -> Result<(), Error> {
+        if self.skipped.is_some() {
+            return Ok(());
+        }
         let open = self
             .open
             .as_mut()
@@ -510,42 +528,20 @@ impl<'a, S: Sink> Reading<'a, S> {
         Ok(())
     }
 
-    /// The block that payload goes into, if there is one and it is worth it.
-    fn landing_slot(&self) -> Option<usize> {
-        self.open
-            .as_ref()
-            .filter(|open| !open.spoiled)
-            .map(|open| open.slot)
-    }
-
-    fn end(&mut self) -> Result<(), Error> {
-        let Some(open) = self
-            .open
-            .take_if(|open| open.at == open.header.length_bytes)
-        else {
-            return Ok(());
+    fn end(&mut self) {
+        let whole = |open: &mut Open| open.at == open.header.length_bytes;
+        let Some(open) = self.open.take_if(whole) else {
+            return;
         };
-        let slot = open.slot;
-        let whole = !open.spoiled && {
-            let sums = self.sink.close(slot);
-            open.header.check(&sums).is_ok()
-        };
-        self.got[slot] = Some(if whole {
-            Got {
-                outcome: GetOutcome::Hit,
-                tier: open.tier,
-                length_bytes: open.header.length_bytes as usize,
-            }
-        } else {
-            self.sink.spoil(slot);
-            tracing::warn!(key = %open.header.key, "block does not match its checksums and was dropped");
-            Got {
-                outcome: GetOutcome::Corrupt,
-                tier: open.tier,
-                length_bytes: 0,
-            }
+        let sums = self.sink.close(open.slot);
+        if open.header.check(&sums).is_err() {
+            return self.corrupt(open.slot, &open.header.key);
+        }
+        self.got[open.slot] = Some(Got {
+            outcome: GetOutcome::Hit,
+            tier: open.tier,
+            length_bytes: open.header.length_bytes as usize,
         });
-        Ok(())
     }
 
     fn finish(self) -> Result<Vec<Got>, Error> {

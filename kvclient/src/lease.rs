@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use kvproto::{BootId, LeaseId, v1};
+use kvproto::{BootId, LeaseId, convert::answer, v1};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -49,12 +49,12 @@ impl Lease {
         inner: &Arc<Inner>,
         deadline: Duration,
         boot: BootId,
-        lease: &v1::Lease,
+        lease: answer::Lease,
     ) -> Self {
         Self {
             inner: inner.clone(),
             deadline,
-            id: LeaseId(lease.id),
+            id: lease.id,
             boot,
             ttl: Duration::from_millis(lease.ttl_ms.into()),
             blocks: lease.blocks,

@@ -40,7 +40,6 @@ mod builder;
 mod call;
 mod client;
 pub mod clock;
-mod convert;
 mod endpoint;
 mod error;
 mod get;
@@ -62,10 +61,11 @@ pub use get::{Fetched, GetOptions, Got};
 pub use lease::{Lease, MAX_RELEASES};
 pub use link::Tuning;
 pub use namespace::NamespaceHandle;
-pub use put::{Payload, PutBlock, PutOptions, PutResult};
+pub use put::{Payload, PutBlock, PutOptions};
 pub use retry::{BreakerPolicy, BreakerState, RetryPolicy};
-pub use watch::{BlockEvent, Watch, WatchEvent};
+pub use watch::Watch;
 
+pub use kvproto::convert::answer::{BlockEvent, PutResult, WatchEvent};
 pub use kvproto::{
     Ack, Chain, GetOutcome, Kind, Namespace, Part, PutOutcome, Reason, SequenceHash, TierKind,
 };

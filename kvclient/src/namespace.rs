@@ -14,7 +14,9 @@
 use std::sync::Arc;
 
 use kvproto::{
-    Chain, FieldError, NamespaceId, NamespaceKey, SequenceHash, hash, namespace::Namespace,
+    Chain, FieldError, Namespace, NamespaceId, NamespaceKey, SequenceHash,
+    convert::{HeaderRules, answer::OpenedNamespace},
+    hash,
 };
 
 /// An open namespace. Cheap to clone.
@@ -26,28 +28,13 @@ pub struct NamespaceHandle {
 #[derive(Debug)]
 struct Shared {
     spec: Namespace,
-    id: NamespaceId,
-    key: NamespaceKey,
-    difference: Option<String>,
-    max_block_bytes: u64,
+    opened: OpenedNamespace,
 }
 
 impl NamespaceHandle {
-    pub(crate) fn new(
-        spec: Namespace,
-        id: NamespaceId,
-        key: NamespaceKey,
-        difference: Option<String>,
-        max_block_bytes: u64,
-    ) -> Self {
+    pub(crate) fn new(spec: Namespace, opened: OpenedNamespace) -> Self {
         Self {
-            shared: Arc::new(Shared {
-                spec,
-                id,
-                key,
-                difference,
-                max_block_bytes,
-            }),
+            shared: Arc::new(Shared { spec, opened }),
         }
     }
 
@@ -66,13 +53,13 @@ impl NamespaceHandle {
     /// Its id, which every key starts with.
     #[must_use]
     pub fn id(&self) -> NamespaceId {
-        self.shared.id
+        self.shared.opened.id
     }
 
     /// The key of its hashes.
     #[must_use]
     pub fn key(&self) -> &NamespaceKey {
-        &self.shared.key
+        &self.shared.opened.key
     }
 
     /// Tokens per block.
@@ -90,13 +77,13 @@ impl NamespaceHandle {
     /// Largest block the node takes.
     #[must_use]
     pub fn max_block_bytes(&self) -> u64 {
-        self.shared.max_block_bytes
+        self.shared.opened.max_block_bytes
     }
 
     /// One line that names what differs from the namespace last opened under this label.
     #[must_use]
     pub fn difference(&self) -> Option<&str> {
-        self.shared.difference.as_deref()
+        self.shared.opened.difference.as_deref()
     }
 
     /// The chain of a prompt's full blocks.
@@ -134,6 +121,15 @@ impl NamespaceHandle {
     #[must_use]
     pub fn engine_hash(&self, opaque: &[u8]) -> SequenceHash {
         hash::engine(self.key(), opaque)
+    }
+
+    /// What its blocks' headers must keep.
+    pub(crate) fn header_rules(&self) -> HeaderRules {
+        HeaderRules {
+            namespace: self.id(),
+            run_blocks: self.run_blocks(),
+            max_block_bytes: self.max_block_bytes(),
+        }
     }
 
     /// Refuses a chain that is no chain of this namespace.

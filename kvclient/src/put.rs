@@ -12,13 +12,13 @@
 
 use bytes::Bytes;
 use kvproto::{
-    Ack, BlockHeader, BlockKey, Chain, FieldError, Kind, Part, PutOutcome, Reason, frame, v1,
+    Ack, BlockHeader, BlockKey, Chain, FieldError, Kind, Part, convert::answer::PutResult, frame,
+    v1,
 };
 
 use crate::{
     batch,
     call::{Deadline, Inner, Tries},
-    convert,
     error::Error,
     namespace::NamespaceHandle,
     wire::{self, Method, Whole},
@@ -108,25 +108,6 @@ impl Default for PutOptions {
             ack: Ack::Cached,
             kind: Kind::Kv,
         }
-    }
-}
-
-/// What became of one block of a put.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PutResult {
-    /// What it is now.
-    pub outcome: PutOutcome,
-    /// When a rejected one may be put again.
-    pub retry_after_ms: u32,
-    /// Why it was rejected.
-    pub reason: Option<Reason>,
-}
-
-impl PutResult {
-    /// True when the block is there.
-    #[must_use]
-    pub fn is_kept(&self) -> bool {
-        self.outcome.is_kept()
     }
 }
 
@@ -263,7 +244,7 @@ impl Putting<'_> {
             part: block.part,
         };
         let place = self.chain.place(block.index, self.namespace.run_blocks());
-        convert::header(&BlockHeader::describe(key, place, block.data.as_slice()))
+        (&BlockHeader::describe(key, place, block.data.as_slice())).into()
     }
 
     fn results(&self, answer: v1::PutResponse) -> Result<Vec<PutResult>, Error> {
@@ -278,15 +259,9 @@ impl Putting<'_> {
                 ),
             ));
         }
-        let results = answer.results.iter().map(|result| {
-            Ok(PutResult {
-                outcome: PutOutcome::from_wire(result.outcome).ok_or_else(|| {
-                    wire::answer(METHOD, format!("outcome {} is not known", result.outcome))
-                })?,
-                retry_after_ms: result.retry_after_ms,
-                reason: Reason::from_wire(result.reason),
-            })
-        });
-        results.collect()
+        let results = answer.results.iter().map(PutResult::try_from);
+        results
+            .collect::<Result<_, _>>()
+            .map_err(|problem| wire::answer(METHOD, problem))
     }
 }

@@ -14,7 +14,8 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 use h2::RecvStream;
 use kvproto::{
-    BootId, NamespaceId, Part, Reason, SequenceHash, TierKind,
+    BootId, NamespaceId,
+    convert::answer::WatchEvent,
     frame::{Frame, FrameLimits, FrameReader},
     v1,
 };
@@ -28,38 +29,6 @@ use crate::{
 };
 
 const METHOD: Method = Method::WATCH;
-
-/// What happened to one block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BlockEvent {
-    /// Whose block.
-    pub namespace: NamespaceId,
-    /// Which block.
-    pub hash: SequenceHash,
-    /// Which part of it.
-    pub part: Part,
-    /// Its position in its chain.
-    pub index: u32,
-    /// The block before it; `None` at index 0.
-    pub parent: Option<SequenceHash>,
-    /// Where it was stored or removed.
-    pub tier: Option<TierKind>,
-    /// Why it was removed.
-    pub reason: Option<Reason>,
-    /// Its length.
-    pub length_bytes: u64,
-}
-
-/// One event of a node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WatchEvent {
-    /// A block is there now.
-    Stored(BlockEvent),
-    /// A block is gone.
-    Removed(BlockEvent),
-    /// So many events were dropped here, because the reader was too slow.
-    Lagged(u64),
-}
 
 /// A stream of events. Dropping it ends it.
 pub struct Watch {
@@ -121,43 +90,14 @@ impl Watch {
                 self.boot = BootId(context.boot_id);
             }
             let sequence = event.sequence;
-            let event = match event.event {
-                None => continue,
-                Some(v1::watch_response::Event::Stored(event)) => {
-                    WatchEvent::Stored(block(&event)?)
-                }
-                Some(v1::watch_response::Event::Removed(event)) => {
-                    WatchEvent::Removed(block(&event)?)
-                }
-                Some(v1::watch_response::Event::Lagged(events)) => WatchEvent::Lagged(events),
-            };
-            self.ready.push_back((sequence, event));
+            if let Some(event) =
+                WatchEvent::from_wire(&event).map_err(|problem| wire::answer(METHOD, problem))?
+            {
+                self.ready.push_back((sequence, event));
+            }
         }
         Ok(())
     }
-}
-
-fn block(event: &v1::BlockEvent) -> Result<BlockEvent, Error> {
-    let width = |field: &str| wire::answer(METHOD, format!("{field} has the wrong width"));
-    let part = event.part.unwrap_or_default();
-    let coordinate = |n: u32| u16::try_from(n).map_err(|_| width("part"));
-    Ok(BlockEvent {
-        namespace: NamespaceId::from_slice(&event.namespace_id)
-            .ok_or_else(|| width("namespace_id"))?,
-        hash: SequenceHash::from_slice(&event.hash).ok_or_else(|| width("hash"))?,
-        part: Part {
-            rank: coordinate(part.rank)?,
-            layer_group: coordinate(part.layer_group)?,
-        },
-        index: event.index,
-        parent: match &event.parent_hash[..] {
-            [] => None,
-            hash => Some(SequenceHash::from_slice(hash).ok_or_else(|| width("parent_hash"))?),
-        },
-        tier: TierKind::from_wire(event.tier),
-        reason: Reason::from_wire(event.reason),
-        length_bytes: event.length_bytes,
-    })
 }
 
 /// Opens the stream; `deadline` is how long it may live.

@@ -71,8 +71,12 @@ struct State {
     secret: AtomicU64,
     script: Mutex<VecDeque<Fault>>,
     seen: Mutex<Vec<Seen>>,
-    blocks: Mutex<HashMap<(Bytes, u32, u32), (v1::BlockHeader, Bytes)>>,
+    blocks: Mutex<HashMap<Name, Stored>>,
 }
+
+/// Hash, rank, layer group.
+type Name = (Bytes, u32, u32);
+type Stored = (v1::BlockHeader, Bytes);
 
 impl Peer {
     /// A peer on a free loopback port.
@@ -190,7 +194,7 @@ impl Handler {
         }
     }
 
-    fn find(&self, hash: &[u8], part: v1::Part) -> Option<(v1::BlockHeader, Bytes)> {
+    fn find(&self, hash: &[u8], part: v1::Part) -> Option<Stored> {
         let key = (Bytes::copy_from_slice(hash), part.rank, part.layer_group);
         self.0.blocks.lock().get(&key).cloned()
     }
@@ -424,6 +428,7 @@ impl v1::blocks_server::Blocks for Handler {
         let block = v1::BlockEvent {
             namespace_id: Bytes::from_static(&[1; 16]),
             hash: Bytes::from_static(&[2; 32]),
+            tier: v1::Tier::Ram.into(),
             ..Default::default()
         };
         let events = [

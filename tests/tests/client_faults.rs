@@ -518,7 +518,7 @@ async fn events_come_in_order_and_say_what_was_missed() {
     let WatchEvent::Stored(block) = event else {
         panic!("{event:?}")
     };
-    assert_eq!((sequence, block.hash), (1, SequenceHash([2; 32])));
+    assert_eq!((sequence, block.key.hash), (1, SequenceHash([2; 32])));
     assert_eq!(
         watch.next().await.unwrap(),
         Some((5, WatchEvent::Lagged(3)))

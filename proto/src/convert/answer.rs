@@ -225,6 +225,11 @@ impl PutResult {
         }
     }
 
+    /// True when the block is there.
+    pub const fn is_kept(&self) -> bool {
+        self.outcome.is_kept()
+    }
+
     /// A block that was refused.
     pub const fn rejected(reason: Reason, retry_after_ms: u32) -> Self {
         Self {
