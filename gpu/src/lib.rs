@@ -10,7 +10,15 @@
 mod bits;
 
 pub mod arena;
+pub mod conformance;
 pub mod copy;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+pub mod device;
+pub mod host;
+pub mod layout;
+pub mod pinned;
+pub mod plan;
 pub mod segment;
 pub mod slot;
 pub mod slots;
@@ -19,5 +27,15 @@ pub use arena::{
     Arena, ArenaConfig, ArenaError, ArenaStats, Clearing, DomainId, HugePages, SegmentInfo,
 };
 pub use copy::copy;
+#[cfg(feature = "cuda")]
+pub use cuda::CudaDevice;
+pub use device::{
+    Device, DeviceError, DeviceInfo, DeviceKind, DeviceMemory, DevicePreference, DeviceSpan, Event,
+    NoCuda, Opened, PageLock, PagedKv, Pending, Refused, Stream, open,
+};
+pub use host::HostDevice;
+pub use layout::{Arrangement, KvLayout, KvOrder, KvStrides, LayoutError};
+pub use pinned::PinnedArena;
+pub use plan::{CopyPlan, CopyRun};
 pub use slot::{Location, Slot, SlotMut};
 pub use slots::{MAX_SLOT_BYTES, PAGE_BYTES};

@@ -298,7 +298,7 @@ fn clear(arena: &Arc<Arena>, held: &mut Held, length: usize) -> u64 {
 fn a_day_of_churn_leaves_room_for_the_largest_class_at_a_bounded_price() {
     let classes: Vec<usize> = (0..8).map(|power| (4 * KIB) << (2 * power)).collect();
     assert_eq!(*classes.last().unwrap(), MAX_SLOT_BYTES);
-    let day = day(4 * GIB, &classes, 800_000, 1);
+    let day = day(2 * GIB, &classes, 400_000, 1);
     assert!(day.turnover > 4.0, "{}", day.turnover);
     assert!(
         day.dearest <= 1.0,
