@@ -19,7 +19,7 @@ mod value;
 
 use self::value::{any, at_least, capacity, non_empty, within};
 pub use self::{
-    load::{Action, Loaded, load},
+    load::{Action, LoadError, Loaded, load},
     machine::{Chosen, choose},
     value::{Capacity, LogFormat, NvmeAdmission, Setting, UnixSocket},
 };

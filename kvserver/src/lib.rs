@@ -14,9 +14,15 @@
 //!
 //! One way down. [`clock`], [`config`], [`error`] are leaves that anyone may use.
 
+pub mod blocks;
 pub mod clock;
 pub mod config;
+mod console;
 pub mod engine;
 pub mod error;
+mod rpc;
+mod server;
 pub mod telemetry;
 pub mod tier;
+
+pub use self::server::{Node, NodeError};

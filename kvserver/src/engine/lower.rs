@@ -53,6 +53,12 @@ impl Engine {
         })
     }
 
+    /// Whether any tier has the block; leaves no trace in the policy.
+    #[must_use]
+    pub fn is_present(&self, key: &BlockKey) -> bool {
+        self.index.shard(key).get(key).is_some_and(Entry::is_present)
+    }
+
     /// A lower tier has the block now. False if it was invalidated while it was written: the caller removes it
     /// from the tier again.
     #[must_use = "what was invalidated must leave the tier again"]

@@ -90,7 +90,7 @@ pub mod names {
     pub const LOOKUP_PRESENT: &str = "terrace_lookup_blocks_present_total";
     /// Blocks forgotten because somebody asked for it.
     pub const INVALIDATED_BLOCKS: &str = "terrace_invalidated_blocks_total";
-    /// Blocks that left the node altogether, by reason.
+    /// Blocks that left a tier, by reason.
     pub const REMOVED_BLOCKS: &str = "terrace_removed_blocks_total";
     /// Blocks written to a lower tier, by tier.
     pub const MOVER_WRITES: &str = "terrace_mover_written_blocks_total";
@@ -276,6 +276,8 @@ pub struct Snapshot {
     pub leased_bytes: u64,
     /// Namespaces known.
     pub namespaces: u64,
+    /// Blocks that left a tier since start.
+    pub removed: Vec<(Reason, u64)>,
     /// Name of the eviction policy.
     pub policy: String,
 }
@@ -283,6 +285,7 @@ pub struct Snapshot {
 /// All metrics of one node.
 pub struct Metrics {
     registry: Registry,
+    scraping: parking_lot::Mutex<()>,
     uptime_seconds: prometheus::Gauge,
     calls: IntCounterVec,
     call_ok: Vec<IntCounter>,
@@ -403,7 +406,7 @@ impl Metrics {
                 .counter(names::INVALIDATED_BLOCKS, "Blocks forgotten on request."),
             removed_blocks: r.counters(
                 names::REMOVED_BLOCKS,
-                "Blocks that left the node.",
+                "Blocks that left a tier.",
                 &["reason"],
             ),
             mover_writes: r.counters(
@@ -469,6 +472,7 @@ impl Metrics {
             leased_bytes: r.gauge(names::LEASED_BYTES, "Bytes that leases pin."),
             namespaces: r.gauge(names::NAMESPACES, "Namespaces known."),
             registry,
+            scraping: parking_lot::Mutex::new(()),
         })
     }
 
@@ -489,7 +493,6 @@ impl Metrics {
     }
 
     /// Starts the account of a get of `blocks` blocks.
-    #[must_use]
     pub fn get(self: &Arc<Self>, blocks: u64) -> GetTally {
         self.get_asked.inc_by(blocks);
         GetTally {
@@ -547,6 +550,8 @@ impl Metrics {
     }
 
     fn show(&self, snapshot: &Snapshot) {
+        // Two scrapes at once would add the same difference twice.
+        let _one_at_a_time = self.scraping.lock();
         #[expect(
             clippy::cast_precision_loss,
             reason = "uptime; whole milliseconds for 285 000 years"
@@ -580,6 +585,10 @@ impl Metrics {
         }
         for (state, bytes) in &snapshot.arena {
             self.arena.with_label_values(&[state]).set(signed(*bytes));
+        }
+        for (reason, count) in &snapshot.removed {
+            let counter = self.removed_blocks.with_label_values(&[reason.as_str()]);
+            counter.inc_by(count.saturating_sub(counter.get()));
         }
         self.leases.set(signed(snapshot.leases));
         self.leased_bytes.set(signed(snapshot.leased_bytes));

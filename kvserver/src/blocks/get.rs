@@ -1,0 +1,215 @@
+//! Get: blocks in the order asked for, each asked of the engine when its turn comes.
+//!
+//! ```text
+//! asked   b0    b1    b2    b3    b4 …
+//! window  RAM                               in RAM: handed out at once, nothing is looked at ahead
+//!               NVMe  NVMe  RAM             first one below RAM: the next few are asked for ahead,
+//!               └─────┴── read together     so that the disk works at depth
+//! ```
+//!
+//! Shape: block `i` of the chain, part `p` is number `i * parts + p`. A block is held only from its turn
+//! until it is handed out, or while it waits behind a read.
+//! Errors: what is not here is an outcome. Under a lease nothing is answered `overloaded`: a promotion that
+//! found no slot is tried again as a leased one, which cannot be refused.
+
+use std::{
+    collections::VecDeque,
+    future::poll_fn,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use futures_util::FutureExt;
+use kvproto::{
+    BlockKey, Chain, FieldError, GetOutcome, LeaseId, NamespaceId, Part, Reason, TierKind,
+};
+
+use super::{
+    Blocks, BlocksError,
+    mover::{Reading, Urgency},
+};
+use crate::{
+    engine::{Below, Owner, Whereabouts},
+    telemetry::metrics::GetTally,
+    tier::BlockRef,
+};
+
+/// Blocks that may be under way from below RAM for one get.
+const READ_AHEAD_BLOCKS: usize = 16;
+
+/// Bytes of them. With 1 MiB blocks this is the depth at which a disk gives its full rate.
+const READ_AHEAD_BYTES: u64 = 16 << 20;
+
+/// What became of one block.
+#[derive(Debug)]
+pub enum Found {
+    /// Here it is.
+    Hit {
+        /// Its bytes, checked when they came in.
+        bytes: BlockRef,
+        /// Where it was.
+        tier: TierKind,
+    },
+    /// It cannot be had.
+    Gone(GetOutcome),
+}
+
+/// The answer to one get, produced block by block.
+pub struct GetPlan {
+    blocks: Arc<Blocks>,
+    namespace: NamespaceId,
+    chain: Chain,
+    parts: Vec<Part>,
+    lease: Option<(LeaseId, Owner)>,
+    /// The next block to ask the engine about.
+    ask: usize,
+    /// The next block to hand out.
+    answer: u32,
+    window: VecDeque<Waiting>,
+    reading_bytes: u64,
+    tally: GetTally,
+}
+
+enum Waiting {
+    Ready(Found),
+    Reading { below: Below, reading: Reading },
+}
+
+impl Blocks {
+    /// Plans a get of every part of every block of `chain`.
+    ///
+    /// # Errors
+    /// An unknown namespace, a chain that is not valid in it, or too many blocks.
+    pub fn get(
+        self: &Arc<Self>,
+        owner: Owner,
+        namespace: NamespaceId,
+        chain: Chain,
+        parts: Vec<Part>,
+        lease: Option<LeaseId>,
+    ) -> Result<GetPlan, BlocksError> {
+        let known = self.namespaces.get(owner.tenant, namespace)?;
+        chain.validate(known.run_blocks)?;
+        let (asked, most) = (chain.len() * parts.len(), self.limits.max_blocks_per_call);
+        if asked > most {
+            let problem =
+                format!("{asked} blocks are asked for, {most} are allowed (max_blocks_per_call)");
+            return Err(FieldError::new("chain.hashes", problem).into());
+        }
+        Ok(GetPlan {
+            tally: self.metrics.get(asked as u64),
+            blocks: Arc::clone(self),
+            namespace,
+            chain,
+            parts,
+            lease: lease.map(|id| (id, owner)),
+            ask: 0,
+            answer: 0,
+            window: VecDeque::new(),
+            reading_bytes: 0,
+        })
+    }
+}
+
+impl GetPlan {
+    /// The next block and what became of it; `None` after the last.
+    pub async fn next(&mut self) -> Option<(u32, Found)> {
+        poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    /// As [`GetPlan::next`]; waits only for blocks below RAM.
+    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<(u32, Found)>> {
+        loop {
+            if self.window.is_empty() && !self.ask_next() {
+                return Poll::Ready(None);
+            }
+            if matches!(self.window.front(), Some(Waiting::Reading { .. })) {
+                self.ask_ahead();
+            }
+            let Some(first) = self.window.front_mut() else {
+                continue;
+            };
+            if let Waiting::Reading { below, reading } = first {
+                let Poll::Ready(landed) = reading.poll_unpin(cx) else {
+                    return Poll::Pending;
+                };
+                let below = *below;
+                self.reading_bytes = self
+                    .reading_bytes
+                    .saturating_sub(below.resident.length_bytes);
+                *first = match landed {
+                    Ok(bytes) => Waiting::Ready(Found::Hit {
+                        bytes,
+                        tier: below.tier,
+                    }),
+                    // Joined a read that was not leased, and that found no slot: read again under the lease.
+                    Err(Reason::NoSlot | Reason::Overloaded) if self.lease.is_some() => {
+                        self.reading_bytes += below.resident.length_bytes;
+                        let reading = self.blocks.mover.read(below, Urgency::Leased);
+                        Waiting::Reading { below, reading }
+                    }
+                    Err(reason) => Waiting::Ready(Found::Gone(GetOutcome::from_reason(reason))),
+                };
+            }
+            if let Some(Waiting::Ready(_)) = self.window.front()
+                && let Some(Waiting::Ready(found)) = self.window.pop_front()
+            {
+                return Poll::Ready(Some(self.hand_out(found)));
+            }
+        }
+    }
+
+    fn hand_out(&mut self, found: Found) -> (u32, Found) {
+        match &found {
+            Found::Hit { bytes, tier } => self.tally.hit(*tier, bytes.len_bytes()),
+            Found::Gone(outcome) => self.tally.gone(*outcome),
+        }
+        let block = self.answer;
+        self.answer += 1;
+        (block, found)
+    }
+
+    /// While the first block waits for the disk, lets the next ones wait together with it.
+    fn ask_ahead(&mut self) {
+        while self.window.len() < READ_AHEAD_BLOCKS && self.reading_bytes < READ_AHEAD_BYTES {
+            if !self.ask_next() {
+                return;
+            }
+        }
+    }
+
+    /// Asks the engine about the next block; `false` when there is none.
+    fn ask_next(&mut self) -> bool {
+        let (i, p) = (self.ask / self.parts.len(), self.ask % self.parts.len());
+        let Some(&hash) = self.chain.hashes.get(i) else {
+            return false;
+        };
+        self.ask += 1;
+        let key = BlockKey {
+            namespace: self.namespace,
+            hash,
+            part: self.parts[p],
+        };
+        let waiting = match self.blocks.engine.locate(&key, self.lease) {
+            Whereabouts::Ram(bytes) => Waiting::Ready(Found::Hit {
+                bytes,
+                tier: TierKind::Ram,
+            }),
+            Whereabouts::Gone(reason) => {
+                Waiting::Ready(Found::Gone(GetOutcome::from_reason(reason)))
+            }
+            Whereabouts::Below(below) => {
+                let urgency = if self.lease.is_some() {
+                    Urgency::Leased
+                } else {
+                    Urgency::Asked
+                };
+                self.reading_bytes += below.resident.length_bytes;
+                let reading = self.blocks.mover.read(below, urgency);
+                Waiting::Reading { below, reading }
+            }
+        };
+        self.window.push_back(waiting);
+        true
+    }
+}

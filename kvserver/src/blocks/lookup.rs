@@ -1,0 +1,67 @@
+//! Lookup: one synchronous question to the engine, then promotions in the background.
+
+use kvproto::{
+    LeaseId,
+    convert::{answer, request},
+};
+
+use super::{Blocks, BlocksError};
+use crate::engine::{LeaseAsk, LookupQuery, Owner};
+
+impl Blocks {
+    /// The longest prefix present of one chain, and a lease on it unless it is a probe. What is leased
+    /// and below RAM starts to come up.
+    ///
+    /// # Errors
+    /// An unknown namespace, or a chain that is not valid in it.
+    pub fn lookup(
+        &self,
+        owner: Owner,
+        asked: &request::Lookup,
+    ) -> Result<answer::Lookup, BlocksError> {
+        let known = self.namespaces.get(owner.tenant, asked.namespace)?;
+        asked.chain.validate(known.run_blocks)?;
+        let lease = (!asked.probe).then_some(LeaseAsk {
+            owner,
+            ttl_ms: asked.lease_ttl_ms.map_or(0, u64::from),
+            idempotency: asked.idempotency_key,
+        });
+        let found = self.engine.lookup(LookupQuery {
+            namespace: asked.namespace,
+            chain: &asked.chain,
+            parts: &asked.parts,
+            lease,
+        });
+        self.metrics.lookup_asked.inc_by(asked.chain.len() as u64);
+        self.metrics
+            .lookup_present
+            .inc_by(found.present_blocks.into());
+        self.mover.prefetch(found.promote);
+        Ok(answer::Lookup {
+            present_blocks: found.present_blocks,
+            tiers: found.tiers,
+            lease: found.lease.map(|lease| answer::Lease {
+                id: lease.id,
+                ttl_ms: narrow(lease.ttl_ms),
+                blocks: lease.blocks,
+                bytes: lease.bytes,
+            }),
+        })
+    }
+
+    /// Prolongs a lease; the time it now has, or `None` when it is gone.
+    pub fn renew(&self, owner: Owner, lease: LeaseId, ttl_ms: Option<u32>) -> Option<u32> {
+        self.engine
+            .renew(lease, owner, ttl_ms.map_or(0, u64::from))
+            .map(narrow)
+    }
+
+    /// Gives a lease back; whether it was still there.
+    pub fn release(&self, owner: Owner, lease: LeaseId) -> bool {
+        self.engine.release(lease, owner)
+    }
+}
+
+fn narrow(ttl_ms: u64) -> u32 {
+    u32::try_from(ttl_ms).unwrap_or(u32::MAX)
+}

@@ -1,0 +1,266 @@
+//! What a node does with blocks: the rules between the engine, which knows where, and the tiers, which hold.
+//!
+//! ```text
+//!             rpc, examples, benches
+//!                     │
+//!   lookup get put invalidate watch stats        one function or session each, no gRPC type
+//!        │           │            │
+//!   ┌────▼───┐  ┌────▼────┐  ┌────▼────┐
+//!   │ engine │  │  mover  │  │  tiers  │        mover.rs: everything that runs in the background
+//!   └────────┘  └─────────┘  └─────────┘
+//! ```
+//!
+//! Everything in-process goes through [`Blocks`] too; [`Blocks::get_ref`] hands out a block in RAM
+//! without copying a byte.
+//! Units: bytes, milliseconds. Errors: [`BlocksError`] when the request itself is wrong; a miss, a
+//! rejection and "already there" are answers.
+
+pub mod get;
+pub mod invalidate;
+pub mod lookup;
+pub mod mover;
+pub mod namespaces;
+pub mod put;
+pub mod stats;
+pub mod tenants;
+pub mod watch;
+
+use std::sync::Arc;
+
+use kvgpu::Arena;
+use kvproto::{
+    BlockKey, BootId, FieldError, LeaseId, Namespace, NamespaceId, Reason, TierKind,
+    convert::{AnswerContext, answer::OpenedNamespace},
+    view::ViewDigest,
+};
+
+use self::{mover::Mover, namespaces::Namespaces, tenants::Tenants};
+use crate::{
+    clock::{Clock, Tick},
+    engine::{Engine, Owner, TenantId, Whereabouts},
+    error::ErrorKind,
+    telemetry::Metrics,
+    tier::{BlockRef, Tier},
+};
+
+/// Why a request as a whole was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum BlocksError {
+    /// A field is wrong.
+    #[error(transparent)]
+    Field(#[from] FieldError),
+    /// The namespace is not this tenant's, or was never opened on this node.
+    #[error("namespace_id: {0} was not opened on this node; call OpenNamespace first")]
+    UnknownNamespace(NamespaceId),
+    /// A strict caller's shape differs from the one known under its label.
+    #[error("spec: label {label:?} is known with another fingerprint: {difference}")]
+    NamespaceDiffers {
+        /// The label.
+        label: String,
+        /// What differs.
+        difference: String,
+    },
+    /// There are too many of something already.
+    #[error("too many {what}: the limit is {limit}")]
+    Overloaded {
+        /// Of what.
+        what: &'static str,
+        /// How many are allowed.
+        limit: usize,
+    },
+    /// The registry of namespaces cannot be written.
+    #[error("cannot write the registry of namespaces: {0}")]
+    Registry(std::io::Error),
+    /// A tier could not be told to forget; blocks may come back after a restart.
+    #[error("the {tier} tier could not record the invalidation, call again: {source}")]
+    NotForgotten {
+        /// Which.
+        tier: TierKind,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+impl BlocksError {
+    /// The reason from the closed set.
+    #[must_use]
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Field(_) => Reason::InvalidField,
+            Self::UnknownNamespace(_) => Reason::UnknownNamespace,
+            Self::NamespaceDiffers { .. } => Reason::NamespaceDiffers,
+            Self::Overloaded { .. } => Reason::Overloaded,
+            Self::Registry(_) | Self::NotForgotten { .. } => Reason::Device,
+        }
+    }
+
+    /// What the caller does about it.
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        crate::rpc::error_kind(self.reason())
+    }
+}
+
+/// The stores below RAM.
+#[derive(Clone, Default)]
+pub struct Tiers {
+    /// The droppable one.
+    pub nvme: Option<Arc<dyn Tier>>,
+    /// The one that never drops.
+    pub durable: Option<Arc<dyn Tier>>,
+    /// Those that should be there and could not be opened, and why.
+    pub absent: Vec<(TierKind, String)>,
+}
+
+impl Tiers {
+    /// The store of this kind.
+    #[must_use]
+    pub fn get(&self, kind: TierKind) -> Option<&Arc<dyn Tier>> {
+        match kind {
+            TierKind::Nvme => self.nvme.as_ref(),
+            TierKind::Durable => self.durable.as_ref(),
+            TierKind::Gpu | TierKind::Ram | TierKind::Peer => None,
+        }
+    }
+
+    /// All that are there.
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<dyn Tier>> {
+        self.nvme.iter().chain(&self.durable)
+    }
+}
+
+/// Bounds of what one request may ask of a node.
+#[derive(Clone, Copy, Debug)]
+pub struct BlockLimits {
+    /// Blocks, parts counted, in one get or put.
+    pub max_blocks_per_call: usize,
+    /// Largest block.
+    pub max_block_bytes: u64,
+}
+
+/// Everything that a node does with blocks.
+pub struct Blocks {
+    pub(crate) arena: Arc<Arena>,
+    pub(crate) engine: Arc<Engine>,
+    pub(crate) tiers: Tiers,
+    pub(crate) mover: Arc<Mover>,
+    pub(crate) namespaces: Namespaces,
+    tenants: Tenants,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) limits: BlockLimits,
+    pub(crate) started: Tick,
+    boot_id: BootId,
+}
+
+impl Blocks {
+    /// Puts the parts together; the node does it once.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "called once, by the node that made the parts"
+    )]
+    pub(crate) fn new(
+        arena: Arc<Arena>,
+        engine: Arc<Engine>,
+        tiers: Tiers,
+        mover: Arc<Mover>,
+        namespaces: Namespaces,
+        tenants: Tenants,
+        metrics: Arc<Metrics>,
+        clock: Arc<dyn Clock>,
+        limits: BlockLimits,
+        boot_id: BootId,
+    ) -> Arc<Self> {
+        let started = clock.now();
+        Arc::new(Self {
+            arena,
+            engine,
+            tiers,
+            mover,
+            namespaces,
+            tenants,
+            metrics,
+            clock,
+            limits,
+            started,
+            boot_id,
+        })
+    }
+
+    /// Who may call.
+    #[must_use]
+    pub fn tenants(&self) -> &Tenants {
+        &self.tenants
+    }
+
+    /// The index, for tools and benches.
+    #[must_use]
+    pub fn engine(&self) -> &Arc<Engine> {
+        &self.engine
+    }
+
+    /// All bytes in RAM.
+    #[must_use]
+    pub fn arena(&self) -> &Arc<Arena> {
+        &self.arena
+    }
+
+    /// All metrics.
+    #[must_use]
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.metrics
+    }
+
+    /// This life of the node.
+    #[must_use]
+    pub fn boot_id(&self) -> BootId {
+        self.boot_id
+    }
+
+    /// What every answer says of who gave it. A node without a cluster has no view: digest 0.
+    #[must_use]
+    pub fn answer_context(&self) -> AnswerContext {
+        AnswerContext {
+            boot_id: self.boot_id,
+            view_digest: ViewDigest(0),
+            members: Vec::new(),
+        }
+    }
+
+    /// Opens a namespace for a tenant.
+    ///
+    /// # Errors
+    /// A wrong field, a strict caller's difference, too many namespaces.
+    pub fn open_namespace(
+        &self,
+        tenant: TenantId,
+        namespace: &Namespace,
+        strict: bool,
+    ) -> Result<OpenedNamespace, BlocksError> {
+        let name = self.tenants.name(tenant);
+        let opened = self
+            .namespaces
+            .open_namespace(tenant, name, namespace, strict)?;
+        Ok(OpenedNamespace {
+            id: opened.id,
+            key: opened.key,
+            difference: opened.difference,
+            max_block_bytes: self.limits.max_block_bytes,
+        })
+    }
+
+    /// A block in RAM, by reference: no byte is read or copied, whatever its size. `None` when it is not
+    /// in RAM; [`Blocks::get`] also brings it up from below.
+    #[must_use]
+    pub fn get_ref(&self, key: &BlockKey, lease: Option<(LeaseId, Owner)>) -> Option<BlockRef> {
+        match self.engine.locate(key, lease) {
+            Whereabouts::Ram(block) => Some(block),
+            Whereabouts::Below(_) | Whereabouts::Gone(_) => None,
+        }
+    }
+
+    /// Gives up all leases of an owner whose last connection is gone.
+    pub fn release_owner(&self, owner: Owner) {
+        self.engine.release_owner(owner);
+    }
+}

@@ -1,0 +1,342 @@
+//! Put: blocks in, one at a time, each answered for what it became.
+//!
+//! ```text
+//! header ──reserve──► granted: data is copied into the slot and summed ──seal──► published ──► ack
+//!                     present: data is skipped                            └─ corrupt
+//!                     rejected: data is skipped
+//!
+//! ack cached   answered as soon as it is in RAM
+//! ack stored   … once the NVMe tier has said so      refused there: rejected with its reason, although
+//! ack synced   … once the durable tier has said so   the block stays in RAM while there is room
+//! ```
+//!
+//! Nothing is answered as more than it is. A writer who asked for `stored` and is told `rejected`
+//! puts again after `retry_after_ms`; the block is then present in RAM, and only its write is tried again.
+//! Errors: [`BlocksError`] when the request breaks the rules; blocks that were whole before stay.
+//! Bounds: one slot per session; waiting writes are bounded by the mover's queue.
+
+use std::sync::Arc;
+
+use kvproto::{
+    Ack, BlockHeader, BlockKey, FieldError, Kind, NamespaceId, Place, PutOutcome, Reason, TierKind,
+    checksum::Landing, convert::answer::PutResult,
+};
+use tokio::sync::oneshot;
+
+use super::{Blocks, BlocksError, mover::Urgency, namespaces::Known};
+use crate::{
+    engine::{Grant, Presence, Published, Reserve, TenantId, Whereabouts},
+    tier::{BlockRef, WriteOutcome},
+};
+
+/// One put of any number of blocks.
+pub struct PutSession {
+    blocks: Arc<Blocks>,
+    known: Known,
+    ack: Ack,
+    kind: Kind,
+    answers: Vec<Answer>,
+    filling: Option<Filling>,
+}
+
+/// What is known of a block so far.
+enum Answer {
+    Done(PutResult),
+    /// A write is under way that decides it; this is what it becomes if it is held.
+    Writing(oneshot::Receiver<WriteOutcome>, PutOutcome),
+    /// It is below RAM, and must come up before it can be written to a safer tier.
+    Raising(BlockKey),
+}
+
+/// The block whose data is coming in.
+struct Filling {
+    /// Counted from 0 in this put.
+    number: usize,
+    length_bytes: u64,
+    received_bytes: u64,
+    into: Into,
+}
+
+enum Into {
+    Slot {
+        grant: Box<Grant>,
+        header: BlockHeader,
+        landing: Landing,
+    },
+    Nowhere,
+}
+
+impl Blocks {
+    /// Begins a put.
+    ///
+    /// # Errors
+    /// An unknown namespace.
+    pub fn put(
+        self: &Arc<Self>,
+        tenant: TenantId,
+        namespace: NamespaceId,
+        ack: Ack,
+        kind: Kind,
+    ) -> Result<PutSession, BlocksError> {
+        let known = self.namespaces.get(tenant, namespace)?;
+        Ok(PutSession {
+            blocks: Arc::clone(self),
+            known,
+            ack,
+            kind,
+            answers: Vec::new(),
+            filling: None,
+        })
+    }
+
+    /// Puts one block from memory; the in-process way.
+    ///
+    /// # Errors
+    /// An unknown namespace, or an empty or too large block.
+    pub async fn put_bytes(
+        self: &Arc<Self>,
+        tenant: TenantId,
+        key: BlockKey,
+        place: Place,
+        bytes: &[u8],
+        ack: Ack,
+        kind: Kind,
+    ) -> Result<PutResult, BlocksError> {
+        let mut session = self.put(tenant, key.namespace, ack, kind)?;
+        session.block(BlockHeader::describe(key, place, bytes))?;
+        session.data(bytes)?;
+        let results = session.finish().await?;
+        Ok(results[0])
+    }
+}
+
+impl PutSession {
+    /// Run length of the namespace.
+    #[must_use]
+    pub fn run_blocks(&self) -> u32 {
+        self.known.run_blocks
+    }
+
+    /// The next block begins.
+    ///
+    /// # Errors
+    /// When the one before is not whole, there are too many, or its length is out of bounds.
+    pub fn block(&mut self, header: BlockHeader) -> Result<(), BlocksError> {
+        self.check_whole()?;
+        let limits = &self.blocks.limits;
+        if self.answers.len() >= limits.max_blocks_per_call {
+            let most = limits.max_blocks_per_call;
+            let problem = format!(
+                "is one too many: {most} blocks are allowed in one put (max_blocks_per_call)"
+            );
+            return Err(FieldError::new("header", problem).into());
+        }
+        let length_bytes = header.length_bytes;
+        if length_bytes == 0 || length_bytes > limits.max_block_bytes {
+            let problem = format!(
+                "is {length_bytes}; 1 to {} are allowed",
+                limits.max_block_bytes
+            );
+            return Err(FieldError::new("header.length_bytes", problem).into());
+        }
+        let number = self.answers.len();
+        let into =
+            match self
+                .blocks
+                .engine
+                .reserve(header.key, header.place, length_bytes, self.kind)
+            {
+                Reserve::Granted(grant) => Into::Slot {
+                    grant: Box::new(grant),
+                    landing: Landing::new(length_bytes),
+                    header,
+                },
+                Reserve::Present(presence) => {
+                    let answer = self.present(&header, presence);
+                    self.answers.push(answer);
+                    Into::Nowhere
+                }
+                Reserve::Rejected {
+                    reason,
+                    retry_after_ms,
+                } => {
+                    self.answers
+                        .push(Answer::Done(PutResult::rejected(reason, retry_after_ms)));
+                    Into::Nowhere
+                }
+            };
+        self.filling = Some(Filling {
+            number,
+            length_bytes,
+            received_bytes: 0,
+            into,
+        });
+        Ok(())
+    }
+
+    /// The next bytes of the current block.
+    ///
+    /// # Errors
+    /// When there is no block, or it has more bytes than its header says.
+    pub fn data(&mut self, bytes: &[u8]) -> Result<(), BlocksError> {
+        let Some(filling) = &mut self.filling else {
+            return Err(FieldError::new("data", "came before any header").into());
+        };
+        let received_bytes = filling.received_bytes + bytes.len() as u64;
+        if received_bytes > filling.length_bytes {
+            let problem = format!(
+                "block {} has at least {received_bytes} bytes, its header says {}",
+                filling.number, filling.length_bytes,
+            );
+            return Err(FieldError::new("data", problem).into());
+        }
+        filling.received_bytes = received_bytes;
+        self.blocks.metrics.put_bytes.inc_by(bytes.len() as u64);
+        if let Into::Slot { grant, landing, .. } = &mut filling.into {
+            landing.land(bytes, grant.block.bytes_mut());
+        }
+        if received_bytes == filling.length_bytes
+            && let Into::Slot {
+                grant,
+                header,
+                landing,
+            } = std::mem::replace(&mut filling.into, Into::Nowhere)
+        {
+            let answer = self.complete(*grant, header, landing);
+            self.answers.push(answer);
+        }
+        Ok(())
+    }
+
+    /// The last block was whole: waits for what the answers still depend on.
+    ///
+    /// # Errors
+    /// When the last block is not whole, or there was none.
+    pub async fn finish(mut self) -> Result<Vec<PutResult>, BlocksError> {
+        self.check_whole()?;
+        let mut results = Vec::with_capacity(self.answers.len());
+        for answer in std::mem::take(&mut self.answers) {
+            let result = match answer {
+                Answer::Done(result) => result,
+                Answer::Writing(outcome, held) => written(outcome.await, held),
+                Answer::Raising(key) => self.raise(key).await,
+            };
+            self.blocks.metrics.put(result.outcome, result.reason);
+            results.push(result);
+        }
+        Ok(results)
+    }
+
+    fn check_whole(&self) -> Result<(), BlocksError> {
+        match &self.filling {
+            Some(filling) if filling.received_bytes < filling.length_bytes => {
+                let Filling {
+                    number,
+                    received_bytes,
+                    length_bytes,
+                    ..
+                } = filling;
+                let problem =
+                    format!("block {number} ended after {received_bytes} of {length_bytes} bytes");
+                Err(FieldError::new("data", problem).into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// All bytes are in the slot: seals, publishes, and sends it on if the ack wants it.
+    fn complete(&self, grant: Grant, header: BlockHeader, landing: Landing) -> Answer {
+        let sums = landing.finish(grant.block.bytes());
+        let sealed = match grant.block.seal_summed(header, &sums) {
+            Ok(sealed) => sealed,
+            Err(unsealed) => {
+                tracing::debug!(why = %unsealed.why, "a block that was put is not what its header says");
+                return Answer::Done(PutResult {
+                    outcome: PutOutcome::Corrupt,
+                    retry_after_ms: 0,
+                    reason: Some(Reason::Corrupt),
+                });
+            }
+        };
+        match self.blocks.engine.publish(sealed, grant.ticket) {
+            Published::New(block) => {
+                self.blocks.mover.look_for_work();
+                self.acknowledge(block, PutOutcome::reached(self.ack))
+            }
+            Published::Twin(block) => self.acknowledge(block, PutOutcome::reached(self.ack)),
+            Published::Invalidated => Answer::Done(PutResult::rejected(Reason::Invalidated, 0)),
+        }
+    }
+
+    /// A block in RAM, until it is as safe as asked.
+    fn acknowledge(&self, block: BlockRef, held: PutOutcome) -> Answer {
+        match tier_of(self.ack) {
+            None => Answer::Done(PutResult::kept(held)),
+            Some(tier) => Answer::Writing(self.blocks.mover.write(tier, block), held),
+        }
+    }
+
+    /// A block that was there already.
+    fn present(&self, header: &BlockHeader, presence: Presence) -> Answer {
+        let safe_enough = match self.ack {
+            Ack::Cached => true,
+            Ack::Stored => {
+                presence.below.contains(TierKind::Nvme)
+                    || presence.below.contains(TierKind::Durable)
+            }
+            Ack::Synced => presence.below.contains(TierKind::Durable),
+        };
+        if safe_enough {
+            return Answer::Done(PutResult::kept(PutOutcome::Present));
+        }
+        match self.blocks.engine.locate(&header.key, None) {
+            Whereabouts::Ram(block) => self.acknowledge(block, PutOutcome::Present),
+            Whereabouts::Below(_) => Answer::Raising(header.key),
+            // It left in this very moment; its bytes are on the wire, so the writer may send them again.
+            Whereabouts::Gone(reason) => Answer::Done(PutResult::rejected(reason, 1)),
+        }
+    }
+
+    /// Reads a block from below RAM and writes it to the tier that the ack wants.
+    async fn raise(&self, key: BlockKey) -> PutResult {
+        let Some(tier) = tier_of(self.ack) else {
+            return PutResult::kept(PutOutcome::Present);
+        };
+        let block = match self.blocks.engine.locate(&key, None) {
+            Whereabouts::Ram(block) => Ok(block),
+            Whereabouts::Below(below) => self.blocks.mover.read(below, Urgency::Asked).await,
+            Whereabouts::Gone(reason) => Err(reason),
+        };
+        match block {
+            Ok(block) => written(
+                self.blocks.mover.write(tier, block).await,
+                PutOutcome::Present,
+            ),
+            Err(reason) => PutResult::rejected(reason, 1),
+        }
+    }
+}
+
+/// The tier whose word an ack waits for.
+fn tier_of(ack: Ack) -> Option<TierKind> {
+    match ack {
+        Ack::Cached => None,
+        Ack::Stored => Some(TierKind::Nvme),
+        Ack::Synced => Some(TierKind::Durable),
+    }
+}
+
+/// What the writer is told once a tier has answered; no answer means that the node is stopping.
+fn written(
+    outcome: Result<WriteOutcome, oneshot::error::RecvError>,
+    held: PutOutcome,
+) -> PutResult {
+    match outcome {
+        Ok(WriteOutcome::Stored | WriteOutcome::Synced) => PutResult::kept(held),
+        Ok(WriteOutcome::Rejected {
+            reason,
+            retry_after_ms,
+        }) => PutResult::rejected(reason, retry_after_ms),
+        Err(_) => PutResult::rejected(Reason::Draining, 0),
+    }
+}

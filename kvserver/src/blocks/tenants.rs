@@ -1,0 +1,177 @@
+//! Who is calling: bearer tokens and the tenants they stand for.
+//!
+//! The tenant comes from the credential, never from the caller's word. Without a token file there are
+//! no credentials, and everybody is the tenant `default`.
+//! File: one `tenant token` per line; `#` starts a comment; a tenant may have several tokens.
+
+use std::{collections::HashMap, fs, path::Path};
+
+use crate::engine::TenantId;
+
+/// The tenant of a node without credentials.
+pub const DEFAULT_TENANT: &str = "default";
+
+/// Shorter tokens can be guessed.
+const TOKEN_BYTES_LEAST: usize = 16;
+
+/// Why a token file was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum TenantsError {
+    /// It cannot be read.
+    #[error("cannot read tokens_file: {0}")]
+    Unreadable(#[from] std::io::Error),
+    /// A line that is not a tenant and a token.
+    #[error("tokens_file line {line}: {problem}")]
+    Line {
+        /// Counted from 1.
+        line: usize,
+        /// What is wrong; never the token itself.
+        problem: &'static str,
+    },
+}
+
+/// Tenants by token.
+pub struct Tenants {
+    names: Vec<String>,
+    /// std's SipHash under a random key, so that how long a wrong token takes says nothing about a
+    /// right one. `None`: no credentials are asked for.
+    by_token: Option<HashMap<String, TenantId>>,
+}
+
+impl Tenants {
+    /// Everybody is [`DEFAULT_TENANT`].
+    #[must_use]
+    pub fn open() -> Self {
+        Self {
+            names: vec![DEFAULT_TENANT.to_owned()],
+            by_token: None,
+        }
+    }
+
+    /// Reads a token file; the empty path means none.
+    ///
+    /// # Errors
+    /// When the file cannot be read or a line is wrong.
+    pub fn load(path: &Path) -> Result<Self, TenantsError> {
+        if path.as_os_str().is_empty() {
+            Ok(Self::open())
+        } else {
+            Self::parse(&fs::read_to_string(path)?)
+        }
+    }
+
+    fn parse(text: &str) -> Result<Self, TenantsError> {
+        let mut names: Vec<String> = Vec::new();
+        let mut by_token = HashMap::new();
+        for (i, line) in text.lines().enumerate() {
+            let refuse = |problem| TenantsError::Line {
+                line: i + 1,
+                problem,
+            };
+            let mut words = line.split('#').next().unwrap_or("").split_whitespace();
+            let Some(tenant) = words.next() else { continue };
+            let token = words
+                .next()
+                .ok_or_else(|| refuse("expected \"tenant token\", got one word"))?;
+            if words.next().is_some() {
+                return Err(refuse("expected \"tenant token\", got more words"));
+            }
+            if token.len() < TOKEN_BYTES_LEAST {
+                return Err(refuse("a token has at least 16 characters"));
+            }
+            let id = names
+                .iter()
+                .position(|name| name == tenant)
+                .unwrap_or_else(|| {
+                    names.push(tenant.to_owned());
+                    names.len() - 1
+                });
+            let id = TenantId(u32::try_from(id).map_err(|_| refuse("too many tenants"))?);
+            if by_token
+                .insert(token.to_owned(), id)
+                .is_some_and(|other| other != id)
+            {
+                return Err(refuse("this token stands for another tenant already"));
+            }
+        }
+        Ok(Self {
+            names,
+            by_token: Some(by_token),
+        })
+    }
+
+    /// The tenant of an `authorization` header; `None` when the credential is missing or wrong.
+    #[must_use]
+    pub fn authenticate(&self, authorization: Option<&[u8]>) -> Option<TenantId> {
+        let Some(by_token) = &self.by_token else {
+            return Some(TenantId(0));
+        };
+        let text = std::str::from_utf8(authorization?).ok()?;
+        let (scheme, token) = text.split_once(' ')?;
+        if !scheme.eq_ignore_ascii_case("bearer") {
+            return None;
+        }
+        by_token.get(token.trim()).copied()
+    }
+
+    /// The tenant of this name.
+    #[must_use]
+    pub fn find(&self, name: &str) -> Option<TenantId> {
+        let at = self.names.iter().position(|known| known == name)?;
+        u32::try_from(at).ok().map(TenantId)
+    }
+
+    /// The tenant's name, as it enters namespace ids and keys.
+    #[must_use]
+    pub fn name(&self, tenant: TenantId) -> &str {
+        self.names
+            .get(tenant.0 as usize)
+            .map_or(DEFAULT_TENANT, String::as_str)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_credentials_everybody_is_the_default_tenant() {
+        let tenants = Tenants::open();
+        let id = tenants.authenticate(None).unwrap();
+        assert_eq!(tenants.name(id), DEFAULT_TENANT);
+    }
+
+    #[test]
+    fn the_tenant_comes_from_the_token() {
+        let tenants =
+            Tenants::parse("# who\nred 0123456789abcdef\nblue fedcba9876543210 # second\n")
+                .unwrap();
+        let id = tenants
+            .authenticate(Some(b"Bearer fedcba9876543210"))
+            .unwrap();
+        assert_eq!(tenants.name(id), "blue");
+        for wrong in [
+            None,
+            Some(&b"Bearer fedcba987654321"[..]),
+            Some(b"fedcba9876543210"),
+            Some(b"Basic fedcba9876543210"),
+        ] {
+            assert_eq!(tenants.authenticate(wrong), None);
+        }
+    }
+
+    #[test]
+    fn a_wrong_line_is_named_without_its_token() {
+        let message = |text| Tenants::parse(text).err().unwrap().to_string();
+        assert_eq!(
+            message("\nred"),
+            "tokens_file line 2: expected \"tenant token\", got one word"
+        );
+        assert_eq!(
+            message("red short"),
+            "tokens_file line 1: a token has at least 16 characters"
+        );
+        let twice = "red 0123456789abcdef\nblue 0123456789abcdef";
+        assert!(!message(twice).contains("0123456789abcdef"));
+    }
+}

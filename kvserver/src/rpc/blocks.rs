@@ -1,0 +1,243 @@
+//! The methods that tonic frames: each is decode, one call, encode.
+
+use std::{
+    pin::Pin,
+    sync::{Arc, atomic::Ordering},
+    task::{Context, Poll},
+};
+
+use futures_util::{FutureExt, Stream, future::BoxFuture};
+use kvproto::{
+    OwnerId, Reason,
+    convert::{AnswerContext, request},
+    v1::{self, blocks_server::Blocks as BlocksService},
+};
+use tonic::{Request, Response, Status, async_trait};
+
+use super::{
+    Shared,
+    connection::{Caller, StreamTime},
+    status,
+};
+use crate::{blocks::watch::Watcher, engine::Owner};
+
+/// The generated trait's implementation; everything it needs comes with the request.
+pub(crate) struct BlocksRpc;
+
+impl Caller {
+    /// The owner that a call acts for.
+    pub(crate) fn owner(&self, named: Option<OwnerId>) -> Result<Owner, Status> {
+        self.connection
+            .owner(&self.shared.owners, self.tenant, named)
+    }
+}
+
+/// Who calls; put there by the connection before tonic sees the request.
+fn caller<T>(request: &Request<T>) -> Caller {
+    request
+        .extensions()
+        .get::<Caller>()
+        .cloned()
+        .expect("the connection names its caller")
+}
+
+/// Decodes a request into the domain.
+fn decode<W, D>(wire: W) -> Result<D, Status>
+where
+    D: TryFrom<W, Error = kvproto::FieldError>,
+{
+    D::try_from(wire).map_err(|e| status::field(&e))
+}
+
+#[async_trait]
+impl BlocksService for BlocksRpc {
+    async fn open_namespace(
+        &self,
+        request: Request<v1::OpenNamespaceRequest>,
+    ) -> Result<Response<v1::OpenNamespaceResponse>, Status> {
+        let caller = caller(&request);
+        let asked: request::OpenNamespace = decode(request.into_inner())?;
+        let blocks = &caller.shared.blocks;
+        let opened = blocks.open_namespace(caller.tenant, &asked.namespace, asked.strict);
+        let opened = opened.map_err(|e| status::blocks(&e))?;
+        Ok(Response::new(opened.into_wire(&blocks.answer_context())))
+    }
+
+    async fn lookup(
+        &self,
+        request: Request<v1::LookupRequest>,
+    ) -> Result<Response<v1::LookupResponse>, Status> {
+        let caller = caller(&request);
+        let asked: request::Lookup = decode(request.into_inner())?;
+        let owner = caller.owner(asked.context.owner_id)?;
+        let blocks = &caller.shared.blocks;
+        let found = blocks
+            .lookup(owner, &asked)
+            .map_err(|e| status::blocks(&e))?;
+        Ok(Response::new(found.into_wire(&blocks.answer_context())))
+    }
+
+    async fn renew(
+        &self,
+        request: Request<v1::RenewRequest>,
+    ) -> Result<Response<v1::RenewResponse>, Status> {
+        let caller = caller(&request);
+        let asked: request::Renew = decode(request.into_inner())?;
+        let owner = caller.owner(asked.context.owner_id)?;
+        let blocks = &caller.shared.blocks;
+        let ttl_ms = blocks.renew(owner, asked.lease, asked.ttl_ms);
+        Ok(Response::new(v1::RenewResponse {
+            context: Some((&blocks.answer_context()).into()),
+            renewed: ttl_ms.is_some(),
+            ttl_ms: ttl_ms.unwrap_or(0),
+        }))
+    }
+
+    async fn release(
+        &self,
+        request: Request<v1::ReleaseRequest>,
+    ) -> Result<Response<v1::ReleaseResponse>, Status> {
+        let caller = caller(&request);
+        let asked: request::Release = decode(request.into_inner())?;
+        let owner = caller.owner(asked.context.owner_id)?;
+        let blocks = &caller.shared.blocks;
+        let released = blocks.release(owner, asked.lease);
+        Ok(Response::new(v1::ReleaseResponse {
+            context: Some((&blocks.answer_context()).into()),
+            released,
+        }))
+    }
+
+    async fn invalidate(
+        &self,
+        request: Request<v1::InvalidateRequest>,
+    ) -> Result<Response<v1::InvalidateResponse>, Status> {
+        let caller = caller(&request);
+        let asked: request::Invalidate = decode(request.into_inner())?;
+        let blocks = &caller.shared.blocks;
+        let forgotten = blocks
+            .invalidate(caller.tenant, asked.namespace, asked.target)
+            .await;
+        let forgotten = forgotten.map_err(|e| status::blocks(&e))?;
+        Ok(Response::new(v1::InvalidateResponse {
+            context: Some((&blocks.answer_context()).into()),
+            blocks: forgotten,
+        }))
+    }
+
+    type GetStream = tokio_stream::Empty<Result<v1::GetResponse, Status>>;
+
+    /// Never reached: the connection frames this method itself, in `get.rs`.
+    async fn get(&self, _: Request<v1::GetRequest>) -> Result<Response<Self::GetStream>, Status> {
+        Err(status::unknown_method("Get"))
+    }
+
+    /// Never reached: the connection frames this method itself, in `put.rs`.
+    async fn put(
+        &self,
+        _: Request<tonic::Streaming<v1::PutRequest>>,
+    ) -> Result<Response<v1::PutResponse>, Status> {
+        Err(status::unknown_method("Put"))
+    }
+
+    type WatchStream = WatchStream;
+
+    async fn watch(
+        &self,
+        request: Request<v1::WatchRequest>,
+    ) -> Result<Response<WatchStream>, Status> {
+        let caller = caller(&request);
+        let time = request.extensions().get::<StreamTime>().map(|time| time.0);
+        let asked: request::Watch = decode(request.into_inner())?;
+        let seat = Seat::take(&caller.shared)?;
+        let watcher = caller
+            .shared
+            .blocks
+            .watch(caller.tenant, asked.namespace)
+            .map_err(|e| status::blocks(&e))?;
+        let lifetime = time.unwrap_or(caller.shared.limits.lifetimes.default);
+        Ok(Response::new(WatchStream {
+            context: Some(caller.shared.blocks.answer_context()),
+            late: caller.shared.clock.sleep(lifetime),
+            draining: caller.shared.draining.clone().cancelled_owned().boxed(),
+            watcher: Some(watcher),
+            _seat: seat,
+        }))
+    }
+
+    async fn stats(
+        &self,
+        request: Request<v1::StatsRequest>,
+    ) -> Result<Response<v1::StatsResponse>, Status> {
+        let caller = caller(&request);
+        Ok(Response::new(caller.shared.blocks.stats()))
+    }
+}
+
+/// One of `max_watchers`.
+struct Seat(Arc<Shared>);
+
+impl Seat {
+    fn take(shared: &Arc<Shared>) -> Result<Self, Status> {
+        let most = shared.limits.max_watchers;
+        if shared.watchers.fetch_add(1, Ordering::Relaxed) >= most {
+            shared.watchers.fetch_sub(1, Ordering::Relaxed);
+            let problem = format!("{most} watchers are listening already (max_watchers)");
+            return Err(status::refuse(Reason::Overloaded, problem));
+        }
+        shared.metrics.watchers.inc();
+        Ok(Self(Arc::clone(shared)))
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.watchers.fetch_sub(1, Ordering::Relaxed);
+        self.0.metrics.watchers.dec();
+    }
+}
+
+/// Events until the watcher leaves, its time is over, or the node stops.
+///
+/// The first message comes at once and carries the context alone, so that a watcher knows that it
+/// misses nothing from then on.
+pub(crate) struct WatchStream {
+    context: Option<AnswerContext>,
+    watcher: Option<Watcher>,
+    late: BoxFuture<'static, ()>,
+    draining: BoxFuture<'static, ()>,
+    _seat: Seat,
+}
+
+impl Stream for WatchStream {
+    type Item = Result<v1::WatchResponse, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = &mut *self;
+        let Some(watcher) = &mut this.watcher else {
+            return Poll::Ready(None);
+        };
+        if let Some(context) = this.context.take() {
+            let first = v1::WatchResponse {
+                context: Some((&context).into()),
+                sequence: watcher.sequence(),
+                event: None,
+            };
+            return Poll::Ready(Some(Ok(first)));
+        }
+        let end = if this.draining.as_mut().poll(cx).is_ready() {
+            status::refuse(
+                Reason::Draining,
+                "this node is stopping; watch again elsewhere",
+            )
+        } else if this.late.as_mut().poll(cx).is_ready() {
+            status::too_late()
+        } else {
+            return watcher
+                .poll_next(cx)
+                .map(|(sequence, event)| Some(Ok(event.to_wire(sequence, None))));
+        };
+        this.watcher = None;
+        Poll::Ready(Some(Err(end)))
+    }
+}
