@@ -11,7 +11,10 @@
 
 pub mod facts;
 pub mod inside;
+pub mod memory;
 pub mod network;
+pub mod overcommit;
+pub mod trace;
 
 use std::path::PathBuf;
 
