@@ -181,6 +181,7 @@ fn compare(arguments: &Arguments) -> Result<()> {
                         .unwrap_or_else(|e| Found::failed("network", &e)),
                 );
             }
+            found.add(inside::run(&options).await.unwrap_or_else(|e| Found::failed("lease", &e)));
             found.add(facts::run(&options).await);
         };
         tokio::select! {
@@ -189,9 +190,6 @@ fn compare(arguments: &Arguments) -> Result<()> {
         }
     });
     drop(client);
-    if !stopped {
-        found.add(inside::run(&options).unwrap_or_else(|e| Found::failed("in process", &e)));
-    }
     publish(arguments, &options, found, stopped)
 }
 
