@@ -46,7 +46,13 @@ pub struct Line {
 impl Price {
     /// The price of `step`, which does some units of work and answers how many.
     pub fn new(name: &'static str, unit: Unit, step: impl FnMut() -> u64 + 'static) -> Self {
-        Self { name, unit, step: Box::new(step), repeats: 1, samples: Vec::new() }
+        Self {
+            name,
+            unit,
+            step: Box::new(step),
+            repeats: 1,
+            samples: Vec::new(),
+        }
     }
 
     /// Its name.
@@ -74,7 +80,8 @@ impl Price {
                 return;
             }
             let grow = length.as_secs_f64() / took.as_secs_f64().max(1e-7);
-            self.repeats = ((self.repeats as f64 * grow.clamp(1.5, 100.0)) as u64).max(self.repeats + 1);
+            self.repeats =
+                ((self.repeats as f64 * grow.clamp(1.5, 100.0)) as u64).max(self.repeats + 1);
         }
     }
 
@@ -83,12 +90,21 @@ impl Price {
             Unit::Nanos(what) => format!("ns/{what}"),
             Unit::GibS => "GiB/s".into(),
         };
-        Line { name: self.name, unit, value: spread(&self.samples) }
+        Line {
+            name: self.name,
+            unit,
+            value: spread(&self.samples),
+        }
     }
 }
 
 /// Measures all prices, `rounds` times, samples of about `length`; `after` is called after each.
-pub fn run(prices: &mut [Price], rounds: usize, length: Duration, mut after: impl FnMut(&'static str)) -> Vec<Line> {
+pub fn run(
+    prices: &mut [Price],
+    rounds: usize,
+    length: Duration,
+    mut after: impl FnMut(&'static str),
+) -> Vec<Line> {
     for price in prices.iter_mut() {
         price.calibrate(length);
     }
@@ -116,7 +132,10 @@ mod tests {
             }
         };
         let unit = Unit::Nanos("spin");
-        let mut prices = [Price::new("one", unit, spin(20_000)), Price::new("four", unit, spin(80_000))];
+        let mut prices = [
+            Price::new("one", unit, spin(20_000)),
+            Price::new("four", unit, spin(80_000)),
+        ];
         let lines = run(&mut prices, 9, Duration::from_millis(3), |_| ());
         let median = |i: usize| lines[i].value.expect("nine samples").median;
         let ratio = median(1) / median(0);

@@ -16,7 +16,7 @@ use kvbenches::phases::inside::{engine, hash, put, query};
 use kvgpu::{Arena, ArenaConfig, DomainId, HugePages};
 use kvproto::checksum::{Landing, copy_and_sum, page_sums, seal};
 use kvproto::frame::{Frame, FrameLimits, FrameReader, head};
-use kvproto::{BlockKey, Chain, NamespaceId, NamespaceKey, Part, RunHash, hash as chain_hash, v1};
+use kvproto::{BlockKey, Chain, NamespaceId, NamespaceKey, Part, hash as chain_hash, v1};
 use kvserver::engine::policy::{self, BlockId, BlockMeta, EvictionPolicy};
 
 #[global_allocator]
@@ -47,22 +47,44 @@ struct Arguments {
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let mut prices = prices()?;
-    prices.retain(|p| arguments.only.as_ref().is_none_or(|only| p.name().contains(only)));
-    let progress = ProgressBar::new((prices.len() * arguments.rounds) as u64);
-    let lines = run(&mut prices, arguments.rounds, Duration::from_millis(arguments.sample_ms), |name| {
-        progress.set_message(name);
-        progress.inc(1);
+    prices.retain(|p| {
+        arguments
+            .only
+            .as_ref()
+            .is_none_or(|only| p.name().contains(only))
     });
+    let progress = ProgressBar::new((prices.len() * arguments.rounds) as u64);
+    let lines = run(
+        &mut prices,
+        arguments.rounds,
+        Duration::from_millis(arguments.sample_ms),
+        |name| {
+            progress.set_message(name);
+            progress.inc(1);
+        },
+    );
     progress.finish_and_clear();
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{}\n{:<52} {:>10}  {:<10} p10–p90", kvbenches::procfs::machine(), "", "median", "")?;
+    writeln!(
+        out,
+        "{}\n{:<52} {:>10}  {:<10} p10–p90",
+        kvbenches::procfs::machine(),
+        "",
+        "median",
+        ""
+    )?;
     for line in &lines {
         if let Some(v) = line.value {
-            writeln!(out, "{:<52} {:>10.2}  {:<10} {:.2}–{:.2}", line.name, v.median, line.unit, v.p10, v.p90)?;
+            writeln!(
+                out,
+                "{:<52} {:>10.2}  {:<10} {:.2}–{:.2}",
+                line.name, v.median, line.unit, v.p10, v.p90
+            )?;
         }
     }
     if let Some(path) = &arguments.json {
-        std::fs::write(path, serde_json::to_string_pretty(&lines)? + "\n").with_context(|| format!("writing {}", path.display()))?;
+        std::fs::write(path, serde_json::to_string_pretty(&lines)? + "\n")
+            .with_context(|| format!("writing {}", path.display()))?;
     }
     Ok(())
 }
@@ -96,7 +118,11 @@ fn hashing() -> Vec<Price> {
 }
 
 /// Walks through the source, a block at a time, and hands each to `step`.
-fn walk(source: &Arc<Vec<u8>>, block: usize, mut step: impl FnMut(&[u8]) + 'static) -> impl FnMut() -> u64 + 'static {
+fn walk(
+    source: &Arc<Vec<u8>>,
+    block: usize,
+    mut step: impl FnMut(&[u8]) + 'static,
+) -> impl FnMut() -> u64 + 'static {
     let (source, mut at) = (source.clone(), 0);
     move || {
         step(black_box(&source[at..at + block]));
@@ -138,23 +164,48 @@ fn bytes() -> Vec<Price> {
     };
     vec![
         Price::new("memcpy, 1 MiB blocks", Unit::GibS, walk(&source, MIB, copy)),
-        Price::new("kvgpu::copy, 1 MiB blocks", Unit::GibS, walk(&source, MIB, streamed)),
-        Price::new("page sums, 1 MiB blocks", Unit::GibS, walk(&source, MIB, |b| drop(black_box(page_sums(b))))),
-        Price::new("copy and sum, 1 MiB blocks", Unit::GibS, walk(&source, MIB, copy_sum)),
-        Price::new("landing: copy and sum in 40 kB pieces", Unit::GibS, walk(&source, MIB, landing)),
+        Price::new(
+            "kvgpu::copy, 1 MiB blocks",
+            Unit::GibS,
+            walk(&source, MIB, streamed),
+        ),
+        Price::new(
+            "page sums, 1 MiB blocks",
+            Unit::GibS,
+            walk(&source, MIB, |b| drop(black_box(page_sums(b)))),
+        ),
+        Price::new(
+            "copy and sum, 1 MiB blocks",
+            Unit::GibS,
+            walk(&source, MIB, copy_sum),
+        ),
+        Price::new(
+            "landing: copy and sum in 40 kB pieces",
+            Unit::GibS,
+            walk(&source, MIB, landing),
+        ),
         Price::new("seal of a 1 MiB block", Unit::Nanos("seal"), sealing),
     ]
 }
 
 fn key(index: u64) -> BlockKey {
-    BlockKey { namespace: NamespaceId([7; 16]), hash: hash(1, index), part: Part::default() }
+    BlockKey {
+        namespace: NamespaceId([7; 16]),
+        hash: hash(1, index),
+        part: Part::default(),
+    }
 }
 
 /// A get's message of 1 MiB, as one stream cut into HTTP/2 frames of the usual size.
 fn frames() -> Vec<Price> {
     let message = v1::GetResponse {
         outcome: v1::GetOutcome::Hit.into(),
-        header: Some(v1::BlockHeader { hash: Bytes::from(vec![1; 32]), page_sums: vec![7; 16], length_bytes: MIB as u64, ..Default::default() }),
+        header: Some(v1::BlockHeader {
+            hash: Bytes::from(vec![1; 32]),
+            page_sums: vec![7; 16],
+            length_bytes: MIB as u64,
+            ..Default::default()
+        }),
         ..Default::default()
     };
     let encoded = message.clone();
@@ -173,7 +224,11 @@ fn frames() -> Vec<Price> {
             for at in (0..stream.len()).step_by(chunk) {
                 reader.push(stream.slice(at..(at + chunk).min(stream.len())));
                 while let Ok(Some(frame)) = reader.next() {
-                    data += if let Frame::Data(piece) = frame { piece.len() } else { 0 };
+                    data += if let Frame::Data(piece) = frame {
+                        piece.len()
+                    } else {
+                        0
+                    };
                 }
             }
             assert_eq!(data, MIB, "the parser lost payload");
@@ -181,9 +236,21 @@ fn frames() -> Vec<Price> {
         }
     };
     vec![
-        Price::new("frame head of a get's message", Unit::Nanos("message"), encode),
-        Price::new("frame parse, 1 MiB in 1 MiB chunks", Unit::Nanos("message"), parse(MIB)),
-        Price::new("frame parse, 1 MiB in 16 KiB chunks", Unit::Nanos("message"), parse(16 << 10)),
+        Price::new(
+            "frame head of a get's message",
+            Unit::Nanos("message"),
+            encode,
+        ),
+        Price::new(
+            "frame parse, 1 MiB in 1 MiB chunks",
+            Unit::Nanos("message"),
+            parse(MIB),
+        ),
+        Price::new(
+            "frame parse, 1 MiB in 16 KiB chunks",
+            Unit::Nanos("message"),
+            parse(16 << 10),
+        ),
     ]
 }
 
@@ -192,7 +259,9 @@ fn index() -> Result<Vec<Price>> {
     const KEYS: u64 = 512;
     let engine = engine(CHAINS * KEYS * 4096 * 5 / 4)?;
     let value = payload(4096, 1);
-    let chains: Vec<_> = (0..CHAINS).map(|nth| Chain::from_root((0..KEYS).map(|i| hash(nth, i)).collect())).collect();
+    let chains: Vec<_> = (0..CHAINS)
+        .map(|nth| Chain::from_root((0..KEYS).map(|i| hash(nth, i)).collect()))
+        .collect();
     for chain in &chains {
         put(&engine, chain, &value)?;
     }
@@ -201,7 +270,11 @@ fn index() -> Result<Vec<Price>> {
     let probe = move || {
         nth += 1;
         let answer = probed.lookup(query(&of_probe[nth % CHAINS as usize], None));
-        assert_eq!(u64::from(black_box(answer).present_blocks), KEYS, "a block is missing");
+        assert_eq!(
+            u64::from(black_box(answer).present_blocks),
+            KEYS,
+            "a block is missing"
+        );
         KEYS
     };
     let miss = Chain::from_root(vec![hash(u64::MAX, 1)]);
@@ -210,7 +283,11 @@ fn index() -> Result<Vec<Price>> {
         1
     };
     Ok(vec![
-        Price::new("index lookup, chain of 512, probe", Unit::Nanos("key"), probe),
+        Price::new(
+            "index lookup, chain of 512, probe",
+            Unit::Nanos("key"),
+            probe,
+        ),
         Price::new("index lookup, plain miss", Unit::Nanos("lookup"), missed),
     ])
 }
@@ -219,7 +296,12 @@ fn index() -> Result<Vec<Price>> {
 fn eviction(name: &'static str) -> Option<Price> {
     const HELD: u32 = 1 << 16;
     let mut policy: Box<dyn EvictionPolicy> = policy::by_name(name)?;
-    let meta = |n: u64| BlockMeta { parent: None, index: (n % 16) as u32, bytes: 1 << 16, fingerprint: n.wrapping_mul(0x9e37_79b9_7f4a_7c15) };
+    let meta = |n: u64| BlockMeta {
+        parent: None,
+        index: (n % 16) as u32,
+        bytes: 1 << 16,
+        fingerprint: n.wrapping_mul(0x9e37_79b9_7f4a_7c15),
+    };
     for n in 0..HELD {
         policy.inserted(BlockId(n), &meta(u64::from(n)));
     }
@@ -244,20 +326,33 @@ fn eviction(name: &'static str) -> Option<Price> {
 /// A half-full arena of mixed sizes: one slot freed, one taken.
 fn allocator() -> Result<Vec<Price>> {
     // Not pre-faulted and not written to: the price of the bookkeeping alone.
-    let config = ArenaConfig { capacity_bytes: 1 << 30, huge_pages: HugePages::Off, prefault: false, ..ArenaConfig::default() };
+    let config = ArenaConfig {
+        capacity_bytes: 1 << 30,
+        huge_pages: HugePages::Off,
+        prefault: false,
+        ..ArenaConfig::default()
+    };
     let arena = Arena::new(config)?;
     let sizes = [4 << 10, 64 << 10, 192 << 10, 1 << 20, 3 << 20];
     let mut held = std::collections::VecDeque::new();
     for n in 0..600 {
-        held.push_back(arena.alloc(DomainId::NODE, sizes[n % sizes.len()]).context("half of an arena is too much")?);
+        held.push_back(
+            arena
+                .alloc(DomainId::NODE, sizes[n % sizes.len()])
+                .context("half of an arena is too much")?,
+        );
     }
     let mut n = 0usize;
     let mixed = move || {
         n += 1;
         held.pop_front();
-        let size = sizes[n.wrapping_mul(0x9e37_79b9) >> 7 & 0xffff & 7 % sizes.len()];
+        let size = sizes[(n.wrapping_mul(0x9e37_79b9) >> 7) % sizes.len()];
         held.extend(arena.alloc(DomainId::NODE, size));
         1
     };
-    Ok(vec![Price::new("arena: free and take, mixed sizes", Unit::Nanos("pair"), mixed)])
+    Ok(vec![Price::new(
+        "arena: free and take, mixed sizes",
+        Unit::Nanos("pair"),
+        mixed,
+    )])
 }

@@ -181,7 +181,11 @@ fn compare(arguments: &Arguments) -> Result<()> {
                         .unwrap_or_else(|e| Found::failed("network", &e)),
                 );
             }
-            found.add(inside::run(&options).await.unwrap_or_else(|e| Found::failed("lease", &e)));
+            found.add(
+                inside::run(&options)
+                    .await
+                    .unwrap_or_else(|e| Found::failed("lease", &e)),
+            );
             found.add(facts::run(&options).await);
         };
         tokio::select! {

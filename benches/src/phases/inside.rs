@@ -14,7 +14,10 @@ use anyhow::{Context, Result, bail};
 use kvgpu::{Arena, ArenaConfig};
 use kvproto::{BlockHeader, BlockKey, Chain, Kind, NamespaceId, OwnerId, Part, SequenceHash};
 use kvserver::clock::SystemClock;
-use kvserver::engine::{Engine, EngineConfig, LeaseAsk, LookupQuery, Owner, Published, Reserve, TenantId, Whereabouts, policy};
+use kvserver::engine::{
+    Engine, EngineConfig, LeaseAsk, LookupQuery, Owner, Published, Reserve, TenantId, Whereabouts,
+    policy,
+};
 
 use super::{Found, Options};
 use crate::load::{BlockingWorker, Sample, Window, drive_blocking};
@@ -31,10 +34,18 @@ const RUN_BLOCKS: u32 = 64;
 /// # Errors
 /// No memory.
 pub fn engine(capacity_bytes: u64) -> Result<Arc<Engine>> {
-    let config = ArenaConfig { capacity_bytes, ..ArenaConfig::default() };
+    let config = ArenaConfig {
+        capacity_bytes,
+        ..ArenaConfig::default()
+    };
     let policy = policy::by_name("best").context("no default policy")?;
     let engine = EngineConfig::for_capacity(capacity_bytes);
-    Ok(Engine::new(engine, Arena::new(config)?, policy, Arc::new(SystemClock::new()))?)
+    Ok(Engine::new(
+        engine,
+        Arena::new(config)?,
+        policy,
+        Arc::new(SystemClock::new()),
+    )?)
 }
 
 /// A hash that only these two numbers have.
@@ -43,7 +54,11 @@ pub fn hash(bytes: u64, index: u64) -> SequenceHash {
     hash[..8].copy_from_slice(&bytes.to_le_bytes());
     hash[8..16].copy_from_slice(&index.to_le_bytes());
     // Spread, as a real hash would be: placement and shards take what they need from anywhere.
-    hash[16..24].copy_from_slice(&(index ^ bytes << 20).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes());
+    hash[16..24].copy_from_slice(
+        &(index ^ bytes << 20)
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            .to_le_bytes(),
+    );
     hash[24..].copy_from_slice(&index.wrapping_mul(0xd6e8_feb8_6659_fd93).to_le_bytes());
     SequenceHash(hash)
 }
@@ -54,14 +69,22 @@ pub fn hash(bytes: u64, index: u64) -> SequenceHash {
 /// One is refused.
 pub fn put(engine: &Engine, chain: &Chain, value: &[u8]) -> Result<Vec<BlockKey>> {
     let put_one = |(i, &hash): (usize, &SequenceHash)| {
-        let key = BlockKey { namespace: NAMESPACE, hash, part: Part::default() };
+        let key = BlockKey {
+            namespace: NAMESPACE,
+            hash,
+            part: Part::default(),
+        };
         let place = chain.place(i, RUN_BLOCKS);
-        let Reserve::Granted(mut grant) = engine.reserve(key, place, value.len() as u64, Kind::Kv) else {
+        let Reserve::Granted(mut grant) = engine.reserve(key, place, value.len() as u64, Kind::Kv)
+        else {
             bail!("no room for block {i}");
         };
         grant.block.bytes_mut().copy_from_slice(value);
         let header = BlockHeader::describe(key, place, value);
-        let sealed = grant.block.seal(header).map_err(|_| anyhow::anyhow!("block {i} does not match its own header"))?;
+        let sealed = grant
+            .block
+            .seal(header)
+            .map_err(|_| anyhow::anyhow!("block {i} does not match its own header"))?;
         match engine.publish(sealed, grant.ticket) {
             Published::New(_) => Ok(key),
             other => bail!("block {i}: {other:?}"),
@@ -72,7 +95,12 @@ pub fn put(engine: &Engine, chain: &Chain, value: &[u8]) -> Result<Vec<BlockKey>
 
 /// A question about a chain of this bench's namespace.
 pub fn query(chain: &Chain, lease: Option<LeaseAsk>) -> LookupQuery<'_> {
-    LookupQuery { namespace: NAMESPACE, chain, parts: &[], lease }
+    LookupQuery {
+        namespace: NAMESPACE,
+        chain,
+        parts: &[],
+        lease,
+    }
 }
 
 struct Inside {
@@ -88,14 +116,25 @@ struct Borrower {
 }
 
 /// The one caller.
-const OWNER: Owner = Owner { tenant: TenantId(0), id: OwnerId([1; 16]) };
+const OWNER: Owner = Owner {
+    tenant: TenantId(0),
+    id: OwnerId([1; 16]),
+};
 
 impl BlockingWorker for Borrower {
     fn step(&mut self) -> Result<u64> {
         let (chain, key) = &self.blocks[self.next % self.blocks.len()];
         self.next += 1;
-        let ask = LeaseAsk { owner: OWNER, ttl_ms: 0, idempotency: None };
-        let lease = self.engine.lookup(query(chain, Some(ask))).lease.context("no lease")?;
+        let ask = LeaseAsk {
+            owner: OWNER,
+            ttl_ms: 0,
+            idempotency: None,
+        };
+        let lease = self
+            .engine
+            .lookup(query(chain, Some(ask)))
+            .lease
+            .context("no lease")?;
         let Whereabouts::Ram(block) = self.engine.locate(key, Some((lease.id, OWNER))) else {
             bail!("a leased block is not in RAM");
         };
@@ -103,15 +142,24 @@ impl BlockingWorker for Borrower {
         black_box((bytes.as_ptr(), bytes.len()));
         drop((bytes, block));
         anyhow::ensure!(self.engine.release(lease.id, OWNER), "the lease was gone");
-        Ok(self.bytes)
+        Ok(0) // no byte moves
     }
 }
 
 impl Peer for Inside {
     fn run<'a>(&'a mut self, cell: &'a Cell, window: Window) -> Pending<'a, Result<Sample>> {
         Box::pin(async move {
-            let (_, blocks) = self.blocks.iter().find(|(bytes, _)| *bytes == cell.bytes).context("no such size")?;
-            let worker = Borrower { engine: self.engine.clone(), blocks: blocks.clone(), bytes: cell.bytes, next: 0 };
+            let (_, blocks) = self
+                .blocks
+                .iter()
+                .find(|(bytes, _)| *bytes == cell.bytes)
+                .context("no such size")?;
+            let worker = Borrower {
+                engine: self.engine.clone(),
+                blocks: blocks.clone(),
+                bytes: cell.bytes,
+                next: 0,
+            };
             drive_blocking(&mut [worker], window, &[])
         })
     }
@@ -122,8 +170,19 @@ impl Peer for Inside {
 /// # Errors
 /// No memory for the blocks.
 pub async fn run(options: &Options) -> Result<Found> {
-    let cell = |bytes| Cell { peer: "terrace", op: Op::Lease, transport: Transport::InProcess, bytes, concurrency: 1, keys: 1 };
-    let cells: Vec<_> = SIZES.into_iter().map(cell).filter(|c| options.wants(&super::label(c))).collect();
+    let cell = |bytes| Cell {
+        peer: "terrace",
+        op: Op::Lease,
+        transport: Transport::InProcess,
+        bytes,
+        concurrency: 1,
+        keys: 1,
+    };
+    let cells: Vec<_> = SIZES
+        .into_iter()
+        .map(cell)
+        .filter(|c| options.wants(&super::label(c)))
+        .collect();
     if cells.is_empty() {
         return Ok(Found::default());
     }
@@ -137,12 +196,30 @@ pub async fn run(options: &Options) -> Result<Found> {
             let key = put(&engine, &chain, &value)?[0];
             Ok((chain, key))
         };
-        blocks.push((bytes, (0..u64::from(VALUES)).map(put_one).collect::<Result<Vec<_>>>()?));
+        blocks.push((
+            bytes,
+            (0..u64::from(VALUES))
+                .map(put_one)
+                .collect::<Result<Vec<_>>>()?,
+        ));
     }
     let mut peers: Vec<Box<dyn Peer>> = vec![Box::new(Inside { engine, blocks })];
-    let groups = [Group { cells: cells.into_iter().map(|c| (0, c)).collect(), base: 0 }];
+    let groups = [Group {
+        cells: cells.into_iter().map(|c| (0, c)).collect(),
+        base: 0,
+    }];
     let progress = options.bar("lease", &groups);
-    let measured = rounds::run(&mut peers, &groups, options.rounds, options.window, &progress).await;
+    let measured = rounds::run(
+        &mut peers,
+        &groups,
+        options.rounds,
+        options.window,
+        &progress,
+    )
+    .await;
     progress.finish_and_clear();
-    Ok(Found { measured, ..Found::default() })
+    Ok(Found {
+        measured,
+        ..Found::default()
+    })
 }

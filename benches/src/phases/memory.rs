@@ -34,12 +34,18 @@ pub async fn run(options: &Options) -> Result<Vec<Bar>> {
         let node = node(options, "memory-idle", 64 << 20).await?;
         let client = node.client(false, None).await?;
         terrace::namespace(&client).await?;
-        Memory::of(node.pid()).context("the idle node is gone")?.anonymous_bytes
+        Memory::of(node.pid())
+            .context("the idle node is gone")?
+            .anonymous_bytes
     };
     let mut bars = Vec::new();
     for bytes in BLOCKS {
         let spinner = options.spinner("memory");
-        spinner.set_message(format!("filling {} with blocks of {}", size(capacity), size(bytes)));
+        spinner.set_message(format!(
+            "filling {} with blocks of {}",
+            size(capacity),
+            size(bytes)
+        ));
         let node = node(options, &format!("memory-{bytes}"), capacity).await?;
         let client = node.client(false, None).await?;
         let namespace = terrace::namespace(&client).await?;
@@ -50,12 +56,16 @@ pub async fn run(options: &Options) -> Result<Vec<Bar>> {
         };
         let chains = capacity * 5 / 4 / bytes / CHAIN;
         for nth in 0..chains {
-            let blocks: Vec<_> = (0..CHAIN as usize).map(|i| PutBlock::new(i, value.clone())).collect();
+            let blocks: Vec<_> = (0..CHAIN as usize)
+                .map(|i| PutBlock::new(i, value.clone()))
+                .collect();
             terrace::put_kept(&client, &namespace, &chain(nth), &blocks, Ack::Cached).await?;
         }
         let mut present = 0;
         for nth in 0..chains {
-            let found = client.lookup(&namespace, &chain(nth), &LookupOptions::probe()).await?;
+            let found = client
+                .lookup(&namespace, &chain(nth), &LookupOptions::probe())
+                .await?;
             present += u64::from(found.present_blocks);
         }
         let memory = Memory::of(node.pid()).context("the node is gone")?;
@@ -68,7 +78,10 @@ pub async fn run(options: &Options) -> Result<Vec<Bar>> {
             size(capacity),
             memory.anonymous_bytes.saturating_sub(baseline) as f64 / f64::from(1 << 20)
         );
-        let path = format!("resident memory per stored byte, full of {} blocks", size(bytes));
+        let path = format!(
+            "resident memory per stored byte, full of {} blocks",
+            size(bytes)
+        );
         let ratio = (stored > 0).then(|| held as f64 / stored as f64);
         bars.push(Bar::fact(&path, Bound::AtMost(1.07), ratio, note));
     }
@@ -76,6 +89,9 @@ pub async fn run(options: &Options) -> Result<Vec<Bar>> {
 }
 
 async fn node(options: &Options, name: &str, ram_bytes: u64) -> Result<Node> {
-    let settings = [("ram_bytes", format!("{}MiB", ram_bytes >> 20)), ("nvme_bytes", "0".to_owned())];
+    let settings = [
+        ("ram_bytes", format!("{}MiB", ram_bytes >> 20)),
+        ("nvme_bytes", "0".to_owned()),
+    ];
     Node::start(options.cores, &options.dir.join(name), &settings).await
 }

@@ -29,8 +29,19 @@ pub fn run(options: &Options) -> Result<Vec<Bar>> {
     spinner.finish_and_clear();
     let note = format!(
         "{}: {:.4} of references, LRU {:.4}, optimum {:.4}, unbounded {:.4}; {} requests, {} blocks of room",
-        found.policy, found.prefix_hit_share, found.lru_share, found.optimum_share, found.unbounded_share, found.requests, found.capacity_blocks
+        found.policy,
+        found.prefix_hit_share,
+        found.lru_share,
+        found.optimum_share,
+        found.unbounded_share,
+        found.requests,
+        found.capacity_blocks
     );
     let path = "prefix hit share of a trace at 5 % of its blocks, to LRU";
-    Ok(vec![Bar::fact(path, Bound::AtLeast(1.1), Some(found.ratio_to_lru()), note)])
+    Ok(vec![Bar::fact(
+        path,
+        Bound::AtLeast(1.1),
+        Some(found.ratio_to_lru()),
+        note,
+    )])
 }
