@@ -124,23 +124,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn twice_the_work_costs_about_twice_as_much() {
-        let spin = |n: u64| {
-            move || {
-                (0..n).fold(1u64, |x, i| std::hint::black_box(x.wrapping_mul(31) ^ i));
-                1
-            }
+    fn a_sample_lasts_long_enough_and_rounds_turn() {
+        let seen = std::rc::Rc::new(std::cell::RefCell::new(Vec::new()));
+        let length = Duration::from_millis(2);
+        let spin = || {
+            (0..1000u64)
+                .fold(1, |x, i| std::hint::black_box(x ^ i))
+                .min(1)
+                + 1
         };
         let unit = Unit::Nanos("spin");
-        let mut prices = [
-            Price::new("one", unit, spin(20_000)),
-            Price::new("four", unit, spin(80_000)),
-        ];
-        let lines = run(&mut prices, 9, Duration::from_millis(3), |_| ());
-        let median = |i: usize| lines[i].value.expect("nine samples").median;
-        let ratio = median(1) / median(0);
-        assert!((2.0..8.0).contains(&ratio), "{ratio}");
-        assert_eq!(lines[0].unit, "ns/spin");
+        let mut prices = [Price::new("a", unit, spin), Price::new("b", unit, spin)];
+        let lines = run(&mut prices, 3, length, |name| seen.borrow_mut().push(name));
+        assert_eq!(*seen.borrow(), ["a", "b", "b", "a", "a", "b"]);
+        let value = lines[0].value.expect("three samples");
+        assert!(value.count == 3 && value.p10 > 0.0 && lines[0].unit == "ns/spin");
+        assert!(
+            prices[0].repeats > 1,
+            "a step of a microsecond was not repeated to fill the sample"
+        );
     }
 
     #[test]
