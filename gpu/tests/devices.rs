@@ -1,7 +1,5 @@
 //! Devices: the conformance suite, misbehaviour on order, and clean refusals.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -182,90 +180,92 @@ fn memory_is_free_again_when_its_last_handle_goes() {
     assert!(device.alloc(1000).is_ok());
 }
 
-/// Compiles the stub driver (`stub/libcuda.c`) into a folder of its own; `None` without a C compiler.
-fn stub_driver(variant: &str) -> Option<PathBuf> {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("stub-{variant}"));
-    std::fs::create_dir_all(&folder).unwrap();
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/stub/libcuda.c");
-    let compiled = Command::new("cc")
-        .args([
-            "-shared",
-            "-fPIC",
-            "-O1",
-            "-Wall",
-            "-Werror",
-            "-fno-strict-aliasing",
-            "-pthread",
-        ])
-        .arg(format!("-D{variant}"))
-        .arg("-o")
-        .arg(folder.join("libcuda.so"))
-        .arg(source)
-        .status();
-    match compiled {
-        Ok(status) => {
-            assert!(status.success(), "the stub driver does not compile");
-            Some(folder)
-        }
-        Err(error) => {
-            eprintln!("skipped: no C compiler ({error})");
-            None
+#[cfg(feature = "cuda")]
+mod over_a_stub_driver {
+    use std::path::{Path, PathBuf};
+    use std::process::Command;
+
+    /// Compiles the stub driver (`stub/libcuda.c`) into a folder of its own; `None` without a C compiler.
+    fn stub_driver(variant: &str) -> Option<PathBuf> {
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("stub-{variant}"));
+        std::fs::create_dir_all(&folder).unwrap();
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/stub/libcuda.c");
+        let compiled = Command::new("cc")
+            .args([
+                "-shared",
+                "-fPIC",
+                "-O1",
+                "-Wall",
+                "-Werror",
+                "-fno-strict-aliasing",
+                "-pthread",
+            ])
+            .arg(format!("-D{variant}"))
+            .arg("-o")
+            .arg(folder.join("libcuda.so"))
+            .arg(source)
+            .status();
+        match compiled {
+            Ok(status) => {
+                assert!(status.success(), "the stub driver does not compile");
+                Some(folder)
+            }
+            Err(error) => {
+                eprintln!("skipped: no C compiler ({error})");
+                None
+            }
         }
     }
-}
 
-/// Runs `kvgpu-check` in a process that finds the stub driver; answers success and output.
-fn check_with(variant: &str) -> Option<(bool, String)> {
-    let folder = stub_driver(variant)?;
-    let output = Command::new(env!("CARGO_BIN_EXE_kvgpu-check"))
-        .args(["--rounds", "1", "--batch-mib", "1"])
-        .env("LD_LIBRARY_PATH", folder)
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned()
-        + &String::from_utf8_lossy(&output.stderr);
-    Some((output.status.success(), text))
-}
+    /// Runs `kvgpu-check` in a process that finds the stub driver; answers success and output.
+    fn check_with(variant: &str) -> Option<(bool, String)> {
+        let folder = stub_driver(variant)?;
+        let output = Command::new(env!("CARGO_BIN_EXE_kvgpu-check"))
+            .args(["--rounds", "1", "--batch-mib", "1"])
+            .env("LD_LIBRARY_PATH", folder)
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned()
+            + &String::from_utf8_lossy(&output.stderr);
+        Some((output.status.success(), text))
+    }
 
-/// The CUDA device's own code, run in full against a driver that executes `kv.cu` on the processor and
-/// does everything as late as it may. Not a GPU: it shows nothing about speed or about PTX.
-#[test]
-#[cfg(feature = "cuda")]
-fn cuda_device_passes_the_suite_over_a_stub_driver() {
-    let Some((passed, output)) = check_with("WHOLE") else {
-        return;
-    };
-    assert!(passed, "{output}");
-    assert!(output.contains("stub driver (no GPU)"), "{output}");
-    assert!(!output.contains("FAILED"), "{output}");
-}
+    /// The CUDA device's own code, run in full against a driver that executes `kv.cu` on the processor and
+    /// does everything as late as it may. Not a GPU: it shows nothing about speed or about PTX.
+    #[test]
+    fn cuda_device_passes_the_suite() {
+        let Some((passed, output)) = check_with("WHOLE") else {
+            return;
+        };
+        assert!(passed, "{output}");
+        assert!(output.contains("stub driver (no GPU)"), "{output}");
+        assert!(!output.contains("FAILED"), "{output}");
+    }
 
-#[test]
-#[cfg(feature = "cuda")]
-fn a_driver_that_lacks_a_symbol_is_refused_by_its_name() {
-    let Some((passed, output)) = check_with("WITHOUT_LAUNCH") else {
-        return;
-    };
-    assert!(passed, "{output}");
-    assert!(output.contains("lacks cuLaunchKernel"), "{output}");
-}
+    #[test]
+    fn a_driver_that_lacks_a_symbol_is_refused_by_its_name() {
+        let Some((passed, output)) = check_with("WITHOUT_LAUNCH") else {
+            return;
+        };
+        assert!(passed, "{output}");
+        assert!(output.contains("lacks cuLaunchKernel"), "{output}");
+    }
 
-#[test]
-#[cfg(feature = "cuda")]
-fn a_driver_without_a_device_is_refused() {
-    let Some((passed, output)) = check_with("WITHOUT_DEVICE") else {
-        return;
-    };
-    assert!(passed, "{output}");
-    assert!(output.contains("GPU 0 is not there: 0 found"), "{output}");
-}
+    #[test]
+    fn a_driver_without_a_device_is_refused() {
+        let Some((passed, output)) = check_with("WITHOUT_DEVICE") else {
+            return;
+        };
+        assert!(passed, "{output}");
+        assert!(output.contains("GPU 0 is not there: 0 found"), "{output}");
+    }
 
-#[test]
-#[cfg(feature = "cuda")]
-fn a_driver_that_refuses_the_kernels_is_refused() {
-    let Some((passed, output)) = check_with("REFUSES_PTX") else {
-        return;
-    };
-    assert!(passed, "{output}");
-    assert!(output.contains("loading the kernels failed"), "{output}");
+    #[test]
+    fn a_driver_that_refuses_the_kernels_is_refused() {
+        let Some((passed, output)) = check_with("REFUSES_PTX") else {
+            return;
+        };
+        assert!(passed, "{output}");
+        assert!(output.contains("loading the kernels failed"), "{output}");
+    }
 }
