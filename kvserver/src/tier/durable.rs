@@ -741,22 +741,3 @@ impl State {
         self.written_today += bytes;
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{clock::SystemClock, tier::conformance::conformance};
-
-    #[tokio::test(flavor = "multi_thread")]
-    async fn the_durable_tier_conforms() {
-        let dir = tempfile::tempdir().expect("a folder");
-        conformance(|| async {
-            let config = DurableConfig::new(dir.path(), 64 << 20);
-            let tier = DurableTier::open(config, Arc::new(SystemClock::new()))
-                .await
-                .expect("it opens");
-            Arc::new(tier) as Arc<dyn Tier>
-        })
-        .await;
-    }
-}

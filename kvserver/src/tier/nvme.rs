@@ -17,6 +17,7 @@
 //! | keeps serving what is deleted while it is queued | a removal cancels the write: it ends as `Invalidated` |
 //! | cannot list its keys | the journal lists ours; each is proven at open |
 //! | tells of evictions only by asking a filter | the filter asks the [`ReclaimGuard`] and forgets in the same moment |
+//! | carries entries over under their old sequence number, at which its recovery stops | what is kept is written as new |
 //! | loses its write position after a failed write | the breaker opens at once, and foyer is built anew before writing again |
 //! | `open` leaves sparse files | space is reserved before, so a full disk shows at open |
 //!
@@ -27,9 +28,10 @@
 //! reads find that and answer `Corrupt`. Invalidations are synced. Who needs more asks for `synced` and
 //! the durable store.
 //!
-//! One thing foyer does cannot be prevented here: an entry that it carries over to another extent stays
-//! in its index at the old place until it has arrived. Reads of such an entry wait for the arrival; only
-//! a read that had begun before may come too late, and then tries again after it.
+//! What the guard keeps is carried over by us (store.rs says why): it is served from RAM until it is
+//! written anew, so a lease never waits for it. Two limits keep a disk full of leases from standing
+//! still: what is in memory at once, and what is carried since the last new block. And `kill -9` in
+//! between loses what is being carried: then it is dropped at open, and counted.
 
 mod config;
 mod residency;
@@ -506,54 +508,38 @@ impl Shared {
         }
     }
 
-    async fn read_in_turn(
-        self: &Arc<Self>,
-        hash: u64,
-        resident: Resident,
-        mut slot: SlotMut,
-    ) -> Read {
+    async fn read_in_turn(self: &Arc<Self>, hash: u64, resident: Resident, slot: SlotMut) -> Read {
         // Bytes bound the buffers, and a floor under them bounds the number of reads.
         let floor = self.config.read_bytes / self.config.reads as u64;
         let wanted = self.geometry.entry_bytes(resident.length_bytes).max(floor);
         let Some(_turn) = self.turns.enter(wanted).await else {
             return Read::Gone(Reason::TierDown);
         };
-        let mut tries = 0;
-        loop {
-            let Some(store) = self.store() else {
-                return Read::Gone(Reason::TierDown);
-            };
-            if self.residency.is_moving(hash) {
-                store.settle().await;
-            }
-            tries += 1;
-            let loaded = store.load(resident, slot).await;
-            if !matches!(loaded, Loaded::Failed(_)) {
-                self.health.read_worked();
-            }
-            let reason = match loaded {
-                Loaded::Block(block) if self.residency.holds(hash, &resident) => {
-                    return Read::Hit(block);
-                }
-                // Removed or reclaimed while it was read.
-                Loaded::Block(_) => return Read::Gone(Reason::Invalidated),
-                Loaded::Miss { slot: back, .. } if tries == 1 && self.residency.is_moving(hash) => {
-                    slot = back;
-                    continue;
-                }
-                Loaded::Miss { known: true, .. } | Loaded::Corrupt => Reason::Corrupt,
-                Loaded::Miss { known: false, .. } | Loaded::Other => Reason::Evicted,
-                Loaded::Failed(why) => {
-                    self.read_failed(&why);
-                    return Read::Gone(Reason::Device);
-                }
-            };
-            if !self.residency.lose(hash, &resident, reason) {
-                return Read::Gone(Reason::Evicted);
-            }
-            store.delete(&resident.key);
-            return Read::Gone(reason);
+        let Some(store) = self.store() else {
+            return Read::Gone(Reason::TierDown);
+        };
+        let loaded = store.load(resident, slot).await;
+        if !matches!(loaded, Loaded::Failed(_)) {
+            self.health.read_worked();
         }
+        let reason = match loaded {
+            Loaded::Block(block) if self.residency.holds(hash, &resident) => {
+                return Read::Hit(block);
+            }
+            // Removed or reclaimed while it was read.
+            Loaded::Block(_) => return Read::Gone(Reason::Invalidated),
+            Loaded::Corrupt => Reason::Corrupt,
+            Loaded::Missing | Loaded::Other => Reason::Evicted,
+            Loaded::Failed(why) => {
+                self.read_failed(&why);
+                return Read::Gone(Reason::Device);
+            }
+        };
+        if !self.residency.lose(hash, &resident, reason) {
+            return Read::Gone(Reason::Evicted);
+        }
+        store.delete(&resident.key);
+        Read::Gone(reason)
     }
 
     /// Makes the removals noted so far durable.
@@ -856,26 +842,5 @@ impl<'a> Waiting<'a> {
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Relaxed);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{
-        clock::SystemClock,
-        tier::{KeepNothing, conformance::conformance},
-    };
-
-    #[tokio::test(flavor = "multi_thread")]
-    async fn the_nvme_tier_conforms() {
-        let dir = tempfile::tempdir().expect("a folder");
-        conformance(|| async {
-            let config = NvmeConfig::new(dir.path(), 64 << 20);
-            let tier =
-                NvmeTier::open(config, Arc::new(SystemClock::new()), Arc::new(KeepNothing)).await;
-            Arc::new(tier.expect("it opens")) as Arc<dyn Tier>
-        })
-        .await;
     }
 }

@@ -6,7 +6,7 @@
 //!                       │ remove: cancelled               │ remove: Invalidated
 //!                       │ reclaim: evicted                │ reclaim, guard says no: Gone
 //!                       ▼                                 ▼ reclaim, guard says yes: moving
-//!                   (absent)                          (absent)          │ settled
+//!                   (absent)                          (absent)          │ carried
 //!                                                         ▲─────────────┘
 //! ```
 //!
@@ -17,9 +17,9 @@
 //! tells us; keys are compared in full, and a second key with the same hash is refused. A resident costs
 //! about 200 bytes here.
 //!
-//! foyer may show the same entry twice at reclaim: a key stored, removed and stored again has two copies.
-//! If the guard lets the older copy go, the resident is forgotten although the newer copy is still
-//! there: one block of a cache is lost early, nothing is ever wrong.
+//! foyer may show the same entry twice at reclaim: a key stored, removed and stored again has two copies,
+//! and so has one that was carried over. If the guard lets the older copy go, the resident is forgotten
+//! although the newer copy is still there: one block of a cache is lost early, nothing is ever wrong.
 
 use std::{
     collections::HashMap,
@@ -57,10 +57,9 @@ struct State {
     residents: HashMap<u64, Resident>,
     used_bytes: u64,
     in_flight: HashMap<u64, InFlight>,
-    /// Residents that foyer is carrying over to another extent.
-    moving: HashMap<u64, Moving>,
+    /// Residents that are being carried over to another extent, and their bytes there.
+    moving: HashMap<u64, u64>,
     moving_bytes: u64,
-    epoch: u64,
     /// Carried over since the last new block.
     kept_bytes: u64,
     wear: Wear,
@@ -70,11 +69,6 @@ struct State {
 pub(super) struct Wear {
     pub(super) day: u32,
     pub(super) bytes: u64,
-}
-
-struct Moving {
-    epoch: u64,
-    entry_bytes: u64,
 }
 
 struct InFlight {
@@ -99,8 +93,8 @@ pub(super) enum Begin {
 /// What reclaim does with an entry.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Reclaim {
-    /// Carry it over. `first`: nothing was moving before, so somebody must watch until it has settled.
-    Keep { first: bool },
+    /// Carry it over, then say how that went: [`Residency::carried`] or [`Residency::not_carried`].
+    Keep(Resident),
     /// Let it go.
     Drop,
 }
@@ -140,10 +134,6 @@ impl Residency {
             .residents
             .get(&hash)
             .is_some_and(|held| held.key == resident.key && held.seal == resident.seal)
-    }
-
-    pub(super) fn is_moving(&self, hash: u64) -> bool {
-        self.state.lock().moving.contains_key(&hash)
     }
 
     /// Registers a write. A resident of the same key with other bytes is forgotten first.
@@ -274,68 +264,56 @@ impl Residency {
     /// foyer is about to reclaim the extent in which the entry of this hash lies.
     pub(super) fn reclaim(&self, hash: u64, entry_bytes: u64) -> Reclaim {
         // The guard is asked without our lock: it may take the engine's.
-        let (key, over_limit) = {
-            let state = self.state.lock();
+        let (resident, over_limit) = {
+            let mut state = self.state.lock();
+            if let Some(flight) = state.in_flight.get_mut(&hash) {
+                // Written and reclaimed before anybody could be told: its writer will hear.
+                flight.evicted = true;
+                return Reclaim::Drop;
+            }
+            let Some(resident) = state.residents.get(&hash).copied() else {
+                return Reclaim::Drop;
+            };
+            if state.moving.contains_key(&hash) {
+                // An older copy; the newer one is on its way.
+                return Reclaim::Drop;
+            }
             let over_limit = state.kept_bytes + entry_bytes > self.limits.since_new_bytes
                 || state.moving_bytes + entry_bytes > self.limits.moving_bytes;
-            let flight = || state.in_flight.get(&hash).map(|flight| flight.resident.key);
-            match state
-                .residents
-                .get(&hash)
-                .map(|held| held.key)
-                .or_else(flight)
-            {
-                Some(key) => (key, over_limit),
-                None => return Reclaim::Drop,
-            }
+            (resident, over_limit)
         };
-        let keep = self.guard.keep(&key) && !over_limit;
+        let keep = self.guard.keep(&resident.key) && !over_limit;
         let mut state = self.state.lock();
-        if !keep {
-            if let Some(flight) = state.in_flight.get_mut(&hash) {
-                flight.evicted = true;
-            }
-            let was_there = state
-                .residents
-                .get(&hash)
-                .is_some_and(|held| held.key == key);
-            if was_there {
-                state.take(hash);
-                let crowded = self.journal.note(Entry::Gone(key));
-                drop(state);
-                self.count(Reason::Evicted, 1);
-                if crowded {
-                    // A failure marks the journal broken, which the next write sees and handles.
-                    let _ = self.journal.flush(false);
-                }
-            }
+        if state.residents.get(&hash) != Some(&resident) {
             return Reclaim::Drop;
         }
-        state.kept_bytes += entry_bytes;
-        state.wear.bytes += entry_bytes;
-        let first = state.moving.is_empty();
-        let epoch = state.epoch;
-        state.moving_bytes += entry_bytes;
-        if let Some(before) = state.moving.insert(hash, Moving { epoch, entry_bytes }) {
-            state.moving_bytes -= before.entry_bytes;
+        if keep {
+            state.kept_bytes += entry_bytes;
+            state.wear.bytes += entry_bytes;
+            state.moving_bytes += entry_bytes;
+            state.moving.insert(hash, entry_bytes);
+            return Reclaim::Keep(resident);
         }
-        Reclaim::Keep { first }
+        state.take(hash);
+        let crowded = self.journal.note(Entry::Gone(resident.key));
+        drop(state);
+        self.count(Reason::Evicted, 1);
+        if crowded {
+            // A failure marks the journal broken, which the next write sees and handles.
+            let _ = self.journal.flush(false);
+        }
+        Reclaim::Drop
     }
 
-    /// Everything taken up to now is about to be waited for: answers a ticket for
-    /// [`Residency::settled`].
-    pub(super) fn epoch(&self) -> u64 {
-        let mut state = self.state.lock();
-        state.epoch += 1;
-        state.epoch - 1
+    /// What was to be kept has arrived at its new place.
+    pub(super) fn carried(&self, hash: u64) {
+        self.state.lock().end_move(hash);
     }
 
-    /// What was moving at that epoch has arrived. Answers whether more is moving.
-    pub(super) fn settled(&self, epoch: u64) -> bool {
-        let mut state = self.state.lock();
-        state.moving.retain(|_, moving| moving.epoch > epoch);
-        state.moving_bytes = state.moving.values().map(|moving| moving.entry_bytes).sum();
-        !state.moving.is_empty()
+    /// It could not be kept.
+    pub(super) fn not_carried(&self, hash: u64, resident: &Resident, reason: Reason) {
+        self.state.lock().end_move(hash);
+        self.lose(hash, resident, reason);
     }
 
     /// Takes `bytes` from the day's budget; `false` when it is spent.
@@ -427,10 +405,12 @@ impl State {
         }
     }
 
+    fn end_move(&mut self, hash: u64) {
+        self.moving_bytes -= self.moving.remove(&hash).unwrap_or(0);
+    }
+
     fn take(&mut self, hash: u64) -> Option<Resident> {
-        if let Some(moving) = self.moving.remove(&hash) {
-            self.moving_bytes -= moving.entry_bytes;
-        }
+        self.end_move(hash);
         let resident = self.residents.remove(&hash)?;
         self.used_bytes -= resident.length_bytes;
         Some(resident)

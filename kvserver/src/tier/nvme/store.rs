@@ -34,10 +34,13 @@ use foyer::{
     Statistics, StorageFilter, StorageFilterCondition, StorageFilterResult,
 };
 use kvgpu::SlotMut;
-use kvproto::BlockKey;
+use kvproto::{BlockKey, Reason};
 use parking_lot::Mutex;
 use rustix::fs::{FallocateFlags, OFlags};
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::{
+    runtime::Handle,
+    sync::{OwnedSemaphorePermit, oneshot},
+};
 
 use super::{
     super::{
@@ -158,9 +161,8 @@ pub(super) enum Loaded {
     Corrupt,
     /// Another block, or another version of this one, lies where this one was.
     Other,
-    /// foyer does not have it; the slot comes back. `known`: it thought it had, and then found its own
-    /// checksum wrong.
-    Miss { slot: SlotMut, known: bool },
+    /// foyer does not have it.
+    Missing,
     /// The disk failed.
     Failed(String),
 }
@@ -183,10 +185,80 @@ impl Landing {
     }
 }
 
+/// foyer's cache, as we use it. Cheap to clone.
+#[derive(Clone)]
+struct Foyer(HybridCache<StoredKey, StoredValue>);
+
+impl Foyer {
+    fn contains(&self, key: &BlockKey) -> bool {
+        self.0.storage().may_contains(&StoredKey(*key))
+    }
+
+    fn delete(&self, key: &BlockKey) {
+        self.0.storage().delete(&StoredKey(*key));
+    }
+
+    /// Queues a block; the receiver ends (with an error, as nothing is sent) when foyer has finished
+    /// with it, whatever became of it.
+    fn enqueue(
+        &self,
+        block: BlockRef,
+        permits: Vec<OwnedSemaphorePermit>,
+    ) -> oneshot::Receiver<()> {
+        let key = StoredKey(*block.key());
+        let (done, receiver) = oneshot::channel();
+        let value = StoredValue {
+            block: Some(block),
+            _permits: permits,
+            _done: Some(done),
+        };
+        drop(self.0.storage_writer(key).force().insert(value));
+        receiver
+    }
+
+    async fn load(&self, resident: Resident, slot: SlotMut) -> Loaded {
+        let key = StoredKey(resident.key);
+        let landing = Arc::new(Mutex::new(Landing {
+            resident,
+            slot: Some(slot),
+            landed: None,
+        }));
+        let known = self.contains(&resident.key);
+        let loaded = LANDING
+            .scope(Arc::clone(&landing), self.0.storage().load(&key))
+            .await;
+        let mut landing = landing.lock();
+        if let Some(landed) = landing.landed.take() {
+            return landed;
+        }
+        match loaded {
+            // foyer thought that it had it, and then found its own checksum wrong.
+            Ok(Load::Miss) if known => Loaded::Corrupt,
+            Ok(Load::Miss | Load::Throttled) => Loaded::Missing,
+            Ok(Load::Entry { .. }) => Loaded::Other,
+            // Still in foyer's write queue: the bytes are in RAM.
+            Ok(Load::Piece { piece, .. }) => match &piece.value().block {
+                Some(block) => {
+                    let head = record::encode_head(block.header());
+                    landing.land(&mut head.as_slice().chain(block.bytes()));
+                    landing.landed.take().unwrap_or(Loaded::Other)
+                }
+                None => Loaded::Other,
+            },
+            Err(error) => Loaded::Failed(error.to_string()),
+        }
+    }
+}
+
 /// Asked by foyer for every entry of an extent that it is about to reclaim.
+///
+/// foyer would carry over what is admitted here, but with its old sequence number, and its recovery
+/// stops reading an extent at the first number that goes back: after a restart that entry and all
+/// behind it would be lost. So what is to be kept is read here, while it is still in its place, queued
+/// as a new entry, and refused. Until it is written, foyer serves it from its queue.
 struct ReclaimFilter {
     residency: Arc<Residency>,
-    store: Weak<StoreCell>,
+    foyer: Weak<Mutex<Option<Foyer>>>,
 }
 
 impl std::fmt::Debug for ReclaimFilter {
@@ -197,49 +269,54 @@ impl std::fmt::Debug for ReclaimFilter {
 
 impl StorageFilterCondition for ReclaimFilter {
     fn filter(&self, _: &Arc<Statistics>, hash: u64, entry_bytes: usize) -> StorageFilterResult {
-        match self
-            .residency
-            .reclaim(hash, (entry_bytes as u64).div_ceil(PAGE) * PAGE)
-        {
-            Reclaim::Drop => StorageFilterResult::Reject,
-            Reclaim::Keep { first } => {
-                if first && let Some(store) = self.store.upgrade() {
-                    store.watch_moving(Arc::clone(&self.residency));
-                }
-                StorageFilterResult::Admit
+        let entry_bytes = (entry_bytes as u64).div_ceil(PAGE) * PAGE;
+        if let Reclaim::Keep(resident) = self.residency.reclaim(hash, entry_bytes) {
+            let foyer = self.foyer.upgrade().and_then(|foyer| foyer.lock().clone());
+            match foyer {
+                Some(foyer) => self.carry_over(&foyer, hash, resident),
+                None => self.residency.not_carried(hash, &resident, Reason::Device),
             }
         }
+        StorageFilterResult::Reject
     }
 }
 
-/// Filled once foyer is built; the filter has to exist before.
-#[derive(Default)]
-struct StoreCell(Mutex<Option<HybridCache<StoredKey, StoredValue>>>);
-
-impl StoreCell {
-    /// Waits beside foyer until what is being carried over has arrived.
-    fn watch_moving(&self, residency: Arc<Residency>) {
-        let Some(cache) = self.0.lock().clone() else {
-            return;
-        };
-        let storage = cache.storage().clone();
-        // On foyer's own runtime, so it ends with it.
-        storage.spawner().clone().spawn(async move {
-            loop {
-                let epoch = residency.epoch();
-                storage.wait().await;
-                if !residency.settled(epoch) {
-                    break;
-                }
+impl ReclaimFilter {
+    /// Reads a resident, verified, and queues it again. Blocks the reclaimer, which has nothing better
+    /// to do, and none of the runtime's other work.
+    fn carry_over(&self, foyer: &Foyer, hash: u64, resident: Resident) {
+        let slot = SlotMut::heap(resident.length_bytes as usize);
+        let loaded =
+            tokio::task::block_in_place(|| Handle::current().block_on(foyer.load(resident, slot)));
+        let reason = match loaded {
+            Loaded::Block(block) => {
+                let done = foyer.enqueue(block.share(), Vec::new());
+                let (foyer, residency) = (foyer.clone(), Arc::clone(&self.residency));
+                // On the disk's own runtime; ends with it.
+                Handle::current().spawn(async move {
+                    let _ = done.await;
+                    if foyer.contains(&resident.key) {
+                        residency.carried(hash);
+                    } else {
+                        residency.not_carried(hash, &resident, Reason::Device);
+                    }
+                });
+                return;
             }
-        });
+            Loaded::Corrupt => Reason::Corrupt,
+            Loaded::Failed(_) => Reason::Device,
+            Loaded::Other | Loaded::Missing => Reason::Evicted,
+        };
+        self.residency.not_carried(hash, &resident, reason);
     }
 }
 
 /// foyer and the threads it works on. Dropping it stops them.
 pub(super) struct Store {
-    cache: Option<HybridCache<StoredKey, StoredValue>>,
-    cell: Arc<StoreCell>,
+    foyer: Foyer,
+    /// The filter's way to foyer, which has to exist before foyer does; emptied at drop, because it
+    /// would keep foyer alive from within.
+    for_filter: Arc<Mutex<Option<Foyer>>>,
     /// Last, because the others end on it.
     threads: DiskThreads,
 }
@@ -258,10 +335,10 @@ impl Store {
             path: config.dir.clone(),
             source,
         })?;
-        let cell = Arc::new(StoreCell::default());
+        let for_filter = Arc::new(Mutex::new(None));
         let filter = ReclaimFilter {
             residency,
-            store: Arc::downgrade(&cell),
+            foyer: Arc::downgrade(&for_filter),
         };
         let built = Self::build(
             config,
@@ -275,10 +352,11 @@ impl Store {
         let failed = |problem: String| NvmeError::Store { problem };
         let cache = cache.map_err(|error| failed(error.to_string()))?;
         let cache = cache.map_err(|error| failed(error.to_string()))?;
-        *cell.0.lock() = Some(cache.clone());
+        let foyer = Foyer(cache);
+        *for_filter.lock() = Some(foyer.clone());
         Ok(Self {
-            cache: Some(cache),
-            cell,
+            foyer,
+            for_filter,
             threads,
         })
     }
@@ -325,81 +403,32 @@ impl Store {
         }
     }
 
-    fn cache(&self) -> &HybridCache<StoredKey, StoredValue> {
-        self.cache.as_ref().expect("present until drop")
-    }
-
-    /// Hands a block to foyer. The receiver ends (with an error, as nothing is sent) when foyer has
-    /// finished with it, whatever became of it.
+    /// Hands a block to foyer; see [`Foyer::enqueue`].
     pub(super) fn enqueue(
         &self,
         block: BlockRef,
         permits: Vec<OwnedSemaphorePermit>,
     ) -> oneshot::Receiver<()> {
-        let key = StoredKey(*block.key());
-        if self.cache().storage().may_contains(&key) {
+        if self.contains(block.key()) {
             // A copy of an earlier life; it must not pass for this one.
-            self.cache().storage().delete(&key);
+            self.delete(block.key());
         }
-        let (done, receiver) = oneshot::channel();
-        let value = StoredValue {
-            block: Some(block),
-            _permits: permits,
-            _done: Some(done),
-        };
-        drop(self.cache().storage_writer(key).force().insert(value));
-        receiver
+        self.foyer.enqueue(block, permits)
     }
 
-    /// Whether foyer's index has it.
+    /// Whether foyer's index (or its queue) has it.
     pub(super) fn contains(&self, key: &BlockKey) -> bool {
-        self.cache().storage().may_contains(&StoredKey(*key))
+        self.foyer.contains(key)
     }
 
     /// Takes it out of foyer's index (until a restart: foyer forgets deletions).
     pub(super) fn delete(&self, key: &BlockKey) {
-        self.cache().storage().delete(&StoredKey(*key));
+        self.foyer.delete(key);
     }
 
     /// Reads an entry into the slot.
     pub(super) async fn load(&self, resident: Resident, slot: SlotMut) -> Loaded {
-        let key = StoredKey(resident.key);
-        let landing = Arc::new(Mutex::new(Landing {
-            resident,
-            slot: Some(slot),
-            landed: None,
-        }));
-        let known = self.contains(&resident.key);
-        let loaded = LANDING
-            .scope(Arc::clone(&landing), self.cache().storage().load(&key))
-            .await;
-        let mut landing = landing.lock();
-        if let Some(landed) = landing.landed.take() {
-            return landed;
-        }
-        let Some(slot) = landing.slot.take() else {
-            return Loaded::Corrupt;
-        };
-        match loaded {
-            Ok(Load::Miss | Load::Throttled) => Loaded::Miss { slot, known },
-            Ok(Load::Entry { .. }) => Loaded::Other,
-            // Still in foyer's write queue: the bytes are in RAM.
-            Ok(Load::Piece { piece, .. }) => match &piece.value().block {
-                Some(block) => {
-                    landing.slot = Some(slot);
-                    let head = record::encode_head(block.header());
-                    landing.land(&mut head.as_slice().chain(block.bytes()));
-                    landing.landed.take().unwrap_or(Loaded::Other)
-                }
-                None => Loaded::Other,
-            },
-            Err(error) => Loaded::Failed(error.to_string()),
-        }
-    }
-
-    /// Ready when everything handed over before has been written, and nothing is being reclaimed.
-    pub(super) async fn settle(&self) {
-        self.cache().storage().wait().await;
+        self.foyer.load(resident, slot).await
     }
 
     /// Runs blocking work on foyer's threads.
@@ -412,7 +441,7 @@ impl Store {
 
     /// Finishes what is queued.
     pub(super) async fn close(&self) {
-        if let Err(error) = self.cache().close().await {
+        if let Err(error) = self.foyer.0.close().await {
             tracing::warn!(%error, "closing the store failed");
         }
     }
@@ -420,8 +449,7 @@ impl Store {
 
 impl Drop for Store {
     fn drop(&mut self) {
-        self.cell.0.lock().take();
-        drop(self.cache.take());
+        self.for_filter.lock().take();
     }
 }
 
