@@ -14,33 +14,28 @@
 //! events are done.
 //!
 //! `unsafe` here rests on three promises: every operation checks its spans against memory of this very
-//! device (`DeviceSpan::check`), host memory is owned by the stream's queue or by a [`Pending`] until the
+//! device (`DeviceSpan::check`), host memory is owned by the stream's queue or by a `Pending` until the
 //! event is done, and a stream is waited for before any of that is dropped.
 
-use std::any::Any;
-use std::collections::VecDeque;
+mod queue;
+mod shape;
+
 use std::ffi::{CString, c_void};
 use std::fmt;
 use std::sync::Arc;
 
-use bytes::Bytes;
-use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys};
-use parking_lot::Mutex;
+use cudarc::driver::{CudaContext, DriverError, result, sys};
 
 use crate::arena::SegmentInfo;
 use crate::device::{
-    Completion, Device, DeviceError, DeviceInfo, DeviceKind, DeviceMemory, DeviceSpan, Event,
-    MAX_QUEUED, NoCuda, PageLock, PagedKv, Pending, Refused, Stream, next_device,
+    Device, DeviceError, DeviceInfo, DeviceKind, DeviceMemory, DeviceSpan, NoCuda, PageLock,
+    Stream, next_device,
 };
-use crate::plan::CopyPlan;
-use crate::slot::SlotMut;
+use queue::Queue;
+use shape::WORDS;
 
 /// The kernels, as the driver takes them.
 const KERNELS: &str = include_str!("kernels/kv.ptx");
-const THREADS: u32 = 256;
-/// Words that each thread moves, if the page is long enough.
-const WORDS_PER_THREAD: u32 = 4;
-
 /// Every symbol of the driver that this file or cudarc under it calls.
 const SYMBOLS: [&str; 34] = [
     "cuCtxGetCurrent",
@@ -100,26 +95,6 @@ struct Kernel(sys::CUfunction);
 unsafe impl Send for Kernel {}
 // SAFETY: as above.
 unsafe impl Sync for Kernel {}
-
-/// Word widths of the kernels, widest first.
-const WORDS: [u64; 3] = [16, 4, 1];
-
-/// As `Shape` in kernels/kv.cu, field by field.
-#[repr(C)]
-struct Shape {
-    kv_stride: u64,
-    page_stride: u64,
-    token_stride: u64,
-    head_stride: u64,
-    page_bytes: u64,
-    block_bytes: u64,
-    kv: u32,
-    pages_per_block: u32,
-    heads: u32,
-    row_words: u32,
-    page_words: u32,
-    flat: u32,
-}
 
 fn failed(step: &'static str) -> impl Fn(DriverError) -> DeviceError {
     move |error| DeviceError::Failed {
@@ -327,14 +302,7 @@ impl Device for CudaDevice {
             .context
             .new_stream()
             .map_err(failed("making a stream"))?;
-        Ok(Box::new(Queue {
-            shared: Arc::clone(&self.shared),
-            stream,
-            state: Mutex::new(State {
-                moments: VecDeque::new(),
-                tables: None,
-            }),
-        }))
+        Ok(Box::new(Queue::new(Arc::clone(&self.shared), stream)))
     }
 }
 
@@ -385,314 +353,4 @@ fn address(span: &DeviceSpan) -> u64 {
         .downcast_ref()
         .expect("memory of this device is an `Allocation`");
     allocation.address + span.offset as u64
-}
-
-/// What an operation uses until it is done.
-type Kept = Box<dyn Any + Send>;
-
-/// The end of one operation.
-struct Moment {
-    event: CudaEvent,
-    kept: Mutex<Option<Kept>>,
-}
-
-impl Completion for Moment {
-    fn is_done(&self) -> Result<bool, DeviceError> {
-        let bound = self.event.context().bind_to_thread();
-        match bound.and_then(|()| self.event.try_is_complete()) {
-            Ok(false) => Ok(false),
-            // A failed operation is over as well: its context does nothing any more.
-            over => {
-                self.kept.lock().take();
-                over.map_err(failed("an operation on the GPU"))
-            }
-        }
-    }
-
-    fn wait(&self) -> Result<(), DeviceError> {
-        let over = self.event.synchronize();
-        self.kept.lock().take();
-        over.map_err(failed("an operation on the GPU"))
-    }
-}
-
-struct State {
-    /// Operations that may not be done, in order.
-    moments: VecDeque<Arc<Moment>>,
-    /// Device memory for the kernels' tables of layers and pages, and its length. Operations of a stream
-    /// run in turn, so one is enough.
-    tables: Option<(Arc<Allocation>, usize)>,
-}
-
-struct Queue {
-    shared: Arc<Shared>,
-    stream: Arc<CudaStream>,
-    state: Mutex<State>,
-}
-
-impl Queue {
-    /// Enqueues by `launch` and keeps `kept` until that is done.
-    fn submit(
-        &self,
-        kept: Kept,
-        launch: impl FnOnce(&mut State) -> Result<(), DeviceError>,
-    ) -> Result<Event, DeviceError> {
-        self.shared.bind()?;
-        let mut state = self.state.lock();
-        while state
-            .moments
-            .front()
-            .is_some_and(|moment| !matches!(moment.is_done(), Ok(false)))
-        {
-            state.moments.pop_front();
-        }
-        if state.moments.len() >= MAX_QUEUED {
-            return Err(DeviceError::QueueFull { depth: MAX_QUEUED });
-        }
-        let recorded = launch(&mut state).and_then(|()| {
-            self.stream
-                .record_event(None)
-                .map_err(failed("recording an event"))
-        });
-        match recorded {
-            Ok(event) => {
-                let moment = Arc::new(Moment {
-                    event,
-                    kept: Mutex::new(Some(kept)),
-                });
-                state.moments.push_back(Arc::clone(&moment));
-                Ok(Event {
-                    device: self.shared.device,
-                    completion: moment,
-                })
-            }
-            Err(error) => {
-                // Part of it may be under way and nothing will say when it is done: wait before what it
-                // uses goes.
-                let _ = self.stream.synchronize();
-                drop(kept);
-                Err(error)
-            }
-        }
-    }
-
-    fn launch(
-        &self,
-        plan: &CopyPlan,
-        paged: &PagedKv,
-        blocks: &DeviceSpan,
-        direction: usize,
-    ) -> Result<Event, DeviceError> {
-        paged.check(plan, blocks, self.shared.device)?;
-        let bases: Vec<u64> = paged.layers.iter().map(address).collect();
-        let target = address(blocks);
-        let width = word_width(plan, bases.iter().copied().chain([target]));
-        let shape = Shape::new(plan, WORDS[width]);
-        let kernel = self.shared.kernels[width][direction];
-        // Layers first: they need the alignment.
-        let mut tables: Vec<u8> = bases.iter().flat_map(|base| base.to_ne_bytes()).collect();
-        tables.extend(plan.pages().iter().flat_map(|page| page.to_ne_bytes()));
-        let tables: Arc<[u8]> = tables.into();
-        let kept = Box::new((paged.clone(), blocks.clone(), Arc::clone(&tables)));
-        self.submit(kept, |state| {
-            let device = match &state.tables {
-                Some((device, length)) if *length >= tables.len() => Arc::clone(device),
-                _ => {
-                    // The old tables may be in use. This is rare: they only ever grow.
-                    self.stream
-                        .synchronize()
-                        .map_err(failed("an operation on the GPU"))?;
-                    let length = tables.len().next_power_of_two();
-                    let device = Arc::new(self.shared.alloc(length)?);
-                    state.tables = Some((Arc::clone(&device), length));
-                    device
-                }
-            };
-            let layers = device.address;
-            let pages = layers + bases.len() as u64 * 8;
-            let grid = (
-                shape
-                    .page_words
-                    .div_ceil(THREADS * WORDS_PER_THREAD)
-                    .min(64),
-                plan.pages().len() as u32,
-                plan.layout().layers * plan.layout().kv,
-            );
-            let pointer = |value: &u64| std::ptr::from_ref(value).cast_mut().cast::<c_void>();
-            let mut parameters = [
-                pointer(&layers),
-                pointer(&pages),
-                pointer(&target),
-                std::ptr::from_ref(&shape).cast_mut().cast(),
-            ];
-            // SAFETY: the tables are as long as `tables`, which outlives the copy in `kept`; the driver
-            // reads the parameters before it returns, and they are of the kernel's types; the kernel
-            // touches what the plan names, which was checked to lie in `paged` and `blocks`, and both
-            // are kept until it is done.
-            unsafe {
-                result::memcpy_htod_async(layers, &tables, self.stream.cu_stream())
-                    .map_err(failed("sending a plan to the GPU"))?;
-                result::launch_kernel(
-                    kernel.0,
-                    grid,
-                    (THREADS, 1, 1),
-                    0,
-                    self.stream.cu_stream(),
-                    &mut parameters,
-                )
-                .map_err(failed("starting a kernel"))
-            }
-        })
-    }
-}
-
-impl Drop for Queue {
-    fn drop(&mut self) {
-        // What is kept must not go while the GPU uses it.
-        let _ = self.stream.synchronize();
-    }
-}
-
-impl fmt::Debug for Queue {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Queue")
-            .field("moments", &self.state.lock().moments.len())
-            .finish()
-    }
-}
-
-impl Shape {
-    fn new(plan: &CopyPlan, word: u64) -> Self {
-        let (layout, strides) = (plan.layout(), plan.layout().strides());
-        Self {
-            kv_stride: strides.kv,
-            page_stride: strides.page,
-            token_stride: strides.token,
-            head_stride: strides.head,
-            page_bytes: layout.page_bytes(),
-            block_bytes: plan.block_bytes(),
-            kv: layout.kv,
-            pages_per_block: plan.pages_per_block(),
-            heads: layout.heads,
-            row_words: (layout.row_bytes() / word).max(1) as u32,
-            page_words: (layout.page_bytes() / word) as u32,
-            flat: u32::from(layout.pages_are_flat()),
-        }
-    }
-}
-
-/// Which of [`WORDS`] divides everything the kernel will add up.
-fn word_width(plan: &CopyPlan, addresses: impl Iterator<Item = u64> + Clone) -> usize {
-    let layout = plan.layout();
-    let unit = if layout.pages_are_flat() {
-        layout.page_bytes()
-    } else {
-        layout.row_bytes()
-    };
-    // Every stride is a multiple of the unit.
-    let fits = |word: &&u64| {
-        unit.is_multiple_of(**word) && addresses.clone().all(|at| at.is_multiple_of(**word))
-    };
-    let word = WORDS.iter().find(fits).expect("one divides everything");
-    WORDS
-        .iter()
-        .position(|other| other == word)
-        .expect("it is from there")
-}
-
-impl Stream for Queue {
-    fn upload(&self, source: Bytes, target: &DeviceSpan) -> Result<Event, DeviceError> {
-        target.check("target", self.shared.device, source.len() as u64)?;
-        let to = address(target);
-        let kept = Box::new((source.clone(), target.clone()));
-        self.submit(kept, |_| {
-            // SAFETY: the span is as long as the source, and both are kept until it is done.
-            unsafe { result::memcpy_htod_async(to, &source, self.stream.cu_stream()) }
-                .map_err(failed("copying to the GPU"))
-        })
-    }
-
-    fn download(
-        &self,
-        source: &DeviceSpan,
-        target: SlotMut,
-    ) -> Result<Pending<SlotMut>, Refused<SlotMut>> {
-        if let Err(error) = source.check("source", self.shared.device, target.len() as u64) {
-            return Err(Refused {
-                value: target,
-                error,
-            });
-        }
-        let from = address(source);
-        let berth = Arc::new(Mutex::new(Some(target)));
-        let kept = Box::new((source.clone(), Arc::clone(&berth)));
-        let submitted = self.submit(kept, |_| {
-            let mut berth = berth.lock();
-            let target = berth.as_deref_mut().expect("nobody took it");
-            // SAFETY: the span is as long as the slot; both are kept until it is done, and nobody sees
-            // the slot's bytes before `Pending` has waited for that.
-            unsafe { result::memcpy_dtoh_async(target, from, self.stream.cu_stream()) }
-                .map_err(failed("copying from the GPU"))
-        });
-        match submitted {
-            Ok(event) => Ok(Pending::new(berth, event)),
-            Err(error) => {
-                let value = berth.lock().take().expect("nobody took it");
-                Err(Refused { value, error })
-            }
-        }
-    }
-
-    fn copy(&self, source: &DeviceSpan, target: &DeviceSpan) -> Result<Event, DeviceError> {
-        source.check("source", self.shared.device, source.length as u64)?;
-        target.check("target", self.shared.device, source.length as u64)?;
-        source.check_apart(target)?;
-        let (from, to) = (address(source), address(target));
-        self.submit(Box::new((source.clone(), target.clone())), |_| {
-            // SAFETY: equally long spans that lie apart, kept until it is done.
-            unsafe { result::memcpy_dtod_async(to, from, source.length, self.stream.cu_stream()) }
-                .map_err(failed("copying within the GPU"))
-        })
-    }
-
-    fn gather(
-        &self,
-        plan: &CopyPlan,
-        paged: &PagedKv,
-        blocks: &DeviceSpan,
-    ) -> Result<Event, DeviceError> {
-        self.launch(plan, paged, blocks, 0)
-    }
-
-    fn scatter(
-        &self,
-        plan: &CopyPlan,
-        blocks: &DeviceSpan,
-        paged: &PagedKv,
-    ) -> Result<Event, DeviceError> {
-        plan.check_scatter()?;
-        self.launch(plan, paged, blocks, 1)
-    }
-
-    fn wait_for(&self, event: &Event) -> Result<(), DeviceError> {
-        if event.device != self.shared.device {
-            return Err(DeviceError::Foreign { field: "event" });
-        }
-        let completion: &dyn Any = &*event.completion;
-        let moment: &Moment = completion
-            .downcast_ref()
-            .expect("events of this device are these");
-        self.stream
-            .wait(&moment.event)
-            .map_err(failed("waiting for an event"))
-    }
-
-    fn synchronize(&self) -> Result<(), DeviceError> {
-        let waited = self
-            .stream
-            .synchronize()
-            .map_err(failed("an operation on the GPU"));
-        self.state.lock().moments.clear();
-        waited
-    }
 }

@@ -13,7 +13,7 @@
 //!
 //! Units: bytes; `madvise(MADV_POPULATE_WRITE)` fills in pages ahead of use. `MADV_HUGEPAGE` is not
 //! asked for: first touch was five times slower with it on virtual machines.
-//! Errors: [`SegmentError`]; a kernel before 5.1 has no `FUTURE_WRITE`, then [`Segment::write_sealed`]
+//! Errors: [`SegmentError`]; a kernel before 5.1 has no `FUTURE_WRITE`, then `write_sealed`
 //! is false and descriptors must stay inside the process.
 
 use std::io;
