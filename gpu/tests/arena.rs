@@ -293,3 +293,28 @@ fn a_wrong_configuration_names_its_field() {
     };
     assert_eq!(field(many), "segment_bytes");
 }
+
+#[test]
+fn huge_pages_are_used_where_there_are_enough_and_keep_every_promise() {
+    if kvgpu::segment::free_huge_pages() < 4 {
+        eprintln!("skipped: fewer than 4 free huge pages (vm.nr_hugepages)");
+        return;
+    }
+    let config = ArenaConfig {
+        capacity_bytes: 4 * MIB as u64,
+        segment_bytes: 4 * MIB as u64,
+        ..ArenaConfig::default()
+    };
+    let arena = Arena::new(config).unwrap();
+    let segment = &arena.segments()[0];
+    // Somebody else may have taken the pages meanwhile; then the segment is of ordinary ones.
+    eprintln!(
+        "huge pages: {}, write-sealed: {}",
+        segment.huge_pages, segment.write_sealed
+    );
+    assert_eq!(arena.stats().huge_pages, segment.huge_pages);
+    assert!(rustix::fs::ftruncate(segment.data_fd(), 0).is_err());
+    let mut slot = arena.alloc(DomainId::NODE, 3 * MIB).unwrap();
+    slot.fill(0x77);
+    assert!(slot.freeze().iter().all(|byte| *byte == 0x77));
+}
