@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use kvbenches::bars::{self, Bar};
 use kvbenches::load::Window;
 use kvbenches::peers::{tcp, tonic_stock};
-use kvbenches::phases::{Found, Options, facts, inside, network};
+use kvbenches::phases::{Found, Options, facts, inside, network, nvme};
 use kvbenches::spawn::{Cores, end_with_parent, install};
 use kvbenches::{procfs, report};
 use serde::Serialize;
@@ -96,6 +96,7 @@ struct Summary {
     pinned: bool,
     client_threads: usize,
     skipped: Vec<String>,
+    notes: Vec<String>,
     bars: Vec<Bar>,
 }
 
@@ -182,6 +183,11 @@ fn compare(arguments: &Arguments) -> Result<()> {
                 );
             }
             found.add(
+                nvme::run(&options)
+                    .await
+                    .unwrap_or_else(|e| Found::failed("nvme", &e)),
+            );
+            found.add(
                 inside::run(&options)
                     .await
                     .unwrap_or_else(|e| Found::failed("lease", &e)),
@@ -220,6 +226,9 @@ fn publish(arguments: &Arguments, options: &Options, found: Found, stopped: bool
     );
     text.push_str(&report::tables(&found.measured));
     text.push_str(&report::bars(&bars));
+    for line in &found.notes {
+        text.push_str(&format!("  note: {line}\n"));
+    }
     for line in &found.skipped {
         text.push_str(&format!("  skipped: {line}\n"));
     }
@@ -251,6 +260,7 @@ fn publish(arguments: &Arguments, options: &Options, found: Found, stopped: bool
             pinned: arguments.pin,
             client_threads: arguments.client_threads,
             skipped: found.skipped,
+            notes: found.notes,
             bars,
         };
         std::fs::write(path, serde_json::to_string_pretty(&summary)? + "\n")

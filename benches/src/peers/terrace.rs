@@ -24,6 +24,7 @@ use kvclient::{
     Ack, Chain, Client, ClientBuilder, LookupOptions, Namespace, NamespaceHandle, PutBlock,
     PutOptions, PutOutcome, SequenceHash, TierKind,
 };
+use tokio::task::JoinSet;
 
 use super::network::{Connection, Job};
 use super::wire::{key, payload};
@@ -163,19 +164,41 @@ pub async fn fill(
     ack: Ack,
 ) -> Result<()> {
     let value = Bytes::from(payload(bytes as usize, bytes));
-    for index in indexes {
-        let chain = Chain::from_root(vec![name(namespace, bytes, index)]);
-        put_kept(
-            client,
-            namespace,
-            &chain,
-            &[PutBlock::new(0, value.clone())],
-            ack,
-        )
-        .await?;
+    let next = Arc::new(AtomicU64::new(indexes.start));
+    let mut writers = JoinSet::new();
+    for _ in 0..FILL_WRITERS {
+        let (client, namespace, value, next) = (
+            client.clone(),
+            namespace.clone(),
+            value.clone(),
+            next.clone(),
+        );
+        writers.spawn(async move {
+            loop {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                if index >= indexes.end {
+                    return anyhow::Ok(());
+                }
+                let chain = Chain::from_root(vec![name(&namespace, bytes, index)]);
+                put_kept(
+                    &client,
+                    &namespace,
+                    &chain,
+                    &[PutBlock::new(0, value.clone())],
+                    ack,
+                )
+                .await?;
+            }
+        });
+    }
+    while let Some(writer) = writers.join_next().await {
+        writer??;
     }
     Ok(())
 }
+
+/// Writers of a fill: an ack `stored` waits for the disk, and so must not wait alone.
+const FILL_WRITERS: usize = 16;
 
 /// Puts until every block is kept; a rejection waits as long as it says.
 ///

@@ -13,6 +13,7 @@ pub mod facts;
 pub mod inside;
 pub mod memory;
 pub mod network;
+pub mod nvme;
 pub mod overcommit;
 pub mod trace;
 
@@ -99,6 +100,8 @@ pub struct Found {
     pub facts: Vec<Bar>,
     /// What was left out, and why.
     pub skipped: Vec<String>,
+    /// What a reader must know of the cells.
+    pub notes: Vec<String>,
 }
 
 impl Found {
@@ -107,6 +110,7 @@ impl Found {
         self.measured.extend(other.measured);
         self.facts.extend(other.facts);
         self.skipped.extend(other.skipped);
+        self.notes.extend(other.notes);
     }
 
     /// Notes a phase that failed as a whole.
