@@ -358,12 +358,12 @@ impl Connection for Caller {
                     "{:?}",
                     got.outcome
                 );
-                let tier = if got.tier == Some(TierKind::Nvme) {
-                    &target.nvme
-                } else {
-                    &target.ram
-                };
-                tier.fetch_add(1, Ordering::Relaxed);
+                let from_disk = got.tier == Some(TierKind::Nvme);
+                let counter = if from_disk { &target.nvme } else { &target.ram };
+                counter.fetch_add(1, Ordering::Relaxed);
+                if job.op == Op::NvmeGet && !from_disk {
+                    return Ok(0); // an answer from RAM says nothing of the disk
+                }
             }
             Op::Put => {
                 if self.value.len() != bytes {

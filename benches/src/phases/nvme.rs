@@ -7,7 +7,7 @@
 //! ```
 //!
 //! RAM is a small part of what is walked through, in order, so nearly every get must come from the disk; what did not is
-//! counted and told. The bars are on the in-process row, because a direct read pays for no network either.
+//! told, and its bytes do not count. The bars are on the in-process row, because a direct read pays for no network either.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -313,13 +313,14 @@ impl Worker for Reader {
                     bytes.len_bytes()
                 );
                 std::hint::black_box(bytes.bytes().as_ptr());
-                let counter = if tier == TierKind::Ram {
+                let from_ram = tier == TierKind::Ram;
+                let counter = if from_ram {
                     &self.served.ram
                 } else {
                     &self.served.disk
                 };
                 counter.fetch_add(1, Ordering::Relaxed);
-                Ok(self.job.bytes)
+                Ok(if from_ram { 0 } else { self.job.bytes })
             }
             Some((_, Answer::Gone(outcome))) => bail!("{outcome:?}"),
             _ => bail!("no answer"),
