@@ -1,0 +1,55 @@
+//! `kvctl invalidate`: forgets, durably.
+
+use anyhow::Result;
+use kvclient::Target;
+use serde::Serialize;
+
+use crate::{
+    context::{Context, DEFAULT_NAMESPACE},
+    key,
+};
+
+/// Flags of `invalidate`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Forget this key with all its blocks; or, given 64 hex digits, this one block
+    #[arg(long, value_name = "KEY|HASH", conflicts_with = "prefix")]
+    key: Option<String>,
+    /// Forget this block and every block after it in any chain
+    #[arg(long, value_name = "KEY|HASH")]
+    prefix: Option<String>,
+    /// Label of the namespace; without --key and --prefix, all of it is forgotten
+    #[arg(long, short = 'n', required_unless_present_any = ["key", "prefix"])]
+    namespace: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Report {
+    namespace: String,
+    blocks: u64,
+}
+
+pub(crate) async fn run(context: &Context, args: Args) -> Result<()> {
+    let client = context.connect().await?;
+    let label = args
+        .namespace
+        .unwrap_or_else(|| DEFAULT_NAMESPACE.to_owned());
+    let namespace = context.open(&client, &label).await?;
+    let target = match (&args.key, &args.prefix) {
+        (Some(text), _) => match text.parse() {
+            Ok(hash) => Target::Block(hash),
+            Err(_) => Target::Prefix(key::block(&namespace, text)),
+        },
+        (_, Some(text)) => Target::Prefix(key::block(&namespace, text)),
+        _ => Target::All,
+    };
+    let blocks = client.invalidate(&namespace, target).await?;
+    let report = Report {
+        namespace: label,
+        blocks,
+    };
+    context.print(&report, |report| match report.blocks {
+        0 => "nothing was there to forget".to_owned(),
+        n => format!("{n} blocks forgotten; they stay gone after a restart"),
+    })
+}
