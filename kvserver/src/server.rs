@@ -38,6 +38,7 @@ use crate::{
     telemetry::Metrics,
     tier::{
         ReclaimGuard, Tier,
+        durable::{DurableConfig, DurableTier},
         nvme::{NvmeConfig, NvmeTier},
     },
 };
@@ -394,6 +395,21 @@ async fn open_tiers(
             Err(error) => {
                 tracing::error!(%error, "the nvme tier cannot be opened; the node works without it");
                 tiers.absent.push((TierKind::Nvme, error.to_string()));
+            }
+        }
+    }
+    if chosen.durable_bytes > 0 {
+        let settings = DurableConfig::new(config.data_dir.join("durable"), chosen.durable_bytes);
+        match DurableTier::open(settings, Arc::clone(clock)).await {
+            Ok(tier) => {
+                let residents = tier.residents();
+                tracing::info!(blocks = residents.len(), "durable tier open");
+                engine.recover(TierKind::Durable, residents, Kind::Kv);
+                tiers.durable = Some(Arc::new(tier));
+            }
+            Err(error) => {
+                tracing::error!(%error, "the durable tier cannot be opened; the node works without it");
+                tiers.absent.push((TierKind::Durable, error.to_string()));
             }
         }
     }

@@ -2,5 +2,6 @@
 
 pub mod mutate;
 pub mod writer;
+pub mod node;
 pub mod targets;
 pub mod peer;

@@ -1,0 +1,335 @@
+//! A node in this process, and a stock client to hold it against.
+//!
+//! ```text
+//! TestNode { real node on 127.0.0.1:0, data in a folder that goes with it }
+//!    ▲ TCP or Unix socket
+//! Stock { tonic's generated client, tonic's own codec, nothing of ours but kvproto's rules }
+//! ```
+
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use kvproto::{
+    BlockHeader, BlockKey, Chain, Namespace, NamespaceId, NamespaceKey, Part, convert, hash,
+    v1::{self, blocks_client::BlocksClient},
+};
+use kvserver::{
+    Node,
+    config::{Capacity, Config, LogFormat, MIB},
+};
+use tempfile::TempDir;
+use tonic::{
+    Status,
+    transport::{Channel, Endpoint},
+};
+
+/// Messages of a stock client: larger than any piece that the tests ask for.
+const MESSAGE_BYTES: usize = 16 << 20;
+
+/// Tokens per block and blocks per run of the tests' namespace.
+pub const BLOCK_TOKENS: u32 = 16;
+/// Blocks per run of the tests' namespace.
+pub const RUN_BLOCKS: u32 = 4;
+
+/// Settings of a small node: 64 MiB of RAM, nothing on disk, no console.
+#[must_use]
+pub fn small(data_dir: &Path) -> Config {
+    Config {
+        data_dir: data_dir.to_owned(),
+        listen: "127.0.0.1:0".parse().expect("an address"),
+        http_listen: None,
+        ram_bytes: Capacity::Bytes(64 * MIB),
+        nvme_bytes: Capacity::Bytes(0),
+        durable_bytes: Capacity::Bytes(0),
+        nvme_wear_bytes_per_day: Capacity::Bytes(0),
+        huge_pages: false,
+        prefault: false,
+        // What goes first is easy to say.
+        policy: "lru".to_owned(),
+        worker_threads: 2,
+        log_format: LogFormat::Off,
+        ..Config::default()
+    }
+}
+
+/// A node and its folder.
+pub struct TestNode {
+    /// The node.
+    pub node: Node,
+    /// Where its data is.
+    pub dir: TempDir,
+}
+
+impl TestNode {
+    /// A small node with some settings changed.
+    pub async fn start(change: impl FnOnce(&mut Config)) -> Self {
+        Self::start_in(TempDir::new().expect("a temporary folder"), change).await
+    }
+
+    /// The same over a folder that may hold data already.
+    pub async fn start_in(dir: TempDir, change: impl FnOnce(&mut Config)) -> Self {
+        let mut config = small(dir.path());
+        change(&mut config);
+        let node = Node::start(config).await.expect("a small node starts");
+        Self { node, dir }
+    }
+
+    /// Drains the node and hands back its folder.
+    pub async fn stop(self) -> TempDir {
+        self.node.shutdown(Duration::from_secs(5)).await;
+        self.dir
+    }
+
+    /// A stock client over TCP, in the tests' namespace.
+    pub async fn client(&self) -> Stock {
+        Stock::open(&self.node.endpoint()).await
+    }
+
+    /// Bytes of the arena that slots hold.
+    #[must_use]
+    pub fn arena_bytes(&self) -> u64 {
+        self.node.blocks().arena().stats().used_bytes
+    }
+}
+
+/// Waits until something is so; for what happens on another thread in its own time.
+///
+/// # Panics
+/// When it is not so after ten seconds.
+#[expect(clippy::disallowed_methods, reason = "a real node runs on real time")]
+pub async fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !is_so() {
+        assert!(
+            began.elapsed() < Duration::from_secs(10),
+            "not within ten seconds: {what}"
+        );
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// tonic's generated client and the namespace it works in.
+#[derive(Clone)]
+pub struct Stock {
+    /// The client.
+    pub client: BlocksClient<Channel>,
+    /// Id of the namespace.
+    pub namespace: NamespaceId,
+    /// Key of its hashes.
+    pub key: NamespaceKey,
+}
+
+impl Stock {
+    /// Connects to `http://…` or `unix:…` and opens the tests' namespace.
+    pub async fn open(endpoint: &str) -> Self {
+        let endpoint = Endpoint::from_shared(endpoint.to_owned()).expect("an endpoint");
+        let channel = endpoint.connect().await.expect("a connection");
+        let mut client = BlocksClient::new(channel).max_decoding_message_size(MESSAGE_BYTES);
+        let asked = v1::OpenNamespaceRequest {
+            context: None,
+            spec: Some((&Namespace::opaque("test", BLOCK_TOKENS, RUN_BLOCKS)).into()),
+            strict: false,
+        };
+        let opened = client
+            .open_namespace(asked)
+            .await
+            .expect("a namespace")
+            .into_inner();
+        Self {
+            client,
+            namespace: NamespaceId::from_slice(&opened.namespace_id).expect("16 bytes"),
+            key: NamespaceKey::from_bytes(opened.namespace_key[..].try_into().expect("32 bytes")),
+        }
+    }
+
+    /// A chain of `blocks` blocks; another seed, another chain.
+    #[must_use]
+    pub fn chain(&self, seed: u32, blocks: u32) -> Chain {
+        let tokens: Vec<u32> = (0..blocks * BLOCK_TOKENS)
+            .map(|i| seed * 1_000_003 + i)
+            .collect();
+        Chain::from_root(hash::chain(&self.key, BLOCK_TOKENS, &tokens))
+    }
+
+    /// The header of block `i` of a chain with these bytes.
+    #[must_use]
+    pub fn header(&self, chain: &Chain, i: usize, bytes: &[u8]) -> BlockHeader {
+        let key = BlockKey {
+            namespace: self.namespace,
+            hash: chain.hashes[i],
+            part: Part::default(),
+        };
+        BlockHeader::describe(key, chain.place(i, RUN_BLOCKS), bytes)
+    }
+
+    /// The first message of a put.
+    #[must_use]
+    pub fn start(&self, ack: v1::Ack) -> v1::PutRequest {
+        v1::PutRequest {
+            start: Some(v1::PutStart {
+                context: None,
+                namespace_id: Bytes::copy_from_slice(&self.namespace.0),
+                ack: ack as i32,
+                kind: 0,
+            }),
+            ..v1::PutRequest::default()
+        }
+    }
+
+    /// The messages of one block, cut into pieces.
+    #[must_use]
+    pub fn pieces(
+        &self,
+        chain: &Chain,
+        i: usize,
+        bytes: &Bytes,
+        piece: usize,
+    ) -> Vec<v1::PutRequest> {
+        let header = self.header(chain, i, bytes);
+        let starts = (0..bytes.len()).step_by(piece);
+        starts
+            .map(|at| v1::PutRequest {
+                start: None,
+                header: (at == 0).then(|| (&header).into()),
+                data: bytes.slice(at..bytes.len().min(at + piece)),
+            })
+            .collect()
+    }
+
+    /// Puts whole blocks, from the chain's first on.
+    ///
+    /// # Errors
+    /// The status, when the call fails as a whole.
+    pub async fn put(
+        &mut self,
+        chain: &Chain,
+        blocks: &[Bytes],
+        ack: v1::Ack,
+    ) -> Result<Vec<v1::PutResult>, Status> {
+        let mut messages = vec![self.start(ack)];
+        for (i, bytes) in blocks.iter().enumerate() {
+            messages.extend(self.pieces(chain, i, bytes, 1 << 20));
+        }
+        let answer = self.client.put(tokio_stream::iter(messages)).await?;
+        Ok(answer.into_inner().results)
+    }
+
+    /// Looks a chain up; `ttl_ms` `None` is a probe.
+    ///
+    /// # Errors
+    /// The status, when the call fails.
+    pub async fn lookup(
+        &mut self,
+        chain: &Chain,
+        ttl_ms: Option<u32>,
+    ) -> Result<v1::LookupResponse, Status> {
+        let asked = v1::LookupRequest {
+            namespace_id: Bytes::copy_from_slice(&self.namespace.0),
+            chain: Some(convert::chain_to_wire(chain)),
+            probe: ttl_ms.is_none(),
+            lease_ttl_ms: ttl_ms.unwrap_or(0),
+            ..v1::LookupRequest::default()
+        };
+        Ok(self.client.lookup(asked).await?.into_inner())
+    }
+
+    /// Gets a chain: per block its outcome and, for a hit, its bytes, verified against the header.
+    ///
+    /// # Errors
+    /// The status that the stream ended with.
+    pub async fn get(
+        &mut self,
+        chain: &Chain,
+        lease_id: u64,
+        piece_bytes: u32,
+    ) -> Result<Vec<(v1::GetOutcome, Bytes)>, Status> {
+        let asked = v1::GetRequest {
+            namespace_id: Bytes::copy_from_slice(&self.namespace.0),
+            chain: Some(convert::chain_to_wire(chain)),
+            lease_id,
+            piece_bytes,
+            ..v1::GetRequest::default()
+        };
+        let mut stream = self.client.get(asked).await?.into_inner();
+        let mut blocks: Vec<(v1::GetOutcome, Vec<u8>)> = Vec::new();
+        let mut headers = Vec::new();
+        while let Some(piece) = stream.message().await? {
+            if piece.offset == 0 {
+                assert_eq!(piece.block as usize, blocks.len(), "blocks come in order");
+                blocks.push((piece.outcome(), Vec::new()));
+                headers.push(piece.header.clone());
+            }
+            let (_, bytes) = &mut blocks[piece.block as usize];
+            assert_eq!(
+                piece.offset as usize,
+                bytes.len(),
+                "pieces come without gaps"
+            );
+            bytes.extend_from_slice(&piece.data);
+        }
+        for (i, (header, (_, bytes))) in headers.iter().zip(&blocks).enumerate() {
+            let Some(header) = header else { continue };
+            let rules = convert::HeaderRules {
+                namespace: self.namespace,
+                run_blocks: RUN_BLOCKS,
+                max_block_bytes: 64 << 20,
+            };
+            let header = convert::header(header, rules).expect("a header by the rules");
+            header.verify(bytes).expect("bytes that match their header");
+            assert_eq!(
+                header.key.hash, chain.hashes[i],
+                "the block that was asked for"
+            );
+        }
+        Ok(blocks
+            .into_iter()
+            .map(|(outcome, bytes)| (outcome, bytes.into()))
+            .collect())
+    }
+
+    /// Forgets something.
+    ///
+    /// # Errors
+    /// The status, when the call fails.
+    pub async fn invalidate(
+        &mut self,
+        target: v1::invalidate_request::Target,
+    ) -> Result<u64, Status> {
+        let asked = v1::InvalidateRequest {
+            context: None,
+            namespace_id: Bytes::copy_from_slice(&self.namespace.0),
+            target: Some(target),
+        };
+        Ok(self.client.invalidate(asked).await?.into_inner().blocks)
+    }
+
+    /// What the node says of itself.
+    ///
+    /// # Errors
+    /// The status, when the call fails.
+    pub async fn stats(&mut self) -> Result<v1::StatsResponse, Status> {
+        Ok(self
+            .client
+            .stats(v1::StatsRequest::default())
+            .await?
+            .into_inner())
+    }
+}
+
+/// Bytes that differ from block to block and from page to page.
+#[must_use]
+pub fn filled(seed: u32, len: usize) -> Bytes {
+    let mut state = u64::from(seed) ^ 0x9e37_79b9_7f4a_7c15;
+    let mut bytes = Vec::with_capacity(len + 8);
+    while bytes.len() < len {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(len);
+    bytes.into()
+}
