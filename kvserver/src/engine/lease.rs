@@ -164,10 +164,10 @@ impl LeaseTable {
         id: LeaseId,
         request: Request,
         now: Tick,
-    ) -> Result<LeaseGrant, (Reason, Request)> {
+    ) -> Result<LeaseGrant, Box<(Reason, Request)>> {
         match self.room(&request.owner) {
-            Err(reason) => return Err((reason, request)),
-            Ok(room) if room < request.bytes => return Err((Reason::Budget, request)),
+            Err(reason) => return Err(Box::new((reason, request))),
+            Ok(room) if room < request.bytes => return Err(Box::new((Reason::Budget, request))),
             Ok(_) => {}
         }
         let Request {
@@ -336,7 +336,7 @@ mod tests {
     ) -> Result<LeaseGrant, Reason> {
         table
             .grant(LeaseId(id), request, now)
-            .map_err(|(reason, _)| reason)
+            .map_err(|refused| refused.0)
     }
 
     #[test]

@@ -212,7 +212,8 @@ impl Engine {
         }
         match leases.grant(id, request, now) {
             Ok(grant) => walk.answer.lease = Some(grant),
-            Err((reason, request)) => {
+            Err(refused) => {
+                let (reason, request) = *refused;
                 drop(leases);
                 self.unpin(&request.covered);
                 walk.answer.refused = Some(reason);

@@ -56,7 +56,10 @@ impl Engine {
     /// Whether any tier has the block; leaves no trace in the policy.
     #[must_use]
     pub fn is_present(&self, key: &BlockKey) -> bool {
-        self.index.shard(key).get(key).is_some_and(Entry::is_present)
+        self.index
+            .shard(key)
+            .get(key)
+            .is_some_and(Entry::is_present)
     }
 
     /// A lower tier has the block now. False if it was invalidated while it was written: the caller removes it

@@ -33,9 +33,12 @@ mod losses;
 mod lower;
 pub mod policy;
 mod ram;
+pub mod recorder;
 pub mod replay;
 mod room;
 mod stats;
+#[cfg(test)]
+mod tests;
 
 use std::sync::{
     Arc,
@@ -110,6 +113,10 @@ pub struct Presence {
 
 /// The answer to a reservation.
 #[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "returned once and taken apart at once"
+)]
 pub enum Reserve {
     /// Go ahead.
     Granted(Grant),

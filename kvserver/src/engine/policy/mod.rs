@@ -26,6 +26,8 @@ mod list;
 mod lru;
 mod outlook;
 mod s3fifo;
+#[cfg(test)]
+mod suite;
 
 pub use foresight::Foresight;
 pub use lru::Lru;
