@@ -26,7 +26,6 @@ use kvproto::namespace::{Layout, World};
 
 use crate::kv::KvCache;
 use crate::model::{Decoder, ModelShape, greedy};
-use crate::prompt::Document;
 use crate::stopwatch::Stopwatch;
 
 /// Blocks per run: 8 MiB of the demonstration's blocks are placed together.
@@ -96,17 +95,17 @@ struct Fetched {
 }
 
 impl Prefiller {
-    /// Opens the namespace of this model and this tokenizer.
+    /// Opens the namespace of this model and this tokenizer, both named by their fingerprints.
     ///
     /// # Errors
     /// When the node cannot be reached or refuses the namespace.
     pub async fn open(
         decoder: Arc<Decoder>,
         client: Client,
-        document: &Document,
+        tokenizer: &str,
         seed: u64,
     ) -> anyhow::Result<Self> {
-        let spec = namespace(decoder.shape(), document.fingerprint(), seed);
+        let spec = namespace(decoder.shape(), tokenizer, seed);
         let namespace = client
             .open_namespace(&spec, false)
             .await
@@ -179,12 +178,10 @@ impl Prefiller {
         let decoder = self.decoder.clone();
         tokio::task::spawn_blocking(move || {
             let mut steps = vec![answer.logits.clone()];
-            // On a copy: what is put afterwards is the prompt's cache, and tensors are shared, not copied.
-            let mut cache = answer.cache.clone();
             for step in 0..more {
-                steps.push(decoder.decode(greedy(&steps[step]), &mut cache)?);
+                let token = greedy(&steps[step]);
+                steps.push(decoder.decode(token, &mut answer.cache)?);
             }
-            answer.cache = cache;
             Ok((answer, steps))
         })
         .await
@@ -225,7 +222,7 @@ impl Prefiller {
         })
     }
 
-    /// The longest usable prefix: leased, whole chunks, and at least one token short of the prompt.
+    /// The longest usable prefix: leased, in whole chunks, and at least one token short of the prompt.
     async fn fetch(&self, prompt: &[u32]) -> Result<Fetched, kvclient::Error> {
         let shape = *self.decoder.shape();
         let whole_chunks = |blocks: usize| blocks / shape.chunk_blocks() * shape.chunk_blocks();
@@ -238,17 +235,24 @@ impl Prefiller {
             .client
             .lookup(&self.namespace, &chain, &LookupOptions::default())
             .await?;
-        let Some(lease) = lookup.lease else {
+        let Some(lease) = &lookup.lease else {
             return Ok(Fetched::default());
         };
         let usable = whole_chunks(lease.blocks() as usize);
+        if usable == 0 {
+            let few = format!("{} blocks leased, less than one chunk", lease.blocks());
+            return Ok(Fetched {
+                trouble: Some(few),
+                ..Fetched::default()
+            });
+        }
         let chain = chain.slice(0..usable, self.namespace.run_blocks());
 
         let mut bytes = vec![0; usable * shape.block_bytes()];
         let mut buffers = split_buffers(&mut bytes, shape.block_bytes())?;
         let got = self
             .client
-            .get_into(&self.namespace, &chain, &lease, &mut buffers)
+            .get_into(&self.namespace, &chain, lease, &mut buffers)
             .await?;
         let hits = got.iter().take_while(|got| got.is_hit()).count();
         let lost = got
@@ -256,12 +260,9 @@ impl Prefiller {
             .map(|got| format!("block {hits} was leased and is lost: {}", got.outcome));
         let kept = whole_chunks(hits);
         bytes.truncate(kept * shape.block_bytes());
-        let mut tiers: Vec<TierKind> = got[..kept].iter().filter_map(|got| got.tier).collect();
-        tiers.sort_unstable();
-        tiers.dedup();
         Ok(Fetched {
             bytes,
-            tiers,
+            tiers: found_in(&lookup.tiers, kept),
             trouble: lost,
         })
     }
@@ -322,6 +323,20 @@ fn namespace(shape: &ModelShape, tokenizer: &str, seed: u64) -> Namespace {
     }
 }
 
+/// The tiers that the first `blocks` were in when they were looked up. Not those that the get names:
+/// a lease starts to read ahead, so what lay on NVMe may be in RAM by then.
+fn found_in(runs: &[(u32, TierKind)], blocks: usize) -> Vec<TierKind> {
+    let mut start = 0;
+    let mut tiers = Vec::new();
+    for (count, tier) in runs {
+        if start < blocks && !tiers.contains(tier) {
+            tiers.push(*tier);
+        }
+        start += *count as usize;
+    }
+    tiers
+}
+
 fn tier_name(tier: TierKind) -> &'static str {
     match tier {
         TierKind::Gpu => "GPU",
@@ -329,5 +344,101 @@ fn tier_name(tier: TierKind) -> &'static str {
         TierKind::Nvme => "NVMe",
         TierKind::Durable => "durable store",
         TierKind::Peer => "peer",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use kvclient::{Ack, Client};
+
+    use super::Prefiller;
+    use crate::model::{Decoder, ModelShape, same_bits};
+    use crate::sandbox::Sandbox;
+    use crate::weights::WeightSource;
+
+    const TINY: ModelShape = ModelShape::TINY;
+    const SEED: u64 = 5;
+
+    async fn prefiller(node: &Sandbox, tokenizer: &str) -> Prefiller {
+        let decoder = Arc::new(Decoder::new(TINY, WeightSource::new(SEED)).unwrap());
+        let client = Client::connect(&node.endpoint()).await.unwrap();
+        Prefiller::open(decoder, client, tokenizer, SEED)
+            .await
+            .unwrap()
+    }
+
+    fn prompt(len: u32, last: u32) -> Vec<u32> {
+        (0..len - 1)
+            .map(|i| (i * 29 + 3) % TINY.vocab as u32)
+            .chain([last])
+            .collect()
+    }
+
+    #[tokio::test]
+    async fn second_prompt_reuses_whole_chunks_and_gives_the_same_bits() {
+        let node = Sandbox::start().await.unwrap();
+        let model = prefiller(&node, "t").await;
+        let cold = model.with_terrace(prompt(56, 1), |_| {}).await.unwrap();
+        assert_eq!(cold.reused_tokens, 0);
+        let saved = model.save(&cold, Ack::Cached).await.unwrap();
+        assert_eq!((saved.stored, saved.rejected), (6, 0));
+
+        let warm = model.with_terrace(prompt(56, 2), |_| {}).await.unwrap();
+        assert_eq!((warm.reused_tokens, warm.source().as_str()), (48, "RAM"));
+        let reference = model.without_terrace(prompt(56, 2), |_| {}).await.unwrap();
+        assert!(same_bits(&warm.logits, &reference.logits));
+        let (_, warm) = model.go_on(warm, 3).await.unwrap();
+        let (_, reference) = model.go_on(reference, 3).await.unwrap();
+        assert!(
+            warm.iter()
+                .zip(&reference)
+                .all(|(left, right)| same_bits(left, right))
+        );
+        node.stop().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_prompt_of_whole_chunks_still_computes_its_last_one() {
+        let node = Sandbox::start().await.unwrap();
+        let model = prefiller(&node, "t").await;
+        let cold = model.with_terrace(prompt(32, 1), |_| {}).await.unwrap();
+        model.save(&cold, Ack::Cached).await.unwrap();
+        let warm = model.with_terrace(prompt(32, 1), |_| {}).await.unwrap();
+        assert_eq!(warm.reused_tokens, 16);
+        node.stop().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn another_tokenizer_finds_nothing() {
+        let node = Sandbox::start().await.unwrap();
+        let model = prefiller(&node, "one").await;
+        let cold = model.with_terrace(prompt(48, 1), |_| {}).await.unwrap();
+        model.save(&cold, Ack::Cached).await.unwrap();
+        let other = prefiller(&node, "two").await;
+        let answer = other.with_terrace(prompt(48, 1), |_| {}).await.unwrap();
+        assert_eq!(answer.reused_tokens, 0);
+        node.stop().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_node_that_is_gone_is_a_miss_with_a_note() {
+        let mut node = Sandbox::start().await.unwrap();
+        let model = prefiller(&node, "t").await;
+        let cold = model.with_terrace(prompt(40, 1), |_| {}).await.unwrap();
+        model.save(&cold, Ack::Stored).await.unwrap();
+        node.pause().await.unwrap();
+        let alone = model.with_terrace(prompt(40, 1), |_| {}).await.unwrap();
+        assert_eq!(alone.reused_tokens, 0);
+        assert!(alone.trouble.is_some());
+        assert!(same_bits(&cold.logits, &alone.logits));
+
+        node.resume().await.unwrap();
+        model.reach().await.unwrap();
+        let again = model.with_terrace(prompt(40, 1), |_| {}).await.unwrap();
+        assert_eq!((again.reused_tokens, again.source().as_str()), (32, "NVMe"));
+        assert!(same_bits(&cold.logits, &again.logits));
+        node.stop().await.unwrap();
     }
 }

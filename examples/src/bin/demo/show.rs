@@ -100,7 +100,7 @@ pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<bool> {
     );
 
     let client = Client::connect(&node.endpoint()).await?;
-    let model = Prefiller::open(decoder, client, &document, WEIGHTS_SEED).await?;
+    let model = Prefiller::open(decoder, client, document.fingerprint(), WEIGHTS_SEED).await?;
     let mut theatre = Theatre {
         screen,
         document,
