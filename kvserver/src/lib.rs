@@ -20,6 +20,7 @@ pub mod config;
 mod console;
 pub mod engine;
 pub mod error;
+pub mod process;
 mod rpc;
 mod server;
 pub mod telemetry;

@@ -1,114 +1,11 @@
-//! `kvserver`: one Terrace node as a process.
-//!
-//! Without arguments it is a working node. SIGTERM or SIGINT drains it within `shutdown_deadline`; a second
-//! one ends it at once.
+//! `kvserver`: one Terrace node as a process. Without arguments it is a working node.
 
 use std::process::ExitCode;
-
-use kvserver::{
-    Node,
-    config::{Action, Config, LoadError, load},
-    telemetry::logs,
-};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// foyer's reads allocate a buffer each: with glibc's allocator they cost four times the CPU.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Exit code of a process that was asked twice to stop: 128 + SIGINT.
-const STOPPED_AT_ONCE: u8 = 130;
-
 fn main() -> ExitCode {
-    let loaded = match load(std::env::args_os()) {
-        Ok(loaded) => loaded,
-        // clap knows whether this is `--help` or a mistake, and where each goes.
-        Err(LoadError::Usage(usage)) => {
-            let _ = usage.print();
-            return ExitCode::from(u8::try_from(usage.exit_code()).unwrap_or(2));
-        }
-        Err(LoadError::Config(error)) => return fail(&error),
-    };
-    if loaded.action == Action::PrintConfig {
-        say(&loaded.config.to_string());
-        return ExitCode::SUCCESS;
-    }
-    if let Err(error) = logs::start(&loaded.config) {
-        return fail(&error);
-    }
-    let runtime = match tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-    {
-        Ok(runtime) => runtime,
-        Err(error) => return fail(&error),
-    };
-    let outcome = runtime.block_on(run(loaded.config, loaded.action == Action::Check));
-    match outcome {
-        Ok(code) => code,
-        Err(error) => fail(&*error),
-    }
-}
-
-async fn run(config: Config, only_check: bool) -> Result<ExitCode, Box<dyn std::error::Error>> {
-    let mut stops = [
-        signal(SignalKind::terminate())?,
-        signal(SignalKind::interrupt())?,
-    ];
-    let deadline = config.shutdown_deadline;
-    let node = Node::start(config).await?;
-    say(&banner(&node));
-    if only_check {
-        node.shutdown(deadline).await;
-        say("everything that a start needs is there\n");
-        return Ok(ExitCode::SUCCESS);
-    }
-    asked_to_stop(&mut stops).await;
-    tracing::info!(?deadline, "stopping; once more stops at once");
-    tokio::select! {
-        () = node.shutdown(deadline) => Ok(ExitCode::SUCCESS),
-        () = asked_to_stop(&mut stops) => Ok(ExitCode::from(STOPPED_AT_ONCE)),
-    }
-}
-
-async fn asked_to_stop([terminate, interrupt]: &mut [Signal; 2]) {
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-}
-
-fn banner(node: &Node) -> String {
-    let mut lines = vec![
-        format!("terrace {}", env!("CARGO_PKG_VERSION")),
-        format!("  data     {}", node.config().data_dir.display()),
-    ];
-    lines.extend(
-        node.chosen()
-            .reasons
-            .iter()
-            .map(|reason| format!("  size     {reason}")),
-    );
-    lines.push(format!("  grpc     {}", node.endpoint()));
-    if let Some(path) = node.uds_path() {
-        lines.push(format!("  grpc     unix:{}", path.display()));
-    }
-    if let Some(address) = node.http_addr() {
-        lines.push(format!("  console  http://{address}"));
-    }
-    lines.push("ready\n".to_owned());
-    lines.join("\n")
-}
-
-/// Standard output is for answers; a reader that has gone away is no reason to fail.
-fn say(text: &str) {
-    use std::io::Write;
-    let mut out = std::io::stdout().lock();
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
-}
-
-fn fail(error: &(impl std::fmt::Display + ?Sized)) -> ExitCode {
-    use std::io::Write;
-    let _ = writeln!(std::io::stderr(), "kvserver: {error}");
-    ExitCode::FAILURE
+    kvserver::process::run(std::env::args_os())
 }

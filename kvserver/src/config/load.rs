@@ -123,6 +123,8 @@ fn command() -> Command {
             .action(ArgAction::Set)
     });
     Command::new("kvserver")
+        // Of a flag given twice the last counts, so that a script can be overruled.
+        .args_override_self(true)
         .version(env!("CARGO_PKG_VERSION"))
         .about("One Terrace node. Without arguments it works: sizes come from the machine.")
         .arg(Arg::new("config").long("config").env("TERRACE_CONFIG").value_name("FILE").help(

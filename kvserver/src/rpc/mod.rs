@@ -36,6 +36,7 @@ use std::{
 
 use http::HeaderMap;
 use kvproto::{Reason, v1::blocks_server::BlocksServer};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tonic_health::{
@@ -55,6 +56,10 @@ use crate::{
 
 /// Full name of the service.
 pub(crate) const SERVICE: &str = "terrace.v1.Blocks";
+
+/// After the last call of a draining node: time for its last bytes to be read, before connections of
+/// peers that do not say goodbye are closed.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// Why the service could not start.
 #[derive(Debug, thiserror::Error)]
@@ -123,6 +128,8 @@ pub(crate) struct Shared {
     pub(crate) abort: CancellationToken,
     calls: AtomicUsize,
     pub(crate) watchers: AtomicUsize,
+    /// Told when the last call is over.
+    idle: Notify,
     refusing: AtomicBool,
 }
 
@@ -136,6 +143,20 @@ pub(crate) struct Admitted {
 }
 
 impl Shared {
+    /// Ends when no call is being served.
+    async fn idle(&self) {
+        loop {
+            let idle = self.idle.notified();
+            tokio::pin!(idle);
+            // Listens before it looks, so that the last call cannot end unheard in between.
+            idle.as_mut().enable();
+            if self.calls.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            idle.await;
+        }
+    }
+
     /// Lets a call in, or says why not.
     pub(crate) fn admit(
         self: &Arc<Self>,
@@ -180,7 +201,9 @@ impl Shared {
 
 impl Drop for Admitted {
     fn drop(&mut self) {
-        self.shared.calls.fetch_sub(1, Ordering::Relaxed);
+        if self.shared.calls.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.shared.idle.notify_waiters();
+        }
         self.shared.metrics.calls_in_flight.dec();
     }
 }
@@ -244,6 +267,7 @@ impl Rpc {
             abort: CancellationToken::new(),
             calls: AtomicUsize::new(0),
             watchers: AtomicUsize::new(0),
+            idle: Notify::new(),
             refusing: AtomicBool::new(false),
         });
         let listeners = Listeners::start(config, unix_socket, Arc::clone(&shared)).await?;
@@ -274,18 +298,21 @@ impl Rpc {
             .set_service_status(SERVICE, tonic_health::ServingStatus::NotServing)
             .await;
         self.shared.draining.cancel();
-        let late = self.shared.clock.sleep(deadline);
-        let abort = self.shared.abort.clone();
+        let shared = self.shared;
+        let late = shared.clock.sleep(deadline);
+        let quiet = async {
+            shared.idle().await;
+            shared.clock.sleep(LINGER).await;
+        };
         let stopped = self.listeners.stopped();
         tokio::pin!(stopped);
         tokio::select! {
-            () = &mut stopped => {}
-            () = late => {
-                tracing::warn!("calls are still running at the deadline; cutting them");
-                abort.cancel();
-                stopped.await;
-            }
+            () = &mut stopped => return,
+            () = quiet => tracing::debug!("closing connections whose peers do not answer"),
+            () = late => tracing::warn!("calls are still running at the deadline; cutting them"),
         }
+        shared.abort.cancel();
+        stopped.await;
     }
 }
 
