@@ -317,9 +317,7 @@ impl Engine {
             let Some(room) = manner.room else { continue };
             let slot = slot_bytes(entry.length_bytes);
             let newly_pinned = if entry.pins == 0 { slot } else { 0 };
-            let fits = bytes + slot <= room
-                && self.pinned() + newly_pinned <= self.config.lease_bytes_total;
-            if !fits {
+            if bytes + slot > room || !self.pin_within_total(newly_pinned) {
                 short = true;
                 manner.room = None;
                 continue;
@@ -327,9 +325,6 @@ impl Engine {
             entry.pins += 1;
             pinned += 1;
             bytes += slot;
-            if newly_pinned > 0 {
-                self.pinned_bytes.fetch_add(newly_pinned, Ordering::Relaxed);
-            }
             if entry.ram.is_none()
                 && let Some(tier) = entry.below.nearest()
             {
@@ -360,6 +355,16 @@ impl Engine {
             return None;
         }
         furthest
+    }
+
+    /// Adds to what all leases pin, unless that were too much.
+    fn pin_within_total(&self, bytes: u64) -> bool {
+        let before = self.pinned_bytes.fetch_add(bytes, Ordering::Relaxed);
+        let fits = bytes == 0 || before + bytes <= self.config.lease_bytes_total;
+        if !fits {
+            self.pinned_bytes.fetch_sub(bytes, Ordering::Relaxed);
+        }
+        fits
     }
 
     fn touch(&self, walk: &mut Walk) {

@@ -10,7 +10,7 @@
 //! one stretch of the largest slot's size are given up, wherever policy would rather look.
 //! Errors: `TooLarge`, `Budget` (the kind's ceiling, all of it in use), `NoSlot`.
 
-use std::{collections::HashMap, sync::atomic::Ordering};
+use std::collections::HashMap;
 
 use kvgpu::{DomainId, MAX_SLOT_BYTES, SlotMut};
 use kvproto::{Kind, Reason, TierKind};
@@ -160,10 +160,5 @@ impl Engine {
             ram.remove(kind, id);
             self.budget.release(kind, bytes);
         }
-    }
-
-    /// Bytes that leases pin now.
-    pub(super) fn pinned(&self) -> u64 {
-        self.pinned_bytes.load(Ordering::Relaxed)
     }
 }

@@ -1,11 +1,13 @@
 //! What a lookup reports and a lease promises.
 
+use std::time::Duration;
+
+use kvproto::{BlockKey, Chain, Kind, Part, Reason, TierKind};
+
 use super::super::{Grant, LeaseAsk, LookupQuery, Published, Reserve};
 use super::{PAGE, RUN, SPACE, chain, fill, key, owner, world, world_with};
 use crate::clock::Clock;
 use crate::tier::ReclaimGuard;
-use kvproto::{BlockKey, Chain, Kind, Part, Reason, TierKind};
-use std::time::Duration;
 
 #[test]
 fn what_is_published_is_found_and_a_gap_ends_the_prefix() {

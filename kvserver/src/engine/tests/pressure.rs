@@ -1,8 +1,9 @@
 //! Puts, twins, budgets and eviction.
 
+use kvproto::{Kind, Reason, TierKind};
+
 use super::super::{Demotion, Grant, KindBudget, Published, Whereabouts};
 use super::{PAGE, chain, fill, key, world, world_with};
-use kvproto::{Kind, Reason, TierKind};
 
 #[test]
 fn an_abandoned_put_leaves_nothing() {

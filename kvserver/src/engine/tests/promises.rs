@@ -1,11 +1,13 @@
 //! Every promise at once: random steps against a model, and threads.
 
+use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
+
+use kvproto::{Chain, Kind, LeaseId, Reason};
+
 use super::super::{Grant, Published, Reserve, Target};
 use super::{PAGE, SPACE, chain, fill, owner, world};
 use crate::clock::{Clock, ManualClock};
-use kvproto::{Chain, Kind, LeaseId, Reason};
-use std::collections::{BTreeMap, HashMap};
-use std::time::Duration;
 
 /// Random steps against a model that knows only what the engine has promised.
 #[test]

@@ -1,9 +1,10 @@
 //! What is forgotten, and how that is told.
 
+use kvproto::{BlockHeader, Chain, Kind, Reason, TierKind};
+
 use super::super::{Change, Published, Target};
 use super::{PAGE, RUN, SPACE, chain, fill, key, owner, world};
 use crate::tier::ReclaimGuard;
-use kvproto::{BlockHeader, Chain, Kind, Reason, TierKind};
 
 #[test]
 fn what_was_invalidated_while_written_does_not_appear() {
