@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand, ValueEnum};
-use kvbenches::bars::{self, Bar};
+use kvbenches::bars::{self, Bar, Verdict};
 use kvbenches::load::Window;
 use kvbenches::peers::{tcp, tonic_stock};
 use kvbenches::phases::{Found, Options, facts, inside, network, nvme};
@@ -212,6 +212,9 @@ fn wants_cells(options: &Options) -> bool {
 fn publish(arguments: &Arguments, options: &Options, found: Found, stopped: bool) -> Result<()> {
     let mut bars = bars::ratios(&found.measured);
     bars.extend(found.facts);
+    if !options.only.is_empty() {
+        bars.retain(|bar| bar.verdict != Verdict::NotRun);
+    }
     let mut text = format!(
         "{}\n{} rounds of {} ms per cell, client on {} thread(s), {}\nTerrace verifies every byte it gets and puts; no peer does. CPU is client and servers together.\n",
         procfs::machine(),

@@ -5,7 +5,7 @@
 //!   redis memcached tcp    three such protocols, and the processes that answer them
 //!   socket   carries a wire protocol over TCP or a Unix socket, as tasks or as threads
 //!   tonic_stock            tonic and prost as they come
-//!   terrace                a node and its client
+//!   node terrace           a node of its own, and the client that calls it
 //!   memory disk            memcpy and direct reads
 //! ```
 //!
@@ -17,6 +17,7 @@ pub mod disk;
 pub mod memcached;
 pub mod memory;
 pub mod network;
+pub mod node;
 pub mod redis;
 pub mod socket;
 pub mod tcp;

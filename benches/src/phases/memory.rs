@@ -15,7 +15,7 @@ use kvclient::{Ack, Chain, LookupOptions, PutBlock};
 
 use super::Options;
 use crate::bars::{Bar, Bound};
-use crate::peers::terrace::{self, Node};
+use crate::peers::node::{self, Node};
 use crate::peers::wire::payload;
 use crate::procfs::Memory;
 use crate::report::size;
@@ -33,7 +33,7 @@ pub async fn run(options: &Options) -> Result<Vec<Bar>> {
     let baseline = {
         let node = node(options, "memory-idle", 64 << 20).await?;
         let client = node.client(false, None).await?;
-        terrace::namespace(&client).await?;
+        node::namespace(&client).await?;
         Memory::of(node.pid())
             .context("the idle node is gone")?
             .anonymous_bytes
@@ -48,18 +48,18 @@ pub async fn run(options: &Options) -> Result<Vec<Bar>> {
         ));
         let node = node(options, &format!("memory-{bytes}"), capacity).await?;
         let client = node.client(false, None).await?;
-        let namespace = terrace::namespace(&client).await?;
+        let namespace = node::namespace(&client).await?;
         let value = Bytes::from(payload(bytes as usize, bytes));
         let chain = |nth: u64| {
             let names = nth * CHAIN..(nth + 1) * CHAIN;
-            Chain::from_root(names.map(|i| terrace::name(&namespace, bytes, i)).collect())
+            Chain::from_root(names.map(|i| node::name(&namespace, bytes, i)).collect())
         };
         let chains = capacity * 5 / 4 / bytes / CHAIN;
         for nth in 0..chains {
             let blocks: Vec<_> = (0..CHAIN as usize)
                 .map(|i| PutBlock::new(i, value.clone()))
                 .collect();
-            terrace::put_kept(&client, &namespace, &chain(nth), &blocks, Ack::Cached).await?;
+            node::put_kept(&client, &namespace, &chain(nth), &blocks, Ack::Cached).await?;
         }
         let mut present = 0;
         for nth in 0..chains {

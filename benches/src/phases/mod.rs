@@ -62,7 +62,7 @@ impl Options {
         let cells: usize = groups.iter().map(|g| g.cells.len()).sum();
         let bar = ProgressBar::new((cells * self.rounds) as u64).with_prefix(phase);
         let style = ProgressStyle::with_template(
-            "{prefix:10} {bar:30} {pos}/{len} {elapsed_precise} left {eta_precise}  {msg}",
+            "{prefix:10} {bar:30} {pos}/{len} {elapsed_precise} left {eta_precise}  {wide_msg}",
         );
         bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
     }
@@ -71,7 +71,8 @@ impl Options {
         if !self.progress {
             return ProgressBar::hidden();
         }
-        let style = ProgressStyle::with_template("{prefix:10} {spinner} {elapsed_precise}  {msg}");
+        let style =
+            ProgressStyle::with_template("{prefix:10} {spinner} {elapsed_precise}  {wide_msg}");
         let bar = ProgressBar::new_spinner().with_prefix(phase);
         let bar = bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
         bar.enable_steady_tick(std::time::Duration::from_millis(200));

@@ -11,10 +11,11 @@ use super::{Found, Options};
 use crate::peers::memcached::Meta;
 use crate::peers::memory::Memcpy;
 use crate::peers::network::Network;
+use crate::peers::node::{self, Node};
 use crate::peers::redis::Resp;
 use crate::peers::socket::{Address, Socket, Threads};
 use crate::peers::tcp::Framed;
-use crate::peers::terrace::{self, Caller, Node, Target};
+use crate::peers::terrace::{Caller, Target};
 use crate::peers::tonic_stock::Stock;
 use crate::peers::{LOOKUP_BYTES, SIZES, memcached, redis};
 use crate::rounds::{self, Cell, Group, Op, Peer, Transport};
@@ -311,9 +312,9 @@ async fn start_terrace(stage: &mut Stage, options: &Options) -> Result<()> {
     let node = Node::start(options.cores, &options.dir.join("terrace"), &ram(held)).await?;
     let mut pids = vec![node.pid()];
     let client = node.client(false, options.connections).await?;
-    let namespace = terrace::namespace(&client).await?;
+    let namespace = node::namespace(&client).await?;
     for bytes in SIZES {
-        terrace::fill(
+        node::fill(
             &client,
             &namespace,
             bytes,
@@ -322,7 +323,7 @@ async fn start_terrace(stage: &mut Stage, options: &Options) -> Result<()> {
         )
         .await?;
     }
-    terrace::fill_lookup(&client, &namespace).await?;
+    node::fill_lookup(&client, &namespace).await?;
 
     let (mut tcp, mut unix) = (HashMap::new(), HashMap::new());
     let mut writers = Vec::new();
@@ -334,9 +335,9 @@ async fn start_terrace(stage: &mut Stage, options: &Options) -> Result<()> {
         pids.push(writer.pid());
         for (map, local) in [(&mut tcp, false), (&mut unix, true)] {
             let client = writer.client(local, options.connections).await?;
-            let namespace = terrace::namespace(&client).await?;
+            let namespace = node::namespace(&client).await?;
             if !local {
-                terrace::fill(&client, &namespace, bytes, 0..room / bytes, Ack::Cached).await?;
+                node::fill(&client, &namespace, bytes, 0..room / bytes, Ack::Cached).await?;
             }
             map.insert(bytes, (client, namespace));
         }

@@ -33,7 +33,8 @@ use crate::clock::pause;
 use crate::load::{Sample, Window, Worker, drive};
 use crate::peers::disk::DirectReads;
 use crate::peers::network::{Job, Network};
-use crate::peers::terrace::{self, Caller, Target};
+use crate::peers::node;
+use crate::peers::terrace::{Caller, Target};
 use crate::peers::wire::payload;
 use crate::peers::{SIZES, values_of};
 use crate::rounds::{self, Cell, Group, Op, Peer, Pending, Transport};
@@ -108,11 +109,11 @@ pub async fn run(options: &Options) -> Result<Found> {
     let inside = Inside::start(&options.dir.join("nvme-inside"), options).await?;
     spinner.set_message("filling the node behind gRPC");
     let node =
-        terrace::Node::start(options.cores, &options.dir.join("nvme"), &settings(options)).await?;
+        node::Node::start(options.cores, &options.dir.join("nvme"), &settings(options)).await?;
     let client = node.client(false, options.connections).await?;
-    let namespace = terrace::namespace(&client).await?;
+    let namespace = node::namespace(&client).await?;
     for bytes in SIZES {
-        terrace::fill(
+        node::fill(
             &client,
             &namespace,
             bytes,

@@ -22,7 +22,7 @@ use tokio::task::JoinSet;
 use super::Options;
 use crate::bars::{Bar, Bound};
 use crate::clock::pause;
-use crate::peers::terrace::{self, Node};
+use crate::peers::node::{self, Node};
 use crate::peers::wire::payload;
 use crate::report::size;
 
@@ -70,7 +70,7 @@ pub async fn run(options: &Options) -> Result<Vec<Bar>> {
     )
     .await?;
     let client = node.client(false, options.connections).await?;
-    let namespace = terrace::namespace(&client).await?;
+    let namespace = node::namespace(&client).await?;
     let account = write(&client, &namespace, ram * OVER / BLOCK_BYTES, Ack::Stored).await?;
     spinner.set_message(format!(
         "reading {} stored blocks back",
@@ -79,7 +79,7 @@ pub async fn run(options: &Options) -> Result<Vec<Bar>> {
     let (mut lost, mut wrong) = (BTreeMap::<String, u64>::new(), 0u64);
     let mut buffer = vec![0; BLOCK_BYTES as usize];
     for &index in &account.stored {
-        let chain = Chain::from_root(vec![terrace::name(&namespace, BLOCK_BYTES, index)]);
+        let chain = Chain::from_root(vec![node::name(&namespace, BLOCK_BYTES, index)]);
         let got = client
             .get_into(&namespace, &chain, None, &mut [&mut buffer])
             .await?;
@@ -118,7 +118,7 @@ pub async fn run(options: &Options) -> Result<Vec<Bar>> {
     )
     .await?;
     let client = node.client(false, options.connections).await?;
-    let namespace = terrace::namespace(&client).await?;
+    let namespace = node::namespace(&client).await?;
     let offered = ram * OVER / BLOCK_BYTES;
     let account = write(&client, &namespace, offered, Ack::Cached).await?;
     let stats = client.stats().await?;
@@ -205,7 +205,7 @@ async fn write_one(
     ack: Ack,
     account: &mut Account,
 ) -> Result<()> {
-    let chain = Chain::from_root(vec![terrace::name(namespace, BLOCK_BYTES, index)]);
+    let chain = Chain::from_root(vec![node::name(namespace, BLOCK_BYTES, index)]);
     let value = Bytes::from(payload(BLOCK_BYTES as usize, index));
     for _ in 0..TRIES {
         let block = [PutBlock::new(0, value.clone())];
