@@ -237,6 +237,15 @@ impl Node {
     }
 }
 
+impl Drop for Node {
+    /// What was not drained is cut: connections close, and their threads end.
+    fn drop(&mut self) {
+        if let Some(rpc) = &self.rpc {
+            rpc.cut();
+        }
+    }
+}
+
 /// Tiers get this long to close even when the calls have used up the deadline.
 const LAST_MOMENT: Duration = Duration::from_millis(500);
 
@@ -244,7 +253,7 @@ async fn build(config: Config, clock: Arc<dyn Clock>) -> Result<Parts, NodeError
     let data_dir = DataDir::open(&config.data_dir)?;
     let chosen = choose(&config);
     chosen
-        .keep(&config.data_dir)
+        .keep(&config)
         .map_err(|source| data_dir.refuse(source))?;
     let boot_id = BootId(clock.random_u64().max(1));
     let arena = Arena::new(ArenaConfig {

@@ -702,6 +702,39 @@ async fn hostile_bytes_get_a_precise_status() {
 }
 
 #[tokio::test]
+async fn the_health_service_says_serving() {
+    let node = TestNode::start(|_| {}).await;
+    let socket = tokio::net::TcpStream::connect(node.node.grpc_addr())
+        .await
+        .unwrap();
+    let (send, connection) = h2::client::handshake(socket).await.unwrap();
+    let driver = tokio::spawn(connection);
+    let mut send = send.ready().await.unwrap();
+    let mut asked = call("");
+    *asked.uri_mut() = "http://node/grpc.health.v1.Health/Check".parse().unwrap();
+    let (response, mut body) = send.send_request(asked, false).unwrap();
+    body.send_data(Bytes::from_static(&[0; 5]), true).unwrap();
+    let mut body = response.await.unwrap().into_body();
+    let answer = body.data().await.unwrap().unwrap();
+    assert_eq!(answer[..], [0, 0, 0, 0, 2, 8, 1], "status 1 is SERVING");
+    driver.abort();
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn a_dropped_node_lets_go_of_its_folder() {
+    let node = TestNode::start(|_| {}).await;
+    let _client = node.client().await;
+    let TestNode { node, dir } = node;
+    drop(node);
+    eventually("the folder is free", || {
+        let lock = std::fs::File::open(dir.path().join("lock")).unwrap();
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_ok()
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_client_that_vanishes_in_the_middle_of_a_put_leaks_nothing() {
     let node = TestNode::start(|_| {}).await;
     let client = node.client().await;

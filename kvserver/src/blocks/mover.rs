@@ -174,8 +174,11 @@ impl Mover {
         }
         let (sender, receiver) = oneshot::channel();
         let me = Arc::clone(self);
+        // Counted before it runs, so that a long lookup cannot start more than the queue holds.
+        self.waiting(urgency).fetch_add(1, Ordering::Relaxed);
         self.spawn(async move {
             let landed = me.bring_up(below, urgency).await;
+            me.waiting(urgency).fetch_sub(1, Ordering::Relaxed);
             me.flights.lock().remove(&key);
             // Nobody listens when every caller has gone; the block is in RAM all the same.
             let _ = sender.send(landed);
@@ -198,22 +201,24 @@ impl Mover {
         }
     }
 
+    /// How many reads of that urgency are under way.
+    fn waiting(&self, urgency: Urgency) -> &AtomicUsize {
+        match urgency {
+            Urgency::Prefetch => &self.prefetching,
+            Urgency::Asked | Urgency::Leased => &self.awaited,
+        }
+    }
+
     async fn bring_up(&self, below: Below, urgency: Urgency) -> Landed {
         let started = self.clock.now();
-        let counter = if urgency == Urgency::Prefetch {
-            &self.prefetching
-        } else {
-            &self.awaited
-        };
-        let _counted = Counted::new(counter);
-        let landed = self.bring_up_counted(below, urgency).await;
+        let landed = self.land(below, urgency).await;
         let seconds = self.clock.now().since(started).as_secs_f64();
         self.metrics
             .moved_up(below.tier, landed.as_ref().err().copied(), seconds);
         landed
     }
 
-    async fn bring_up_counted(&self, below: Below, urgency: Urgency) -> Landed {
+    async fn land(&self, below: Below, urgency: Urgency) -> Landed {
         let Below {
             tier: kind,
             resident,
@@ -441,22 +446,6 @@ impl Refused {
 
     fn forget(&mut self) {
         *self = Self::default();
-    }
-}
-
-/// One more on a counter, until it is dropped.
-struct Counted<'a>(&'a AtomicUsize);
-
-impl<'a> Counted<'a> {
-    fn new(counter: &'a AtomicUsize) -> Self {
-        counter.fetch_add(1, Ordering::Relaxed);
-        Self(counter)
-    }
-}
-
-impl Drop for Counted<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

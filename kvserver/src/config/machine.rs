@@ -83,14 +83,8 @@ pub fn choose(config: &Config) -> Chosen {
                 bytes
             }
         };
-    let nvme_bytes = disk("nvme", config.nvme_bytes, 2, NVME_MOST, kept.map(|k| k.0));
-    let durable_bytes = disk(
-        "durable",
-        config.durable_bytes,
-        10,
-        DURABLE_MOST,
-        kept.map(|k| k.1),
-    );
+    let nvme_bytes = disk("nvme", config.nvme_bytes, 2, NVME_MOST, kept[0]);
+    let durable_bytes = disk("durable", config.durable_bytes, 10, DURABLE_MOST, kept[1]);
     let nvme_wear_bytes_per_day = match config.nvme_wear_bytes_per_day {
         Capacity::Bytes(bytes) => bytes,
         Capacity::Auto => nvme_bytes.saturating_mul(3),
@@ -111,29 +105,40 @@ pub fn choose(config: &Config) -> Chosen {
 }
 
 impl Chosen {
-    /// Remembers the sizes on disk for the next start.
+    /// Remembers the sizes that were chosen, and not those that were set, for the next start.
     ///
     /// # Errors
     /// When the data folder cannot be written.
-    pub fn keep(&self, data_dir: &Path) -> std::io::Result<()> {
-        let text = format!(
-            "nvme_bytes = {}\ndurable_bytes = {}\n",
-            self.nvme_bytes, self.durable_bytes
-        );
-        fs::write(data_dir.join("sizes"), text)
+    pub fn keep(&self, config: &Config) -> std::io::Result<()> {
+        let sizes = [
+            ("nvme_bytes", config.nvme_bytes, self.nvme_bytes),
+            ("durable_bytes", config.durable_bytes, self.durable_bytes),
+        ];
+        let chosen = sizes
+            .iter()
+            .filter(|(_, set, bytes)| *set == Capacity::Auto && *bytes > 0);
+        let text: String = chosen
+            .map(|(name, _, bytes)| format!("{name} = {bytes}\n"))
+            .collect();
+        fs::write(config.data_dir.join("sizes"), text)
     }
 }
 
-fn kept_sizes(data_dir: &Path) -> Option<(u64, u64)> {
-    let text = fs::read_to_string(data_dir.join("sizes")).ok()?;
-    let table: toml::Table = text.parse().ok()?;
-    let bytes = |name: &str| {
+/// The NVMe and durable sizes that an earlier start chose.
+fn kept_sizes(data_dir: &Path) -> [Option<u64>; 2] {
+    let read = || {
+        fs::read_to_string(data_dir.join("sizes"))
+            .ok()?
+            .parse::<toml::Table>()
+            .ok()
+    };
+    let table = read().unwrap_or_default();
+    ["nvme_bytes", "durable_bytes"].map(|name| {
         table
             .get(name)?
             .as_integer()
             .and_then(|n| u64::try_from(n).ok())
-    };
-    Some((bytes("nvme_bytes")?, bytes("durable_bytes")?))
+    })
 }
 
 fn given(reasons: &mut Vec<String>, name: &str, bytes: u64) -> u64 {
@@ -237,7 +242,7 @@ mod tests {
             durable_bytes: 333 * MIB,
             ..choose(&config)
         };
-        first.keep(dir.path()).unwrap();
+        first.keep(&config).unwrap();
         let second = choose(&config);
         assert_eq!(
             (second.nvme_bytes, second.durable_bytes),

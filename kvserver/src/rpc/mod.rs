@@ -288,6 +288,13 @@ impl Rpc {
         self.listeners.unix_socket()
     }
 
+    /// Ends everything at once, without waiting for it.
+    pub(crate) fn cut(&self) {
+        self.shared.refusing.store(true, Ordering::Relaxed);
+        self.shared.abort.cancel();
+        self.shared.draining.cancel();
+    }
+
     /// Refuses new calls, waits for the running ones until `deadline` has passed, then drops them.
     pub(crate) async fn shutdown(self, deadline: Duration) {
         self.shared.refusing.store(true, Ordering::Relaxed);
