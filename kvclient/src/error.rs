@@ -40,7 +40,7 @@ pub enum Error {
         problem: &'static str,
     },
     /// No connection could be made.
-    #[error("no connection to {endpoint}: {source}")]
+    #[error("no connection to {endpoint}")]
     Connect {
         /// Whom.
         endpoint: String,
@@ -64,7 +64,7 @@ pub enum Error {
         deadline_ms: u64,
     },
     /// The connection broke, or the stream was reset, before the answer was whole.
-    #[error("{method} was cut off: {source}")]
+    #[error("{method} was cut off")]
     Broken {
         /// Which call.
         method: &'static str,

@@ -109,8 +109,7 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<()> {
     for &transport in &args.transports {
         let endpoint = endpoint(context, &args, transport);
         let most = args.concurrency.iter().copied().max().unwrap_or(1);
-        let client = context.builder(&endpoint).lanes(most).connect().await;
-        let client = client.with_context(|| format!("cannot reach a node at {endpoint}"))?;
+        let client = context.builder(&endpoint).lanes(most).connect().await?;
         let namespace = context.open(&client, "kvctl bench").await?;
         for &bytes in &args.sizes {
             let load = Arc::new(Load::fill(&client, &namespace, bytes, args.working_set).await?);

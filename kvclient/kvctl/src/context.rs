@@ -93,8 +93,7 @@ impl Context {
     }
 
     pub(crate) async fn connect_to(&self, endpoint: &str) -> Result<Client> {
-        let client = self.builder(endpoint).connect().await;
-        client.with_context(|| format!("cannot reach a node at {endpoint}"))
+        Ok(self.builder(endpoint).connect().await?)
     }
 
     /// The namespace in which kvctl keeps keys.
