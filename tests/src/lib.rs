@@ -1,7 +1,7 @@
 //! What the behaviour tests share: a seeded mutator, and every parser of outside bytes as a fuzz target.
 
 pub mod mutate;
-pub mod writer;
 pub mod node;
-pub mod targets;
 pub mod peer;
+pub mod targets;
+pub mod writer;

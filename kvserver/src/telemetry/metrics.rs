@@ -14,6 +14,7 @@
 
 use std::sync::Arc;
 
+use super::process::Process;
 use kvproto::reason::{GetOutcome, PutOutcome, Reason, TierKind};
 use prometheus::{
     Encoder, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
@@ -368,7 +369,7 @@ impl Metrics {
             .register(Box::new(uptime.clone()))
             .expect("names are distinct");
         // Memory and CPU of the process, from /proc.
-        let process = prometheus::process_collector::ProcessCollector::for_self();
+        let process = Process::new();
         registry
             .register(Box::new(process))
             .expect("names are distinct");

@@ -4,5 +4,6 @@
 
 pub mod logs;
 pub mod metrics;
+mod process;
 
 pub use self::metrics::Metrics;

@@ -1,0 +1,192 @@
+//! `kvctl` as a person or a script runs it, against a node in this process.
+
+use std::{
+    io::Write,
+    process::{Command, Output, Stdio},
+};
+
+use kvserver::{
+    Node,
+    config::{Capacity, Config, LogFormat, MIB},
+};
+use serde_json::Value;
+use tempfile::TempDir;
+
+struct Bench {
+    node: Node,
+    dir: TempDir,
+}
+
+impl Bench {
+    async fn start() -> Self {
+        let dir = TempDir::new().unwrap();
+        let config = Config {
+            data_dir: dir.path().join("data"),
+            listen: "127.0.0.1:0".parse().unwrap(),
+            http_listen: None,
+            ram_bytes: Capacity::Bytes(64 * MIB),
+            nvme_bytes: Capacity::Bytes(0),
+            durable_bytes: Capacity::Bytes(0),
+            log_format: LogFormat::Off,
+            ..Config::default()
+        };
+        let node = Node::start(config).await.unwrap();
+        Self { node, dir }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).display().to_string()
+    }
+
+    /// Runs kvctl with these words; the node is served by the test's other threads meanwhile.
+    fn run(&self, words: &[&str], input: &[u8]) -> Output {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_kvctl"))
+            .args(words)
+            .env("TERRACE_ENDPOINT", self.node.endpoint())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(input).unwrap();
+        child.wait_with_output().unwrap()
+    }
+
+    fn json(&self, words: &[&str], input: &[u8]) -> Value {
+        let output = self.run(&[words, &["--json"]].concat(), input);
+        serde_json::from_slice(&output.stdout)
+            .unwrap_or_else(|error| panic!("{words:?} printed no JSON ({error}): {output:?}"))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_put_under_a_key_comes_back_and_is_forgotten_on_request() {
+    let bench = Bench::start().await;
+    let bytes: Vec<u8> = (0..3_000_001_u32).map(|i| (i >> 3) as u8).collect();
+    let put = bench.json(&["put", "doc", "-"], &bytes);
+    assert_eq!(
+        (put["length_bytes"].as_u64(), put["blocks"].as_u64()),
+        (Some(3_000_001), Some(4))
+    );
+
+    let file = bench.path("out");
+    let got = bench.json(&["get", "doc", "-o", &file], b"");
+    assert_eq!(got["tiers"]["ram"], 3);
+    assert!(std::fs::read(&file).unwrap() == bytes);
+    assert!(
+        bench.run(&["get", "doc"], b"").stdout == bytes,
+        "bytes alone on standard output"
+    );
+
+    // Other, shorter bytes under the same name replace all of the old ones.
+    bench.json(&["put", "doc", "-", "--block-size", "1KiB"], b"short");
+    assert_eq!(bench.run(&["get", "doc"], b"").stdout, b"short");
+
+    assert_eq!(
+        bench.json(&["lookup", "doc", "no"], b"")["all_present"],
+        false
+    );
+    assert!(bench.run(&["lookup", "doc"], b"").status.success());
+    assert_eq!(
+        bench.json(&["invalidate", "--key", "doc"], b"")["blocks"],
+        2
+    );
+    assert!(!bench.run(&["lookup", "doc"], b"").status.success());
+    let missing = bench.run(&["get", "doc"], b"");
+    assert!(String::from_utf8_lossy(&missing.stderr).contains("kvctl put doc FILE"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_trace_replayed_against_a_node_agrees_with_the_policy_alone() {
+    let bench = Bench::start().await;
+    let trace = bench.path("trace.jsonl");
+    let lines: String = (0..40)
+        .map(|i| format!("{{\"hash_ids\": [0, 1, {}, {}]}}\n", 2 + i % 5, 100 + i))
+        .collect();
+    std::fs::write(&trace, lines).unwrap();
+    let endpoint = bench.node.endpoint();
+    // Room for all on both sides, so that no policy can differ.
+    let alone = bench.json(&["replay", &trace, "--capacity", "1.0"], b"");
+    let node = bench.json(&["replay", &trace, "--against", &endpoint], b"");
+    assert_eq!(alone["unique_blocks"], 47);
+    assert_eq!(alone["prefix_hits"], node["prefix_hits"]);
+    assert_eq!(node["verified_blocks"], node["prefix_hits"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_short_bench_measures_both_sides() {
+    let bench = Bench::start().await;
+    let words = [
+        "bench",
+        "--sizes",
+        "64KiB",
+        "-c",
+        "2",
+        "-t",
+        "300ms",
+        "--working-set",
+        "4MiB",
+    ];
+    let rows = bench.json(&words, b"");
+    let rows = rows["rows"].as_array().unwrap();
+    assert_eq!(
+        rows.iter()
+            .map(|row| row["op"].as_str().unwrap())
+            .collect::<Vec<_>>(),
+        ["get", "put"]
+    );
+    for row in rows {
+        assert!(row["gib_s"].as_f64().unwrap() > 0.0, "{row}");
+        assert_eq!(
+            (row["misses"].as_u64(), row["errors"].as_u64()),
+            (Some(0), Some(0)),
+            "{row}"
+        );
+        assert!(row["p50_us"].as_f64() <= row["p999_us"].as_f64());
+        assert!(row["server_cpu_s_per_gib"].as_f64().unwrap() > 0.0, "{row}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn status_and_doctor_answer_people_and_machines() {
+    let bench = Bench::start().await;
+    let status = bench.json(&["status"], b"");
+    assert_eq!(status["tiers"][0]["tier"], "ram");
+    assert_eq!(status["policy"], "foresight");
+    let text = bench.run(&["status"], b"");
+    assert!(String::from_utf8_lossy(&text.stdout).contains("in service"));
+    let doctor = bench.json(&["doctor", "--data-dir", &bench.path("data")], b"");
+    let names: Vec<&str> = doctor["checks"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|c| c["name"].as_str().unwrap())
+        .collect();
+    for name in [
+        "direct I/O",
+        "free space",
+        "memory lock",
+        "huge pages",
+        "open files",
+        "GPU",
+    ] {
+        assert!(names.contains(&name), "{name}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failure_says_what_to_do_next() {
+    let bench = Bench::start().await;
+    let nobody = bench.run(&["status", "-e", "127.0.0.1:1", "--json"], b"");
+    assert!(!nobody.status.success());
+    let error: Value = serde_json::from_slice(&nobody.stdout).unwrap();
+    assert!(
+        error["next"].as_str().unwrap().contains("kvserver"),
+        "{error}"
+    );
+    let wrong = bench.run(&["replay", "/dev/null", "--policy", "magic"], b"");
+    assert!(
+        String::from_utf8_lossy(&wrong.stderr).contains("foresight"),
+        "{wrong:?}"
+    );
+}

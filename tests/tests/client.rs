@@ -1,0 +1,442 @@
+//! The client against the real node: bytes there and back, the node gone, back, frozen, and a wire that lies.
+
+use std::{
+    io::{BufRead, BufReader},
+    net::SocketAddr,
+    process::{Child, Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use kvclient::{
+    BreakerState, Client, ErrorKind, GetOutcome, LookupOptions, Namespace, NamespaceHandle,
+    PutBlock, PutOptions, PutOutcome, Target, WatchEvent, split_buffers,
+};
+use kvtests::node::TestNode;
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    time::timeout,
+};
+
+const MIB: usize = 1 << 20;
+
+fn bytes(seed: u8, len: usize) -> Vec<u8> {
+    (0..len)
+        .map(|i| (i as u8).wrapping_mul(31) ^ (i >> 8) as u8 ^ seed)
+        .collect()
+}
+
+async fn open(client: &Client) -> NamespaceHandle {
+    let spec = Namespace::opaque("client", 16, 4);
+    client.open_namespace(&spec, false).await.unwrap()
+}
+
+/// Calls until one succeeds, without a pause; within ten seconds.
+async fn until_it_answers(client: &Client) {
+    let answered = async {
+        while client.stats().await.is_err() {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(Duration::from_secs(10), answered)
+        .await
+        .expect("the client finds the node within 10 s");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn blocks_of_every_size_come_back_over_tcp_and_unix() {
+    let node = TestNode::start(|_| {}).await;
+    let unix = format!("unix:{}", node.node.uds_path().unwrap().display());
+    for endpoint in [node.node.endpoint(), unix] {
+        let client = Client::connect(&endpoint).await.unwrap();
+        let ns = open(&client).await;
+        client.invalidate(&ns, Target::All).await.unwrap();
+        let data: Vec<Vec<u8>> = [1, 4095, 65_536, 65_537, MIB, 5 * MIB + 3]
+            .iter()
+            .enumerate()
+            .map(|(i, len)| bytes(i as u8, *len))
+            .collect();
+        let chain = ns.chain(&(0..96).collect::<Vec<u32>>());
+        let blocks: Vec<_> = data
+            .iter()
+            .enumerate()
+            .map(|(i, d)| PutBlock::new(i, d))
+            .collect();
+        let put = client
+            .put(&ns, &chain, &blocks, PutOptions::default())
+            .await
+            .unwrap();
+        assert!(
+            put.iter().all(|r| r.outcome == PutOutcome::Cached),
+            "{put:?}"
+        );
+        let again = client
+            .put(&ns, &chain, &blocks, PutOptions::default())
+            .await
+            .unwrap();
+        assert!(
+            again.iter().all(|r| r.outcome == PutOutcome::Present),
+            "{again:?}"
+        );
+
+        let found = client
+            .lookup(&ns, &chain, &LookupOptions::default())
+            .await
+            .unwrap();
+        assert_eq!((found.present_blocks, found.leased_blocks()), (6, 6));
+        let mut memory = vec![0xee; 6 * 6 * MIB];
+        let mut buffers = split_buffers(&mut memory, 6 * MIB).unwrap();
+        let got = client
+            .get_into(&ns, &chain, found.lease.as_ref(), &mut buffers)
+            .await
+            .unwrap();
+        for (i, data) in data.iter().enumerate() {
+            assert_eq!(
+                (got[i].outcome, got[i].length_bytes),
+                (GetOutcome::Hit, data.len())
+            );
+            assert!(
+                buffers[i][..data.len()] == data[..],
+                "block {i} over {endpoint}"
+            );
+        }
+        assert_eq!(
+            client
+                .invalidate(&ns, Target::Prefix(chain.hashes[2]))
+                .await
+                .unwrap(),
+            4
+        );
+        let fetched = client.get(&ns, &chain, None).await.unwrap();
+        let hits = fetched.iter().filter(|f| f.bytes.is_some()).count();
+        assert_eq!(hits, 2);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_callers_of_one_client_each_get_their_own_bytes() {
+    let node = TestNode::start(|_| {}).await;
+    let client = Client::connect(&node.node.endpoint()).await.unwrap();
+    let ns = open(&client).await;
+    let callers: Vec<_> = (0..40_u8)
+        .map(|caller| {
+            let (client, ns) = (client.clone(), ns.clone());
+            tokio::spawn(async move {
+                let chain = ns.engine_chain(&[[caller]]);
+                let data = bytes(caller, 100_000 + usize::from(caller));
+                let block = [PutBlock::new(0, &data)];
+                client
+                    .put(&ns, &chain, &block, PutOptions::default())
+                    .await
+                    .unwrap();
+                for _ in 0..5 {
+                    let fetched = client.get(&ns, &chain, None).await.unwrap();
+                    assert!(
+                        fetched[0].bytes.as_ref().unwrap() == &data,
+                        "caller {caller}"
+                    );
+                }
+            })
+        })
+        .collect();
+    for caller in callers {
+        caller.await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn leases_end_with_their_client() {
+    let node = TestNode::start(|_| {}).await;
+    let watcher = Client::connect(&node.node.endpoint()).await.unwrap();
+    let client = Client::connect(&node.node.endpoint()).await.unwrap();
+    let ns = open(&client).await;
+    let chain = ns.engine_chain(&[b"a"]);
+    let block = [PutBlock::new(0, vec![1; 5000])];
+    client
+        .put(&ns, &chain, &block, PutOptions::default())
+        .await
+        .unwrap();
+    let found = client
+        .lookup(&ns, &chain, &LookupOptions::default())
+        .await
+        .unwrap();
+    assert_eq!(watcher.stats().await.unwrap().leases, 1);
+    // Both go at once: nobody is left to release it but the node, when the connections close.
+    drop((found, client));
+    let gone = async { while watcher.stats().await.unwrap().leases != 0 {} };
+    timeout(Duration::from_secs(10), gone)
+        .await
+        .expect("the lease ends");
+}
+
+#[tokio::test]
+async fn watchers_hear_of_puts_and_invalidations() {
+    let node = TestNode::start(|_| {}).await;
+    let client = Client::connect(&node.node.endpoint()).await.unwrap();
+    let ns = open(&client).await;
+    let mut watch = client
+        .watch(Some(&ns), Duration::from_secs(60))
+        .await
+        .unwrap();
+    let chain = ns.engine_chain(&[b"a"]);
+    let block = [PutBlock::new(0, vec![1; 5000])];
+    client
+        .put(&ns, &chain, &block, PutOptions::default())
+        .await
+        .unwrap();
+    client.invalidate(&ns, Target::All).await.unwrap();
+    let stored = watch.next().await.unwrap().unwrap();
+    let removed = watch.next().await.unwrap().unwrap();
+    assert!(matches!(stored.1, WatchEvent::Stored(b) if b.key.hash == chain.hashes[0]));
+    assert!(matches!(removed.1, WatchEvent::Removed(b) if b.key.hash == chain.hashes[0]));
+    assert_eq!(removed.0, stored.0 + 1);
+}
+
+/// A wire between client and node that flips bits while it is told to.
+struct Tamperer {
+    address: SocketAddr,
+    lying: Arc<AtomicBool>,
+    flipped: Arc<AtomicU64>,
+}
+
+impl Tamperer {
+    /// Flips the lowest bit of every 64th KiB of what the node says; that is deep within payload.
+    async fn start(node: SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let lying = Arc::new(AtomicBool::new(false));
+        let flipped = Arc::new(AtomicU64::new(0));
+        let (lies, flips) = (lying.clone(), flipped.clone());
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let node = TcpStream::connect(node).await.unwrap();
+                let (mut from_client, mut to_client) = client.into_split();
+                let (mut from_node, mut to_node) = node.into_split();
+                tokio::spawn(async move { tokio::io::copy(&mut from_client, &mut to_node).await });
+                let (lies, flips) = (lies.clone(), flips.clone());
+                tokio::spawn(async move {
+                    let mut chunk = vec![0; 256 << 10];
+                    while let Ok(n) = from_node.read(&mut chunk).await {
+                        if n == 0 {
+                            break;
+                        }
+                        // Short chunks hold frame heads and trailers; those are another test's.
+                        if lies.load(Ordering::Relaxed) && n > 8192 {
+                            chunk[n / 2] ^= 1;
+                            flips.fetch_add(1, Ordering::Relaxed);
+                        }
+                        if to_client.write_all(&chunk[..n]).await.is_err() {
+                            break;
+                        }
+                    }
+                });
+            }
+        });
+        Self {
+            address,
+            lying,
+            flipped,
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wire_that_flips_bits_never_gets_a_wrong_byte_through() {
+    let node = TestNode::start(|_| {}).await;
+    let wire = Tamperer::start(node.node.grpc_addr()).await;
+    let client = Client::connect(&wire.address.to_string()).await.unwrap();
+    let ns = open(&client).await;
+    let chain = ns.engine_chain(&[b"a"]);
+    let data = bytes(1, 4 * MIB);
+    let block = [PutBlock::new(0, &data)];
+    client
+        .put(&ns, &chain, &block, PutOptions::default())
+        .await
+        .unwrap();
+    let mut buffer = vec![0; data.len()];
+
+    wire.lying.store(true, Ordering::Relaxed);
+    for _ in 0..10 {
+        let flipped = wire.flipped.load(Ordering::Relaxed);
+        // A flip that hits a frame's head breaks the connection; one in the payload breaks the block.
+        match client.get_into(&ns, &chain, None, &mut [&mut buffer]).await {
+            Ok(got) => assert_eq!(got[0].outcome, GetOutcome::Corrupt),
+            Err(error) => assert_ne!(error.kind(), ErrorKind::FixRequest, "{error}"),
+        }
+        assert!(
+            wire.flipped.load(Ordering::Relaxed) > flipped,
+            "the wire has lied"
+        );
+    }
+    wire.lying.store(false, Ordering::Relaxed);
+    until_it_answers(&client).await;
+    let got = client
+        .get_into(&ns, &chain, None, &mut [&mut buffer])
+        .await
+        .unwrap();
+    assert!(got[0].is_hit() && buffer == data);
+}
+
+/// A node as a child process; it ends with its handle.
+struct ChildNode {
+    child: Child,
+    endpoint: String,
+}
+
+impl ChildNode {
+    fn start(dir: &TempDir, listen: &str) -> Self {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_node_process"))
+            .arg(dir.path())
+            .arg(listen)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut endpoint = String::new();
+        let stdout = child.stdout.take().unwrap();
+        BufReader::new(stdout).read_line(&mut endpoint).unwrap();
+        Self {
+            child,
+            endpoint: endpoint.trim().to_owned(),
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for ChildNode {
+    fn drop(&mut self) {
+        // A frozen process dies of SIGKILL too; a dead one does not mind.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+const DEADLINE: Duration = Duration::from_millis(400);
+
+/// One of every call; each must end within its deadline, and say that the node is unavailable.
+async fn assert_all_unavailable(client: &Client, ns: &NamespaceHandle) {
+    let chain = ns.engine_chain(&[b"a"]);
+    let block = [PutBlock::new(0, vec![1; MIB])];
+    let mut buffer = vec![0; MIB];
+    let slack = DEADLINE + Duration::from_millis(400);
+    macro_rules! check {
+        ($call:expr) => {
+            let outcome = timeout(slack, $call)
+                .await
+                .expect("the call ends at its deadline");
+            let error = outcome.map(|_| ()).expect_err("nobody is there to answer");
+            assert!(error.is_unavailable(), "{error}");
+        };
+    }
+    check!(client.lookup(ns, &chain, &LookupOptions::default()));
+    check!(client.get_into(ns, &chain, None, &mut [&mut buffer]));
+    check!(client.get(ns, &chain, None));
+    check!(client.put(ns, &chain, &block, PutOptions::default()));
+    check!(client.invalidate(ns, Target::All));
+    check!(client.watch(None, Duration::from_secs(1)));
+    check!(client.stats());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_node_is_unavailable_and_the_first_call_after_its_return_succeeds() {
+    let dir = TempDir::new().unwrap();
+    let mut node = ChildNode::start(&dir, "127.0.0.1:0");
+    let client = Client::builder(&node.endpoint)
+        .deadline(DEADLINE)
+        .connect()
+        .await
+        .unwrap();
+    let ns = open(&client).await;
+    let boot = client.boot_id();
+    for _ in 0..3 {
+        let listen = node.endpoint.trim_start_matches("http://").to_owned();
+        node.kill();
+        assert_all_unavailable(&client, &ns).await;
+        node = ChildNode::start(&dir, &listen);
+        // The very first, whatever the breaker thinks.
+        let chain = ns.engine_chain(&[b"a"]);
+        let patient = client.with_deadline(Duration::from_secs(10));
+        patient
+            .lookup(&ns, &chain, &LookupOptions::default())
+            .await
+            .unwrap();
+    }
+    assert_ne!(client.boot_id(), boot);
+    assert_eq!(client.reboots(), 3);
+    assert_eq!(client.breaker(), BreakerState::Closed);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_frozen_node_costs_each_call_its_deadline_at_most_and_is_found_again() {
+    let dir = TempDir::new().unwrap();
+    let node = ChildNode::start(&dir, "127.0.0.1:0");
+    let client = Client::builder(&node.endpoint)
+        .deadline(DEADLINE)
+        .connect()
+        .await
+        .unwrap();
+    let ns = open(&client).await;
+    let boot = client.boot_id();
+    node.signal(Signal::STOP);
+    assert_all_unavailable(&client, &ns).await;
+    // By now its silence is known: calls are refused at once instead of waiting.
+    let opened = async {
+        while client.breaker() != BreakerState::Open {
+            tokio::task::yield_now().await
+        }
+    };
+    timeout(Duration::from_secs(5), opened)
+        .await
+        .expect("silence opens the breaker");
+    let refused = timeout(DEADLINE / 2, client.stats())
+        .await
+        .expect("a refusal is quick");
+    assert!(
+        matches!(refused, Err(kvclient::Error::BreakerOpen { .. })),
+        "{refused:?}"
+    );
+    node.signal(Signal::CONT);
+    until_it_answers(&client).await;
+    assert_eq!(client.boot_id(), boot, "it is the same life");
+}
+
+#[tokio::test]
+async fn a_client_may_start_before_its_node() {
+    let dir = TempDir::new().unwrap();
+    let free = std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    let client = Client::builder(&free.to_string())
+        .deadline(DEADLINE)
+        .connect_lazily()
+        .unwrap();
+    assert!(client.stats().await.unwrap_err().is_unavailable());
+    assert!(
+        Client::builder(&free.to_string())
+            .deadline(DEADLINE)
+            .connect()
+            .await
+            .is_err()
+    );
+    let _node = ChildNode::start(&dir, &free.to_string());
+    client
+        .with_deadline(Duration::from_secs(10))
+        .stats()
+        .await
+        .unwrap();
+}
