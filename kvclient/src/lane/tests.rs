@@ -24,7 +24,7 @@ impl Receiver for Keeper {
 
     fn landed(&mut self, bytes: usize) -> io::Result<()> {
         self.kept.extend_from_slice(&self.room[..bytes]);
-        self.offers_room = self.kept.len() % 3 != 0;
+        self.offers_room = !self.kept.len().is_multiple_of(3);
         Ok(())
     }
 
@@ -91,8 +91,13 @@ async fn serve(socket: tokio::net::TcpStream, peer: Peer) {
             let path = request.uri().path().to_owned();
             let mut body = request.into_body();
             let mut whole = BytesMut::new();
-            while !peer.is_hasty {
-                let Some(piece) = body.data().await else {
+            loop {
+                let piece = if peer.is_hasty {
+                    None
+                } else {
+                    body.data().await
+                };
+                let Some(piece) = piece else {
                     break;
                 };
                 let piece = piece.expect("a piece");
