@@ -17,7 +17,7 @@ use kvserver::{
     tier::{
         BlockRef, DurableConfig, DurableTier, Fault, Faults, FaultyTier, KeepNothing, NvmeConfig,
         NvmeError, NvmeTier, Read, ReclaimGuard, Resident, Tier, WriteOutcome,
-        conformance::{block, conformance, has, key, read},
+        conformance::{block, block_in, conformance, has, key, namespace, read},
         journal, record,
     },
 };
@@ -282,6 +282,71 @@ async fn if_everything_is_leased_new_blocks_still_find_room() {
         assert!(
             matches!(found, Read::Hit(_) | Read::Gone(Reason::Evicted)),
             "{found:?}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_small_tier_in_a_hurry_gives_no_wrong_byte_and_keeps_its_leases() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let leases = Arc::new(Leases::default());
+    let mut config = NvmeConfig::new(dir.path(), 16 * MIB);
+    config.queue_bytes = 2 * MIB;
+    let tier = Arc::new(
+        NvmeTier::open(config, clock(), leases.clone())
+            .await
+            .expect("it opens"),
+    );
+    let leased: Vec<BlockRef> = (0..12).map(|n| block(n, 150 * KIB)).collect();
+    leases
+        .leased
+        .lock()
+        .extend(leased.iter().map(|block| *block.key()));
+    assert!(
+        write_patiently(&*tier, &leased)
+            .await
+            .iter()
+            .all(|outcome| outcome.is_held())
+    );
+
+    let readers = (0..2).map(|reader| {
+        let (tier, leased) = (Arc::clone(&tier), leased.clone());
+        tokio::spawn(async move {
+            for round in 0..300 {
+                let at = (round * 7 + reader) % leased.len();
+                assert!(
+                    has(&*tier, &leased[at]).await,
+                    "leased block {at} in round {round}"
+                );
+            }
+        })
+    });
+    let writers = (0..3).map(|writer| {
+        let tier = Arc::clone(&tier);
+        let chance = ManualClock::new(writer);
+        tokio::spawn(async move {
+            for round in 0..250 {
+                let number = 1000 + (chance.random_u64() % 150) as u32;
+                let version = (chance.random_u64() % 2) as u32;
+                let some = block_in(namespace(1), number, version, 120 * KIB + number as usize);
+                match chance.random_u64() % 4 {
+                    0 => drop(has(&*tier, &some).await),
+                    1 if round % 16 == 0 => tier.remove(&[*some.key()]).await.expect("removed"),
+                    _ => drop(tier.write(vec![some]).await),
+                }
+            }
+        })
+    });
+    for task in readers.chain(writers).collect::<Vec<_>>() {
+        task.await.expect("no task failed");
+    }
+    let status = tier.status();
+    assert!(status.in_service && status.queued_bytes == 0, "{status:?}");
+    for resident in tier.residents() {
+        let found = read(&*tier, resident).await;
+        assert!(
+            matches!(found, Read::Hit(_)),
+            "listed is readable: {found:?}"
         );
     }
 }

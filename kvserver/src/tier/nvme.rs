@@ -518,7 +518,10 @@ impl Shared {
         let Some(store) = self.store() else {
             return Read::Gone(Reason::TierDown);
         };
-        let loaded = store.load(resident, slot).await;
+        let loaded = {
+            let _reading = self.residency.reading(hash);
+            store.load(resident, slot).await
+        };
         if !matches!(loaded, Loaded::Failed(_)) {
             self.health.read_worked();
         }

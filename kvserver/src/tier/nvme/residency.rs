@@ -24,10 +24,11 @@
 use std::{
     collections::HashMap,
     sync::{Arc, atomic::AtomicU64, atomic::Ordering::Relaxed},
+    time::Duration,
 };
 
 use kvproto::{BlockKey, NamespaceId, Reason};
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use super::super::{
     ReclaimGuard, Resident,
@@ -37,6 +38,8 @@ use super::super::{
 /// The map, its journal and its counters.
 pub(super) struct Residency {
     state: Mutex<State>,
+    /// Told whenever the last reader of a resident has finished.
+    read_ended: Condvar,
     pub(super) journal: Journal,
     guard: Arc<dyn ReclaimGuard>,
     drops: Vec<AtomicU64>,
@@ -60,6 +63,8 @@ struct State {
     /// Residents that are being carried over to another extent, and their bytes there.
     moving: HashMap<u64, u64>,
     moving_bytes: u64,
+    /// How many are reading an entry at the place where it lies now.
+    readers: HashMap<u64, u32>,
     /// Carried over since the last new block.
     kept_bytes: u64,
     wear: Wear,
@@ -120,6 +125,7 @@ impl Residency {
         let drops = Reason::ALL.iter().map(|_| AtomicU64::new(0)).collect();
         Self {
             state: Mutex::new(state),
+            read_ended: Condvar::new(),
             journal,
             guard,
             drops,
@@ -305,6 +311,23 @@ impl Residency {
         Reclaim::Drop
     }
 
+    /// Somebody reads the entry now, until the answer is dropped.
+    pub(super) fn reading(&self, hash: u64) -> Reading<'_> {
+        *self.state.lock().readers.entry(hash).or_default() += 1;
+        Reading {
+            residency: self,
+            hash,
+        }
+    }
+
+    /// Waits, at most `patience`, until nobody reads the entry: its place is about to be overwritten, and
+    /// foyer takes a reader who comes too late for a sign of damage. Blocks.
+    pub(super) fn await_readers(&self, hash: u64, patience: Duration) {
+        let mut state = self.state.lock();
+        let still = |state: &mut State| state.readers.contains_key(&hash);
+        self.read_ended.wait_while_for(&mut state, still, patience);
+    }
+
     /// What was to be kept has arrived at its new place.
     pub(super) fn carried(&self, hash: u64) {
         self.state.lock().end_move(hash);
@@ -394,6 +417,25 @@ impl Residency {
             .zip(counts)
             .filter(|(_, count)| *count > 0)
             .collect()
+    }
+}
+
+/// See [`Residency::reading`].
+pub(super) struct Reading<'a> {
+    residency: &'a Residency,
+    hash: u64,
+}
+
+impl Drop for Reading<'_> {
+    fn drop(&mut self) {
+        let mut state = self.residency.state.lock();
+        if let Some(count) = state.readers.get_mut(&self.hash) {
+            *count -= 1;
+            if *count == 0 {
+                state.readers.remove(&self.hash);
+                self.residency.read_ended.notify_all();
+            }
+        }
     }
 }
 

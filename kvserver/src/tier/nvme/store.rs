@@ -26,6 +26,7 @@ use std::{
     os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Weak},
+    time::Duration,
 };
 
 use foyer::{
@@ -56,6 +57,9 @@ use super::{
 
 /// Extents' worth of carried-over entries for which the flush buffer has room.
 pub(super) const CARRY_EXTENTS: u64 = 3;
+
+/// How long reclaim waits for readers of an entry that is kept. A read takes a millisecond.
+const READER_PATIENCE: Duration = Duration::from_secs(2);
 
 /// foyer's own file names; one file per extent.
 const FILE_PREFIX: &str = "foyer-storage-direct-fs-";
@@ -154,6 +158,10 @@ struct Landing {
 }
 
 /// What a load came to.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "a block is the rule, and moving it beats boxing it"
+)]
 pub(super) enum Loaded {
     /// Verified, in the reader's slot.
     Block(SealedBlock),
@@ -291,6 +299,8 @@ impl ReclaimFilter {
         let reason = match loaded {
             Loaded::Block(block) => {
                 let done = foyer.enqueue(block.share(), Vec::new());
+                // Whoever comes now reads from the queue; whoever came before should finish first.
+                tokio::task::block_in_place(|| self.residency.await_readers(hash, READER_PATIENCE));
                 let (foyer, residency) = (foyer.clone(), Arc::clone(&self.residency));
                 // On the disk's own runtime; ends with it.
                 Handle::current().spawn(async move {
