@@ -16,7 +16,7 @@ use kvclient::{
     PutBlock, PutOptions, PutOutcome, Target, WatchEvent, split_buffers,
 };
 use kvtests::node::TestNode;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -307,8 +307,15 @@ impl ChildNode {
         }
     }
 
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    /// Stops its clock. The signal takes effect in its own time: waited for, or a last call slips through.
+    fn freeze(&self) {
+        let pid = Pid::from_child(&self.child);
+        kill_process(pid, Signal::STOP).unwrap();
+        waitpid(Some(pid), WaitOptions::UNTRACED).unwrap();
+    }
+
+    fn thaw(&self) {
+        kill_process(Pid::from_child(&self.child), Signal::CONT).unwrap();
     }
 
     fn kill(&mut self) {
@@ -391,7 +398,7 @@ async fn a_frozen_node_costs_each_call_its_deadline_at_most_and_is_found_again()
         .unwrap();
     let ns = open(&client).await;
     let boot = client.boot_id();
-    node.signal(Signal::STOP);
+    node.freeze();
     assert_all_unavailable(&client, &ns).await;
     // By now its silence is known: calls are refused at once instead of waiting.
     let opened = async {
@@ -409,7 +416,7 @@ async fn a_frozen_node_costs_each_call_its_deadline_at_most_and_is_found_again()
         matches!(refused, Err(kvclient::Error::BreakerOpen { .. })),
         "{refused:?}"
     );
-    node.signal(Signal::CONT);
+    node.thaw();
     until_it_answers(&client).await;
     assert_eq!(client.boot_id(), boot, "it is the same life");
 }
