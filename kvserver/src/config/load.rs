@@ -112,16 +112,20 @@ fn apply_file(config: &mut Config, file: &Path) -> Result<(), ConfigError> {
 
 /// One flag per setting, made from the table; values stay text, so that every source fails alike.
 fn command() -> Command {
-    let settings = SETTINGS.iter().map(|&(name, description)| {
-        Arg::new(name)
-            // clap keeps names for the life of the program, and a program loads once.
-            .long(&*name.replace('_', "-").leak())
-            .env(&*variable(name).leak())
-            .help(description.trim())
-            .value_name("VALUE")
-            .hide_env_values(true)
-            .action(ArgAction::Set)
-    });
+    let defaults = Config::default().entries();
+    let settings = SETTINGS
+        .iter()
+        .zip(defaults)
+        .map(|(&(name, description), (_, default))| {
+            Arg::new(name)
+                // clap keeps names for the life of the program, and a program loads once.
+                .long(&*name.replace('_', "-").leak())
+                .env(&*variable(name).leak())
+                .help(format!("{} [default: {default}]", description.trim()))
+                .value_name("VALUE")
+                .hide_env_values(true)
+                .action(ArgAction::Set)
+        });
     Command::new("kvserver")
         // Of a flag given twice the last counts, so that a script can be overruled.
         .args_override_self(true)
