@@ -183,7 +183,7 @@ pub fn tables(measured: &[Measured]) -> String {
         let base = group.series.get(group.base).map_or("-", |s| s.cell.peer);
         let _ = writeln!(
             out,
-            "  {:<24} {:>8} {:>15} {:>9} {:>9} {:>10}  {:<24} {:<24} {:>7}",
+            "  {:<24} {:>8} {:>15} {:>9} {:>9} {:>10}  {:<28} {:<28} {:>7}",
             "",
             unit.0,
             "p10–p90",
@@ -241,7 +241,7 @@ fn line(series: &Series, row: &Row, mixed: bool) -> String {
     let number =
         |x: Option<f64>, digits: usize| x.map_or_else(|| "-".into(), |x| format!("{x:.digits$}"));
     let mut line = format!(
-        "{name:<24} {:>8} {:>15} {:>9} {:>9} {:>10}  {:<24} {:<24} {:>7}",
+        "{name:<24} {:>8} {:>15} {:>9} {:>9} {:>10}  {:<28} {:<28} {:>7}",
         number(rate.map(|r| r.median), 2),
         rate.map_or_else(String::new, |r| format!("{:.2}–{:.2}", r.p10, r.p90)),
         number(row.p50_us, 0),

@@ -279,7 +279,8 @@ async fn stored(
             )
             .await?;
         match put.outcome {
-            PutOutcome::Stored => return Ok(()),
+            // Present: an earlier try was refused its ack, and demotion has stored the block since.
+            PutOutcome::Stored | PutOutcome::Present => return Ok(()),
             PutOutcome::Rejected => {
                 pause(Duration::from_millis(u64::from(
                     put.retry_after_ms.clamp(1, 1000),
