@@ -6,7 +6,7 @@
 use std::io::{IsTerminal, stdout};
 use std::time::Duration;
 
-use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
 /// One request, as it was answered with Terrace and as it is without.
@@ -275,9 +275,12 @@ pub(crate) fn thousands(number: usize) -> String {
     groups.join(" ")
 }
 
-/// "32 MiB".
+/// "512 KiB", "32 MiB": blocks are whole numbers of either.
 pub(crate) fn size(bytes: usize) -> String {
-    HumanBytes(bytes as u64).to_string()
+    match bytes {
+        bytes if bytes < 1 << 20 => format!("{} KiB", bytes >> 10),
+        bytes => format!("{} MiB", bytes >> 20),
+    }
 }
 
 fn shorten(text: &str, limit: usize) -> String {
@@ -290,7 +293,7 @@ fn shorten(text: &str, limit: usize) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Row, shorten, table, thousands, time};
+    use super::{Row, shorten, size, table, thousands, time};
 
     #[test]
     fn numbers_read_well() {
@@ -301,6 +304,8 @@ mod tests {
         assert_eq!(time(3.21), "3.2 ms");
         assert_eq!(time(312.4), "312 ms");
         assert_eq!(time(5612.0), "5.61 s");
+        assert_eq!(size(512 << 10), "512 KiB");
+        assert_eq!(size(32 << 20), "32 MiB");
         assert_eq!(shorten("a question that goes on", 12), "a question…");
     }
 
