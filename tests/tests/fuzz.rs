@@ -56,6 +56,5 @@ fn no_bytes_from_outside_make_a_parser_panic() {
                     .collect::<String>()
             );
         }
-        println!("{name}: {rounds} rounds over {} seeds", corpus.len());
     }
 }

@@ -518,6 +518,7 @@ impl Shared {
         let Some(store) = self.store() else {
             return Read::Gone(Reason::TierDown);
         };
+        let removals = self.residency.removals();
         let loaded = {
             let _reading = self.residency.reading(hash);
             store.load(resident, slot).await
@@ -526,10 +527,13 @@ impl Shared {
             self.health.read_worked();
         }
         let reason = match loaded {
-            Loaded::Block(block) if self.residency.holds(hash, &resident) => {
+            // Its place may have been reclaimed meanwhile; what was read is whole and verified all the same.
+            Loaded::Block(block)
+                if self.residency.removals() == removals
+                    || self.residency.holds(hash, &resident) =>
+            {
                 return Read::Hit(block);
             }
-            // Removed or reclaimed while it was read.
             Loaded::Block(_) => return Read::Gone(Reason::Invalidated),
             Loaded::Corrupt => Reason::Corrupt,
             Loaded::Missing | Loaded::Other => Reason::Evicted,

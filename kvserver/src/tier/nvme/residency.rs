@@ -57,6 +57,7 @@ pub(super) struct KeepLimits {
 
 #[derive(Default)]
 struct State {
+    removals: u64,
     residents: HashMap<u64, Resident>,
     used_bytes: u64,
     in_flight: HashMap<u64, InFlight>,
@@ -131,6 +132,11 @@ impl Residency {
             drops,
             limits,
         }
+    }
+
+    /// Removals so far, by key or namespace: a reader compares it to tell being removed from being reclaimed.
+    pub(super) fn removals(&self) -> u64 {
+        self.state.lock().removals
     }
 
     /// The entry that a reader means, if it is still there.
@@ -226,6 +232,7 @@ impl Residency {
     /// Removes a key, whether it is there, on its way, or neither.
     pub(super) fn remove(&self, hash: u64, key: &BlockKey) {
         let mut state = self.state.lock();
+        state.removals += 1;
         if state
             .residents
             .get(&hash)
@@ -246,6 +253,7 @@ impl Residency {
     /// Removes all of a namespace; answers the keys that were there.
     pub(super) fn remove_namespace(&self, namespace: NamespaceId) -> Vec<BlockKey> {
         let mut state = self.state.lock();
+        state.removals += 1;
         let of_it = |resident: &Resident| resident.key.namespace == namespace;
         let gone: Vec<(u64, BlockKey)> = state
             .residents
