@@ -43,6 +43,9 @@ use crate::endpoint::Endpoint;
 const INBOX_BYTES: usize = 16 << 10;
 /// Largest DATA payload we ask for. One frame for a usual block: its head is the only overhead.
 const MAX_FRAME_BYTES: u32 = 1 << 20;
+/// Largest DATA payload we send: a node's HTTP/2 gathers a frame before anyone sees it, and 256 KiB are still in
+/// its core's cache when they are copied on. Measured against 32 KiB to 1 MiB: the quickest.
+const SEND_FRAME_BYTES: usize = 256 << 10;
 /// Received bytes after which the connection's window is filled up again: half of the largest window.
 const REFILL_BYTES: u64 = 1 << 30;
 /// Bytes of one header block.
@@ -393,9 +396,8 @@ impl Lane {
                         exchange.window_bytes += value - self.peer_window_bytes;
                         self.peer_window_bytes = value;
                     } else if name == SETTING_MAX_FRAME_SIZE {
-                        // Beyond this a frame saves nothing and other traffic waits longer.
                         self.peer_frame_bytes =
-                            (value as usize).clamp(DEFAULT_FRAME_BYTES, MAX_FRAME_BYTES as usize);
+                            (value as usize).clamp(DEFAULT_FRAME_BYTES, SEND_FRAME_BYTES);
                     }
                 }
                 put_frame(&mut self.outbox, Kind::Settings, ACK, 0, &[]);
