@@ -13,7 +13,7 @@ build: ## the server, the command line and the examples, optimised
 	$(CARGO) build --release -p kvserver -p kvctl -p kvexamples
 
 demo: ## a real decoder gets faster because of a real node (ARGS=--json for machines)
-	@$(CARGO) build --release -q -p kvserver -p kvexamples --bins
+	@$(CARGO) build --release -p kvserver -p kvexamples --bins
 	@$(CARGO) run --release -q -p kvexamples --bin demo -- $(ARGS)
 
 test: test-rust test-python ## everything that must pass
@@ -36,7 +36,7 @@ fmt: ## format
 	$(CARGO) fmt --all
 
 bench: ## Terrace beside Redis, memcached, plain TCP, memcpy and the disk (ARGS='--json FILE', '--quick')
-	@$(CARGO) build --release -q -p kvserver -p kvbenches --bins
+	@$(CARGO) build --release -p kvserver -p kvbenches --bins
 	@$(CARGO) run --release -q -p kvbenches --bin side_by_side -- $(ARGS)
 
 fuzz: ## every parser of outside bytes, longer than `make test` does (FUZZ_ROUNDS=N)

@@ -47,8 +47,6 @@ pub fn small(data_dir: &Path) -> Config {
         nvme_wear_bytes_per_day: Capacity::Bytes(0),
         huge_pages: false,
         prefault: false,
-        // What goes first is easy to say.
-        policy: "lru".to_owned(),
         worker_threads: 2,
         log_format: LogFormat::Off,
         ..Config::default()
