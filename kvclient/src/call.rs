@@ -169,9 +169,9 @@ impl<'a> Tries<'a> {
         }
         if let Some((link, live)) = used {
             match &error {
-                Error::Deadline { .. } => link.suspect(&live),
-                // One lane or stream: the rest may be well, and if it is not, its silence says so.
-                Error::Broken { .. } => {
+                // One lane or stream: the rest may be well, and if it is not, its silence says so. Idle lanes may
+                // be as dead as this one, and cost little to open again.
+                Error::Deadline { .. } | Error::Broken { .. } => {
                     inner.lanes.clear();
                     link.suspect(&live);
                 }

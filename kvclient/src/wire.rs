@@ -133,6 +133,13 @@ pub(crate) fn body(method: Method, response: Response<RecvStream>) -> Result<Rec
 
 /// `Err` when the headers hold a status other than OK; the flag says whether they hold one at all.
 fn judge(method: Method, headers: &HeaderMap) -> Result<bool, Error> {
+    // Not ours, and tonic panics where it is not base64.
+    const DETAILS: &str = "grpc-status-details-bin";
+    if headers.contains_key(DETAILS) {
+        let mut headers = headers.clone();
+        headers.remove(DETAILS);
+        return judge(method, &headers);
+    }
     let Some(status) = Status::from_header_map(headers) else {
         return Ok(false);
     };

@@ -48,8 +48,14 @@ const MAX_FRAME_BYTES: u32 = 1 << 20;
 const SEND_FRAME_BYTES: usize = 256 << 10;
 /// Received bytes after which the connection's window is filled up again: half of the largest window.
 const REFILL_BYTES: u64 = 1 << 30;
-/// Bytes of one header block.
+/// Bytes of a call's header fields, as sent and as decoded.
 const MAX_HEADERS_BYTES: usize = 64 << 10;
+/// Bytes of header fields that the peer may have us remember: HTTP/2's own default.
+const HEADER_TABLE_BYTES: usize = 4096;
+/// Bytes of control frames that may wait to be sent.
+const MAX_OUTBOX_BYTES: usize = 64 << 10;
+/// Reads of one call before others have a turn.
+const READS_IN_A_ROW: usize = 32;
 /// Bytes handed to [`Receiver::chunk`] at a time while it looks for payload: a usual message head fits, and
 /// little payload comes along with it.
 const CHUNK_BYTES: usize = 512;
@@ -113,6 +119,8 @@ impl Lane {
             }
             Endpoint::Unix(path) => Io::Unix(UnixStream::connect(path).await?),
         };
+        let mut hpack = loona_hpack::Decoder::new();
+        hpack.set_max_allowed_table_size(HEADER_TABLE_BYTES);
         let mut outbox = PREFACE.to_vec();
         let mut settings = Vec::new();
         for (name, value) in [
@@ -134,7 +142,7 @@ impl Lane {
             inbox: vec![0; INBOX_BYTES].into_boxed_slice(),
             start: 0,
             end: 0,
-            hpack: loona_hpack::Decoder::new(),
+            hpack,
             next_stream: 1,
             peer_window_bytes: DEFAULT_WINDOW_BYTES,
             peer_frame_bytes: DEFAULT_FRAME_BYTES,
@@ -149,7 +157,11 @@ impl Lane {
     /// Reads what came while the lane was idle; false when it is of no more use.
     pub(crate) fn is_usable(&mut self) -> bool {
         let mut idle = Exchange::new(0, 0);
-        matches!(self.pump(&mut idle, &mut Nobody), Ok(Pump::Starved))
+        matches!(
+            self.pump(&mut idle, &mut Nobody),
+            Ok(Pump::Starved | Pump::Moved)
+        ) && self.frame.is_none()
+            && idle.open_block.is_none()
             && !self.is_leaving
             && self.next_stream < MAX_WINDOW_BYTES
     }
@@ -175,6 +187,11 @@ impl Lane {
             match self.pump(&mut exchange, receiver)? {
                 Pump::Ended => break,
                 Pump::Moved => continue,
+                Pump::Busy => {
+                    // A peer that never pauses must not keep the deadline from being looked at.
+                    tokio::task::yield_now().await;
+                    continue;
+                }
                 Pump::Starved => {}
             }
             if is_blocked {
@@ -262,7 +279,7 @@ impl Lane {
     /// Reads what is there and acts on it.
     fn pump<R: Receiver>(&mut self, exchange: &mut Exchange, receiver: &mut R) -> io::Result<Pump> {
         let mut moved = Pump::Starved;
-        loop {
+        for _ in 0..READS_IN_A_ROW {
             while self.step(exchange, receiver)? {
                 moved = Pump::Moved;
                 if exchange.has_ended {
@@ -275,6 +292,7 @@ impl Lane {
                 Err(error) => return Err(error),
             }
         }
+        Ok(Pump::Busy)
     }
 
     /// One read: payload straight to its place, anything behind it into the inbox.
@@ -320,6 +338,7 @@ impl Lane {
                 if head.has(PADDED) {
                     return Err(breach("padded DATA, which a Terrace node never sends"));
                 }
+                exchange.received_bytes += head.length as u64;
             } else if head.length > INBOX_BYTES - HEAD_BYTES {
                 return Err(breach(format!(
                     "{:?} frame of {} bytes",
@@ -377,12 +396,20 @@ impl Lane {
         if left == 0 {
             self.frame = None;
             exchange.has_ended = frame.has(END_STREAM);
+            if exchange.received_bytes >= REFILL_BYTES && !exchange.has_ended {
+                let more = exchange.received_bytes as u32;
+                put_window_update(&mut self.outbox, exchange.stream, more);
+                exchange.received_bytes = 0;
+            }
             self.refill();
         }
         Ok(true)
     }
 
     fn control(&mut self, exchange: &mut Exchange, frame: Head, payload: &[u8]) -> io::Result<()> {
+        if self.outbox.len() > MAX_OUTBOX_BYTES {
+            return Err(breach("control frames without end"));
+        }
         match frame.kind {
             Kind::Headers | Kind::Continuation => self.headers(exchange, frame, payload),
             Kind::Settings if frame.has(ACK) => Ok(()),
@@ -434,8 +461,13 @@ impl Lane {
     }
 
     fn headers(&mut self, exchange: &mut Exchange, frame: Head, payload: &[u8]) -> io::Result<()> {
+        let follows = frame.kind == Kind::Continuation;
+        if exchange.open_block != follows.then_some(frame.stream) {
+            return Err(breach("header block out of order"));
+        }
+        exchange.open_block = (!frame.has(END_HEADERS)).then_some(frame.stream);
         let mut block = payload;
-        if frame.kind == Kind::Headers {
+        if !follows {
             if frame.has(PADDED | PRIORITY) {
                 let padding = if frame.has(PADDED) {
                     let (&padding, rest) = block
@@ -461,10 +493,19 @@ impl Lane {
         if !frame.has(END_HEADERS) {
             return Ok(());
         }
-        let fields = self
-            .hpack
-            .decode(&exchange.headers)
+        let (mut fields, mut bytes) = (Vec::new(), exchange.header_bytes);
+        self.hpack
+            .decode_with_cb(&exchange.headers, |name, value| {
+                bytes += name.len() + value.len() + 32;
+                if bytes <= MAX_HEADERS_BYTES {
+                    fields.push((name.into_owned(), value.into_owned()));
+                }
+            })
             .map_err(|error| breach(format!("header block: {error:?}")))?;
+        exchange.header_bytes = bytes;
+        if bytes > MAX_HEADERS_BYTES {
+            return Err(breach("header fields over 64 KiB"));
+        }
         if frame.stream != exchange.stream {
             return Ok(());
         }
@@ -478,7 +519,10 @@ impl Lane {
                 HeaderName::from_bytes(&name),
                 HeaderValue::from_bytes(&value),
             ) {
-                exchange.map.insert(name, value);
+                exchange
+                    .map
+                    .try_insert(name, value)
+                    .map_err(|_| breach("too many header fields"))?;
             }
         }
         exchange.has_ended = exchange.ends_with_headers;
@@ -503,6 +547,12 @@ struct Exchange {
     ends_with_headers: bool,
     status: u16,
     map: HeaderMap,
+    /// Decoded bytes of all header fields.
+    header_bytes: usize,
+    /// The stream whose header block goes on in CONTINUATION.
+    open_block: Option<u32>,
+    /// Bytes received since this stream's window was last filled up.
+    received_bytes: u64,
     has_ended: bool,
 }
 
@@ -516,6 +566,8 @@ enum Push {
 enum Pump {
     Ended,
     Moved,
+    /// There may be more, but others shall have a turn.
+    Busy,
     Starved,
 }
 
@@ -528,6 +580,9 @@ impl Exchange {
             ends_with_headers: false,
             status: 0,
             map: HeaderMap::new(),
+            header_bytes: 0,
+            open_block: None,
+            received_bytes: 0,
             has_ended: false,
         }
     }

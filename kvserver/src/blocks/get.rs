@@ -199,7 +199,8 @@ impl GetPlan {
                 Waiting::Ready(Found::Gone(GetOutcome::from_reason(reason)))
             }
             Whereabouts::Below(below) => {
-                let urgency = if self.lease.is_some() {
+                // A lease speaks for the blocks it holds, not for all that its owner asks for.
+                let urgency = if self.lease.is_some() && self.blocks.engine.is_pinned(&key) {
                     Urgency::Leased
                 } else {
                     Urgency::Asked

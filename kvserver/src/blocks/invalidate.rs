@@ -26,6 +26,9 @@ impl Blocks {
             Target::All => engine::Target::All,
         };
         let forgotten = self.engine.invalidate(namespace, target);
+        // Every tier is told before anything is waited for: a caller that goes away, or a tier that fails, must
+        // not leave another tier with what the index has forgotten already.
+        let mut removals = Vec::new();
         for tier in self.tiers.iter() {
             let kind = tier.kind();
             // What is on its way down is in the index as a block in RAM, and must not arrive.
@@ -38,10 +41,17 @@ impl Blocks {
                 .map(|gone| gone.key)
                 .collect();
             if !keys.is_empty() {
-                tier.remove(&keys)
-                    .await
-                    .map_err(|source| BlocksError::NotForgotten { tier: kind, source })?;
+                removals.push((kind, tier.remove(&keys)));
             }
+        }
+        let mut failed = None;
+        for (tier, removal) in removals {
+            if let Err(source) = removal.await {
+                failed.get_or_insert(BlocksError::NotForgotten { tier, source });
+            }
+        }
+        if let Some(error) = failed {
+            return Err(error);
         }
         self.metrics
             .invalidated_blocks

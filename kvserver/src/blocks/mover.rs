@@ -177,7 +177,11 @@ impl Mover {
         // Counted before it runs, so that a long lookup cannot start more than the queue holds.
         self.waiting(urgency).fetch_add(1, Ordering::Relaxed);
         self.spawn(async move {
-            let landed = me.bring_up(below, urgency).await;
+            // A defect in a tier must not leave this flight, and its count, behind for ever.
+            let landed = std::panic::AssertUnwindSafe(me.bring_up(below, urgency))
+                .catch_unwind()
+                .await
+                .unwrap_or(Err(Reason::Device));
             me.waiting(urgency).fetch_sub(1, Ordering::Relaxed);
             me.flights.lock().remove(&key);
             // Nobody listens when every caller has gone; the block is in RAM all the same.
@@ -297,6 +301,7 @@ impl Mover {
     async fn write_down(&self, tier: &Arc<dyn Tier>, blocks: Vec<BlockRef>) -> Vec<WriteOutcome> {
         let kind = tier.kind();
         let _writing = Writing::new(self, kind, &blocks);
+        let began = self.engine.moment();
         // Asked only now that an invalidation would see it as being written: either it was forgotten
         // before, and is not written, or it is removed together with this write.
         let present: Vec<bool> = blocks
@@ -330,7 +335,7 @@ impl Mover {
             .collect();
         let mut outlawed = Vec::new();
         for (block, outcome) in blocks.iter().zip(&mut outcomes) {
-            if outcome.is_held() && !self.engine.stored(block.key(), kind) {
+            if outcome.is_held() && !self.engine.stored(block.key(), kind, began) {
                 outlawed.push(*block.key());
                 *outcome = gone;
             }
@@ -374,7 +379,15 @@ impl Mover {
     async fn demote_once(&self, nvme: &Arc<dyn Tier>, refused: &mut Refused) -> Demoted {
         self.let_reads_go_first().await;
         let mut blocks = self.engine.demotable(DEMOTE_BATCH_BYTES + refused.bytes);
-        blocks.retain(|block| !refused.keys.contains(block.key()));
+        let mut bytes = 0;
+        blocks.retain(|block| {
+            let is_first = bytes == 0;
+            if refused.keys.contains(block.key()) {
+                return false;
+            }
+            bytes += block.len_bytes();
+            is_first || bytes <= DEMOTE_BATCH_BYTES
+        });
         if blocks.is_empty() {
             refused.forget();
             return Demoted::Nothing;

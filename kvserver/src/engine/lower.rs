@@ -33,7 +33,8 @@ impl Engine {
                     continue;
                 }
                 bytes += block.len_bytes();
-                if bytes > max_bytes {
+                // One block larger than the whole budget goes alone; it must not stop all others for good.
+                if bytes > max_bytes && !chosen.is_empty() {
                     return chosen;
                 }
                 chosen.push(block.clone());
@@ -62,11 +63,29 @@ impl Engine {
             .is_some_and(Entry::is_present)
     }
 
-    /// A lower tier has the block now. False if it was invalidated while it was written: the caller removes it
-    /// from the tier again.
+    /// Whether any lease holds the block.
+    #[must_use]
+    pub fn is_pinned(&self, key: &BlockKey) -> bool {
+        self.index
+            .shard(key)
+            .get(key)
+            .is_some_and(|entry| entry.pins > 0)
+    }
+
+    /// The moment at which work begins that [`Engine::stored`] will end.
+    #[must_use]
+    pub fn moment(&self) -> u64 {
+        self.fences.now()
+    }
+
+    /// A lower tier has the block now, by a write that began at `began` (see [`Engine::moment`]). False if it was
+    /// invalidated since: the caller removes it from the tier again, even if the same key was put anew.
     #[must_use = "what was invalidated must leave the tier again"]
-    pub fn stored(&self, key: &BlockKey, tier: TierKind) -> bool {
+    pub fn stored(&self, key: &BlockKey, tier: TierKind, began: u64) -> bool {
         let mut shard = self.index.shard(key);
+        if self.fences.outlaw(key, began) {
+            return false;
+        }
         let Some(entry) = shard.get_mut(key).filter(|entry| entry.is_present()) else {
             return false;
         };

@@ -290,6 +290,11 @@ impl Engine {
         let parent = self.parent(&key, &block.header().place);
         let mut shard = self.index.shard(&key);
         let entry = shard.get(&key).filter(|entry| entry.is_present())?;
+        // A key that was invalidated and put anew is present again, perhaps with other bytes than were read.
+        let header = block.header();
+        if entry.seal != header.seal || entry.length_bytes != header.length_bytes {
+            return None;
+        }
         if let Some(InRam { block, .. }) = &entry.ram {
             return Some(block.clone());
         }

@@ -104,26 +104,36 @@ pub(crate) fn failed_trailers(status: &Status) -> HeaderMap {
 
 /// Reads the one message of a request, of at most `limit` bytes.
 pub(crate) async fn read_message(mut body: Incoming, limit: usize) -> Result<Bytes, Status> {
-    let mut held = Bytes::new();
+    // The usual request is whole in its first frame, and is not copied.
+    let mut first = Bytes::new();
+    let mut joined = BytesMut::new();
     while let Some(frame) = body.frame().await {
         let Ok(data) = frame.map_err(status::broken)?.into_data() else {
             continue;
         };
-        held = match held.is_empty() {
-            true => data, // the usual case: the whole request in one frame
-            false => {
-                let mut joined = BytesMut::with_capacity(held.len() + data.len());
-                joined.extend_from_slice(&held);
-                joined.extend_from_slice(&data);
-                joined.freeze()
-            }
-        };
-        if held.len() > limit + PREFIX_BYTES {
+        if data.is_empty() {
+            // Empty frames cost their sender no window: they must not keep others waiting.
+            tokio::task::yield_now().await;
+            continue;
+        }
+        if first.len() + joined.len() + data.len() > limit + PREFIX_BYTES {
             let problem = format!("the request is over {limit} bytes (max_message_bytes)");
             return Err(status::refuse(Reason::TooLarge, problem));
         }
+        if first.is_empty() && joined.is_empty() {
+            first = data;
+            continue;
+        }
+        if joined.is_empty() {
+            joined.extend_from_slice(&std::mem::take(&mut first));
+        }
+        joined.extend_from_slice(&data);
     }
-    unframe(held)
+    unframe(if joined.is_empty() {
+        first
+    } else {
+        joined.freeze()
+    })
 }
 
 fn unframe(mut message: Bytes) -> Result<Bytes, Status> {

@@ -118,7 +118,11 @@ fn the_coldest_in_ram_alone_are_offered_below() {
     assert_eq!(offered.len(), 2, "only what a lookup has found");
     for block in &offered {
         assert!(twice.hashes.contains(&block.key().hash));
-        assert!(world.engine.stored(block.key(), TierKind::Nvme));
+        assert!(
+            world
+                .engine
+                .stored(block.key(), TierKind::Nvme, world.engine.moment())
+        );
     }
     assert!(
         world.engine.demotable(u64::MAX).is_empty(),

@@ -125,7 +125,9 @@ fn a_promotion_of_what_was_invalidated_comes_to_nothing() {
     assert_eq!(world.lease(&chain, 1).tiers, [(1, TierKind::Ram)]);
     assert!(promote(true).is_none());
     assert!(
-        !world.engine.stored(&key(&chain, 0), TierKind::Nvme),
+        !world
+            .engine
+            .stored(&key(&chain, 0), TierKind::Nvme, world.engine.moment()),
         "nor does a write below"
     );
     world.assert_nothing_leaked();
@@ -155,7 +157,11 @@ fn events_are_numbered_and_tell_what_left() {
     let mut events = world.engine.events();
     let chain = chain(1, 1);
     world.put_all(&chain);
-    assert!(world.engine.stored(&key(&chain, 0), TierKind::Nvme));
+    assert!(
+        world
+            .engine
+            .stored(&key(&chain, 0), TierKind::Nvme, world.engine.moment())
+    );
     world.engine.invalidate(SPACE, Target::All);
     let seen: Vec<_> = std::iter::from_fn(|| events.try_recv().ok()).collect();
     let changes: Vec<_> = seen
