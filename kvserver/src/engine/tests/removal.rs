@@ -107,7 +107,14 @@ fn invalidation_beats_a_lease_and_says_so() {
 fn a_promotion_of_what_was_invalidated_comes_to_nothing() {
     let world = world(64);
     let chain = chain(1, 1);
-    world.below(&chain, 0..1);
+    let read = BlockHeader::describe(key(&chain, 0), chain.place(0, RUN), &[6; PAGE as usize]);
+    let resident = crate::tier::Resident {
+        seal: read.seal,
+        ..world.resident(&chain, 0)
+    };
+    world
+        .engine
+        .recover(TierKind::Nvme, vec![resident], Kind::Kv);
     let promote = |gone: bool| {
         let landing = world.engine.landing(PAGE, Kind::Kv, false).unwrap();
         let mut block =
@@ -130,6 +137,29 @@ fn a_promotion_of_what_was_invalidated_comes_to_nothing() {
             .stored(&key(&chain, 0), TierKind::Nvme, world.engine.moment()),
         "nor does a write below"
     );
+    world.assert_nothing_leaked();
+}
+
+#[test]
+fn what_was_read_before_a_key_was_put_anew_is_not_taken_for_it() {
+    let world = world(64);
+    let chain = chain(1, 1);
+    world.below(&chain, 0..1);
+    let landing = world.engine.landing(PAGE, Kind::Kv, false).unwrap();
+    let mut old =
+        crate::tier::MutableBlock::new(key(&chain, 0), chain.place(0, RUN), PAGE, landing.slot);
+    old.bytes_mut().fill(6);
+    let header = BlockHeader::describe(*old.key(), *old.place(), old.bytes());
+    let old = old.seal(header).unwrap();
+    let began = world.engine.moment();
+    world.engine.invalidate(SPACE, Target::All);
+    world.put_all(&chain);
+    assert!(world.engine.promoted(old, landing.ticket).is_none());
+    assert!(
+        !world.engine.stored(&key(&chain, 0), TierKind::Nvme, began),
+        "nor is a write of before"
+    );
+    assert_eq!(world.lease(&chain, 1).tiers, [(1, TierKind::Ram)]);
     world.assert_nothing_leaked();
 }
 
