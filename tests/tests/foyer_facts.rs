@@ -10,7 +10,6 @@
 //! | compression is set and never used | leave it off |
 //! | `clear` empties the map and not the books | never call it |
 //! | only the reinsertion filter hears of evictions, once per entry | hang reclaim on it |
-//! | an entry carried over ends the recovery of its block | carry over by ourselves, as a new entry |
 
 use std::{
     collections::HashSet,
@@ -230,35 +229,5 @@ async fn the_reinsertion_filter_hears_of_every_eviction_once() {
         here + carry.evicted.load(Relaxed),
         400,
         "on disk and heard of make all"
-    );
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn an_entry_carried_over_ends_the_recovery_of_its_block() {
-    let dir = tempfile::tempdir().expect("a folder");
-    let carry = Arc::new(Carry::default());
-    let cache = with_carry(dir.path(), &carry).await;
-    for key in 0..20_u64 {
-        carry
-            .kept
-            .lock()
-            .expect("a lock")
-            .insert(cache.memory().hash(&key));
-    }
-    for key in 0..200 {
-        cache.insert(key, vec![1; 250 * KIB]);
-        if key % 4 == 3 {
-            cache.storage().wait().await;
-        }
-    }
-    cache.storage().wait().await;
-    let before = count(&cache, 0..200);
-    assert_eq!(count(&cache, 0..20), 20, "carried over while it runs");
-    cache.close().await.expect("closed");
-    drop(cache);
-    let after = count(&with_carry(dir.path(), &carry).await, 0..200);
-    assert!(
-        after < before,
-        "{after} of {before} after a restart: recovery no longer stops at them"
     );
 }
