@@ -24,7 +24,7 @@ const WINDOW_BYTES: u64 = 32 << 20;
 pub(crate) struct Args {
     /// Name it is stored under
     key: String,
-    /// Where to write it; standard output if left out
+    /// Where to write it; standard output if left out, or "-"
     #[arg(long, short = 'o')]
     output: Option<PathBuf>,
     #[command(flatten)]
@@ -42,7 +42,8 @@ struct Report {
     output: Option<PathBuf>,
 }
 
-pub(crate) async fn run(context: &Context, args: Args) -> Result<()> {
+pub(crate) async fn run(context: &Context, mut args: Args) -> Result<()> {
+    args.output = args.output.filter(|path| path.as_os_str() != "-");
     if args.output.is_none() && context.is_json() {
         bail!("--json and the bytes would both go to standard output; give -o FILE");
     }
