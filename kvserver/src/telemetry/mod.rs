@@ -1,6 +1,6 @@
 //! What operators see: metrics and logs.
 //!
-//! A leaf: everybody may count and log, nobody is called back. Names live in [`metrics`] alone.
+//! A leaf: everybody may count and log, nobody is called back. Names live in [`metrics::names`] alone.
 
 pub mod logs;
 pub mod metrics;

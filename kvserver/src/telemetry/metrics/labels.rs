@@ -1,0 +1,119 @@
+//! The closed sets that label metrics, as far as no other part of the tree owns them.
+//!
+//! Tiers, reasons and outcomes are labelled by their names on the wire (`kvproto::reason`).
+
+use kvproto::reason::{GetOutcome, TierKind};
+
+/// Where a block of a get came from, or why it did not come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Device memory.
+    Gpu,
+    /// The arena.
+    Ram,
+    /// The local disk, either store.
+    Nvme,
+    /// Another node.
+    Peer,
+    /// Not here.
+    Miss,
+    /// The caller's lease was over, or there was no room to answer.
+    Rejected,
+    /// Here, but it could not be handed out: corrupt, device, or the caller went away.
+    Failed,
+}
+
+impl Source {
+    pub(super) const ALL: [Self; 7] = [
+        Self::Gpu,
+        Self::Ram,
+        Self::Nvme,
+        Self::Peer,
+        Self::Miss,
+        Self::Rejected,
+        Self::Failed,
+    ];
+
+    /// The label.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Gpu => "gpu",
+            Self::Ram => "ram",
+            Self::Nvme => "nvme",
+            Self::Peer => "peer",
+            Self::Miss => "miss",
+            Self::Rejected => "rejected",
+            Self::Failed => "failed",
+        }
+    }
+
+    /// A hit of this tier.
+    #[must_use]
+    pub const fn of_tier(tier: TierKind) -> Self {
+        match tier {
+            TierKind::Gpu => Self::Gpu,
+            TierKind::Ram => Self::Ram,
+            TierKind::Nvme | TierKind::Durable => Self::Nvme,
+            TierKind::Peer => Self::Peer,
+        }
+    }
+
+    /// An answer without bytes.
+    #[must_use]
+    pub const fn of_outcome(outcome: GetOutcome) -> Self {
+        match outcome {
+            GetOutcome::Hit | GetOutcome::Corrupt | GetOutcome::Device => Self::Failed,
+            GetOutcome::Miss | GetOutcome::Invalidated => Self::Miss,
+            GetOutcome::Expired | GetOutcome::Overloaded => Self::Rejected,
+        }
+    }
+}
+
+/// A method of the service; the label of calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the methods of blocks.proto, by name")]
+pub enum Method {
+    OpenNamespace,
+    Lookup,
+    Get,
+    Put,
+    Renew,
+    Release,
+    Invalidate,
+    Watch,
+    Stats,
+    Other,
+}
+
+impl Method {
+    pub(super) const ALL: [Self; 10] = [
+        Self::OpenNamespace,
+        Self::Lookup,
+        Self::Get,
+        Self::Put,
+        Self::Renew,
+        Self::Release,
+        Self::Invalidate,
+        Self::Watch,
+        Self::Stats,
+        Self::Other,
+    ];
+
+    /// The label.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::OpenNamespace => "open_namespace",
+            Self::Lookup => "lookup",
+            Self::Get => "get",
+            Self::Put => "put",
+            Self::Renew => "renew",
+            Self::Release => "release",
+            Self::Invalidate => "invalidate",
+            Self::Watch => "watch",
+            Self::Stats => "stats",
+            Self::Other => "other",
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! The names of all metrics of the node's own: this file lists every one, and no other file spells one.
+//!
+//! Units are in the names. A name, once scraped, is somebody's dashboard: it is never changed, only added to.
+
+/// Names of all metrics of the node's own, for tests of dashboards.
+pub const NAMES: &[&str] = &[
+    BUILD_INFO,
+    UPTIME_SECONDS,
+    CALLS,
+    CALL_SECONDS,
+    CALLS_IN_FLIGHT,
+    CONNECTIONS,
+    WATCHERS,
+    GET_ASKED,
+    GET_BLOCKS,
+    GET_BYTES,
+    PUT_BLOCKS,
+    PUT_BYTES,
+    PUT_REFUSED,
+    LOOKUP_ASKED,
+    LOOKUP_PRESENT,
+    INVALIDATED_BLOCKS,
+    REMOVED_BLOCKS,
+    MOVER_WRITES,
+    MOVER_DROPS,
+    MOVER_READS,
+    MOVER_READ_SECONDS,
+    TIER_CAPACITY_BYTES,
+    TIER_USED_BYTES,
+    TIER_BLOCKS,
+    TIER_IN_SERVICE,
+    TIER_QUEUED_BYTES,
+    TIER_WRITTEN_TODAY_BYTES,
+    TIER_DROPS,
+    ARENA_BYTES,
+    LEASES,
+    LEASED_BYTES,
+    NAMESPACES,
+];
+/// Always 1; the version is the label.
+pub const BUILD_INFO: &str = "terrace_build_info";
+/// Seconds since the node started.
+pub const UPTIME_SECONDS: &str = "terrace_uptime_seconds";
+/// Calls answered, by method and gRPC code.
+pub const CALLS: &str = "terrace_calls_total";
+/// Time from a call's head to its last byte handed to the transport.
+pub const CALL_SECONDS: &str = "terrace_call_seconds";
+/// Calls being served.
+pub const CALLS_IN_FLIGHT: &str = "terrace_calls_in_flight";
+/// Connections open, by transport.
+pub const CONNECTIONS: &str = "terrace_connections";
+/// Watch streams open.
+pub const WATCHERS: &str = "terrace_watchers";
+/// Blocks that gets were asked for.
+pub const GET_ASKED: &str = "terrace_get_blocks_asked_total";
+/// Blocks of gets by where they came from, or why they did not come. Sums to the asked.
+pub const GET_BLOCKS: &str = "terrace_get_blocks_total";
+/// Bytes handed out by gets.
+pub const GET_BYTES: &str = "terrace_get_bytes_total";
+/// Blocks of puts by what became of them.
+pub const PUT_BLOCKS: &str = "terrace_put_blocks_total";
+/// Bytes taken in by puts.
+pub const PUT_BYTES: &str = "terrace_put_bytes_total";
+/// Blocks of puts refused, by reason.
+pub const PUT_REFUSED: &str = "terrace_put_refused_blocks_total";
+/// Blocks that lookups were asked for.
+pub const LOOKUP_ASKED: &str = "terrace_lookup_blocks_asked_total";
+/// Blocks that lookups found.
+pub const LOOKUP_PRESENT: &str = "terrace_lookup_blocks_present_total";
+/// Blocks forgotten because somebody asked for it.
+pub const INVALIDATED_BLOCKS: &str = "terrace_invalidated_blocks_total";
+/// Blocks that left a tier, by reason.
+pub const REMOVED_BLOCKS: &str = "terrace_removed_blocks_total";
+/// Blocks written to a lower tier, by tier.
+pub const MOVER_WRITES: &str = "terrace_mover_written_blocks_total";
+/// Blocks a lower tier did not take, by tier and reason.
+pub const MOVER_DROPS: &str = "terrace_mover_dropped_blocks_total";
+/// Blocks read from a lower tier, by tier and result.
+pub const MOVER_READS: &str = "terrace_mover_read_blocks_total";
+/// Time of one read from a lower tier, waiting included.
+pub const MOVER_READ_SECONDS: &str = "terrace_mover_read_seconds";
+/// Bytes a tier may hold.
+pub const TIER_CAPACITY_BYTES: &str = "terrace_tier_capacity_bytes";
+/// Bytes a tier holds.
+pub const TIER_USED_BYTES: &str = "terrace_tier_used_bytes";
+/// Blocks a tier holds.
+pub const TIER_BLOCKS: &str = "terrace_tier_blocks";
+/// 1 while a tier is in service.
+pub const TIER_IN_SERVICE: &str = "terrace_tier_in_service";
+/// Bytes waiting to be written.
+pub const TIER_QUEUED_BYTES: &str = "terrace_tier_queued_bytes";
+/// Bytes written since midnight UTC, what the wear budget counts.
+pub const TIER_WRITTEN_TODAY_BYTES: &str = "terrace_tier_written_today_bytes";
+/// Blocks a tier refused or dropped, by reason, as the tier counts them.
+pub const TIER_DROPS: &str = "terrace_tier_dropped_blocks";
+/// Bytes of the arena by state: capacity, ready, used (rounded to slots), requested, largest free.
+pub const ARENA_BYTES: &str = "terrace_arena_bytes";
+/// Leases held.
+pub const LEASES: &str = "terrace_leases";
+/// Bytes that leases pin.
+pub const LEASED_BYTES: &str = "terrace_leased_bytes";
+/// Namespaces known.
+pub const NAMESPACES: &str = "terrace_namespaces";
