@@ -2,6 +2,7 @@
 
 pub mod mutate;
 pub mod node;
+pub mod patience;
 pub mod peer;
 pub mod targets;
 pub mod writer;

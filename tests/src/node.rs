@@ -6,10 +6,7 @@
 //! Stock { tonic's generated client, tonic's own codec, nothing of ours but kvproto's rules }
 //! ```
 
-use std::{
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::path::Path;
 
 use bytes::Bytes;
 use kvproto::{
@@ -25,6 +22,8 @@ use tonic::{
     Status,
     transport::{Channel, Endpoint},
 };
+
+use crate::patience::HANG;
 
 /// Messages of a stock client: larger than any piece that the tests ask for.
 const MESSAGE_BYTES: usize = 16 << 20;
@@ -77,7 +76,7 @@ impl TestNode {
 
     /// Drains the node and hands back its folder.
     pub async fn stop(self) -> TempDir {
-        self.node.shutdown(Duration::from_secs(5)).await;
+        self.node.shutdown(HANG).await;
         self.dir
     }
 
@@ -90,22 +89,6 @@ impl TestNode {
     #[must_use]
     pub fn arena_bytes(&self) -> u64 {
         self.node.blocks().arena().stats().used_bytes
-    }
-}
-
-/// Waits until something is so; for what happens on another thread in its own time.
-///
-/// # Panics
-/// When it is not so after ten seconds.
-#[expect(clippy::disallowed_methods, reason = "a real node runs on real time")]
-pub async fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !is_so() {
-        assert!(
-            began.elapsed() < Duration::from_secs(10),
-            "not within ten seconds: {what}"
-        );
-        tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
 

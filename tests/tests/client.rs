@@ -15,13 +15,15 @@ use kvclient::{
     BreakerState, Client, ErrorKind, GetOutcome, LookupOptions, Namespace, NamespaceHandle,
     PutBlock, PutOptions, PutOutcome, Target, WatchEvent, split_buffers,
 };
-use kvtests::node::TestNode;
+use kvtests::{
+    node::TestNode,
+    patience::{HANG, eventually, private_loopback, until, within_awake},
+};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    time::timeout,
 };
 
 const MIB: usize = 1 << 20;
@@ -37,16 +39,12 @@ async fn open(client: &Client) -> NamespaceHandle {
     client.open_namespace(&spec, false).await.unwrap()
 }
 
-/// Calls until one succeeds, without a pause; within ten seconds.
+/// Calls until one succeeds.
 async fn until_it_answers(client: &Client) {
-    let answered = async {
-        while client.stats().await.is_err() {
-            tokio::task::yield_now().await;
-        }
-    };
-    timeout(Duration::from_secs(10), answered)
-        .await
-        .expect("the client finds the node within 10 s");
+    until("the client finds the node", async || {
+        client.stats().await.is_ok()
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -169,10 +167,10 @@ async fn leases_end_with_their_client() {
     assert_eq!(watcher.stats().await.unwrap().leases, 1);
     // Both go at once: nobody is left to release it but the node, when the connections close.
     drop((found, client));
-    let gone = async { while watcher.stats().await.unwrap().leases != 0 {} };
-    timeout(Duration::from_secs(10), gone)
-        .await
-        .expect("the lease ends");
+    until("the lease ends", async || {
+        watcher.stats().await.unwrap().leases == 0
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -333,6 +331,13 @@ impl Drop for ChildNode {
 }
 
 const DEADLINE: Duration = Duration::from_millis(400);
+/// For calls that must succeed, however slow the machine.
+const PATIENT: Duration = HANG;
+
+async fn patient(endpoint: &str) -> Client {
+    let client = Client::builder(endpoint).deadline(PATIENT).connect();
+    client.await.expect("a node is there")
+}
 
 /// One of every call; each must end within its deadline, and say that the node is unavailable.
 async fn assert_all_unavailable(client: &Client, ns: &NamespaceHandle) {
@@ -342,7 +347,7 @@ async fn assert_all_unavailable(client: &Client, ns: &NamespaceHandle) {
     let slack = DEADLINE + Duration::from_millis(400);
     macro_rules! check {
         ($call:expr) => {
-            let outcome = timeout(slack, $call)
+            let outcome = within_awake(slack, $call)
                 .await
                 .expect("the call ends at its deadline");
             let error = outcome.map(|_| ()).expect_err("nobody is there to answer");
@@ -361,23 +366,18 @@ async fn assert_all_unavailable(client: &Client, ns: &NamespaceHandle) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_node_is_unavailable_and_the_first_call_after_its_return_succeeds() {
     let dir = TempDir::new().unwrap();
-    let mut node = ChildNode::start(&dir, "127.0.0.1:0");
-    let client = Client::builder(&node.endpoint)
-        .deadline(DEADLINE)
-        .connect()
-        .await
-        .unwrap();
+    let mut node = ChildNode::start(&dir, &private_loopback());
+    let client = patient(&node.endpoint).await;
     let ns = open(&client).await;
     let boot = client.boot_id();
     for _ in 0..3 {
         let listen = node.endpoint.trim_start_matches("http://").to_owned();
         node.kill();
-        assert_all_unavailable(&client, &ns).await;
+        assert_all_unavailable(&client.with_deadline(DEADLINE), &ns).await;
         node = ChildNode::start(&dir, &listen);
         // The very first, whatever the breaker thinks.
         let chain = ns.engine_chain(&[b"a"]);
-        let patient = client.with_deadline(Duration::from_secs(10));
-        patient
+        client
             .lookup(&ns, &chain, &LookupOptions::default())
             .await
             .unwrap();
@@ -390,26 +390,18 @@ async fn a_killed_node_is_unavailable_and_the_first_call_after_its_return_succee
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_frozen_node_costs_each_call_its_deadline_at_most_and_is_found_again() {
     let dir = TempDir::new().unwrap();
-    let node = ChildNode::start(&dir, "127.0.0.1:0");
-    let client = Client::builder(&node.endpoint)
-        .deadline(DEADLINE)
-        .connect()
-        .await
-        .unwrap();
+    let node = ChildNode::start(&dir, &private_loopback());
+    let client = patient(&node.endpoint).await;
     let ns = open(&client).await;
     let boot = client.boot_id();
     node.freeze();
-    assert_all_unavailable(&client, &ns).await;
+    assert_all_unavailable(&client.with_deadline(DEADLINE), &ns).await;
     // By now its silence is known: calls are refused at once instead of waiting.
-    let opened = async {
-        while client.breaker() != BreakerState::Open {
-            tokio::task::yield_now().await
-        }
-    };
-    timeout(Duration::from_secs(5), opened)
-        .await
-        .expect("silence opens the breaker");
-    let refused = timeout(DEADLINE / 2, client.stats())
+    eventually("silence opens the breaker", || {
+        client.breaker() == BreakerState::Open
+    })
+    .await;
+    let refused = within_awake(DEADLINE / 2, client.stats())
         .await
         .expect("a refusal is quick");
     assert!(
@@ -424,7 +416,7 @@ async fn a_frozen_node_costs_each_call_its_deadline_at_most_and_is_found_again()
 #[tokio::test]
 async fn a_client_may_start_before_its_node() {
     let dir = TempDir::new().unwrap();
-    let free = std::net::TcpListener::bind("127.0.0.1:0")
+    let free = std::net::TcpListener::bind(private_loopback())
         .unwrap()
         .local_addr()
         .unwrap();
@@ -441,9 +433,5 @@ async fn a_client_may_start_before_its_node() {
             .is_err()
     );
     let _node = ChildNode::start(&dir, &free.to_string());
-    client
-        .with_deadline(Duration::from_secs(10))
-        .stats()
-        .await
-        .unwrap();
+    client.with_deadline(PATIENT).stats().await.unwrap();
 }

@@ -1,16 +1,20 @@
 //! The client against a peer made of stock tonic parts that lies, forgets, refuses and falls silent.
 
-use std::{future::Future, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use kvclient::{
     BreakerState, Client, ErrorKind, GetOptions, GetOutcome, LookupOptions, Namespace,
     NamespaceHandle, Part, PutBlock, PutOptions, PutOutcome, Reason, SequenceHash, Target,
-    TierKind, WatchEvent, split_buffers,
+    TierKind, WatchEvent, clock::ManualClock, split_buffers,
 };
-use kvtests::peer::{Fault, Peer};
+use kvtests::{
+    patience::{eventually, until, within_awake},
+    peer::{Fault, Peer},
+};
 use tonic::Code;
 
 const UNAVAILABLE: Fault = Fault::Refuse(Code::Unavailable, "");
+const HOUR: Duration = Duration::from_secs(3600);
 
 async fn open(peer: &Peer) -> (Client, NamespaceHandle) {
     let client = Client::builder(&peer.endpoint())
@@ -31,18 +35,6 @@ fn bytes(seed: u8, len: usize) -> Vec<u8> {
 
 fn tokens(blocks: u32) -> Vec<u32> {
     (0..blocks * 16).collect()
-}
-
-/// Waits for something the background does.
-async fn eventually<F: Future<Output = bool>>(mut done: impl FnMut() -> F) {
-    let waiting = async {
-        while !done().await {
-            tokio::task::yield_now().await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(10), waiting)
-        .await
-        .expect("it happens within 10 s");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -317,43 +309,39 @@ async fn silence_ends_at_the_deadline_and_every_call_says_its_own() {
     let data = bytes(0, 100);
     let block = [PutBlock::new(0, &data)];
     peer.script([Fault::Silence; 6]);
-    let calls = async {
-        [
-            client
-                .lookup(&ns, &chain, &LookupOptions::default())
+    // Between the deadline of these calls and the client's own of five seconds.
+    let slack = Duration::from_millis(1500);
+    macro_rules! check {
+        ($call:expr) => {
+            let outcome = within_awake(slack, $call)
                 .await
-                .unwrap_err(),
-            client.get(&ns, &chain, None).await.unwrap_err(),
-            client
-                .put(&ns, &chain, &block, PutOptions::default())
-                .await
-                .unwrap_err(),
-            client.stats().await.unwrap_err(),
-            client.invalidate(&ns, Target::All).await.unwrap_err(),
-        ]
-    };
-    let errors = tokio::time::timeout(Duration::from_millis(5 * 150 + 500), calls)
-        .await
-        .expect("each call ends at its deadline");
-    for error in errors {
-        assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+                .expect("each call ends at its deadline");
+            let error = outcome.map(|_| ()).expect_err("nobody answers");
+            assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+        };
     }
-    let timeouts: Vec<_> = peer.seen().iter().map(|s| s.timeout.clone()).collect();
-    assert!(
-        timeouts.iter().all(|t| t.as_deref() == Some("150m")),
-        "{timeouts:?}"
-    );
+    check!(client.lookup(&ns, &chain, &LookupOptions::default()));
+    check!(client.get(&ns, &chain, None));
+    check!(client.put(&ns, &chain, &block, PutOptions::default()));
+    check!(client.stats());
+    check!(client.invalidate(&ns, Target::All));
+    for seen in peer.seen() {
+        // What was left of the 150 ms when the request was written.
+        let timeout = seen.timeout.as_deref().and_then(|t| t.strip_suffix('m'));
+        let left_ms: u64 = timeout.expect("in milliseconds").parse().unwrap();
+        assert!((1..=150).contains(&left_ms), "{seen:?}");
+    }
 }
 
 #[tokio::test]
-async fn failures_in_a_row_open_the_breaker_and_a_probe_closes_it() {
+async fn failures_in_a_row_open_the_breaker_in_the_middle_of_a_call() {
     let peer = Peer::start().await;
     let client = Client::builder(&peer.endpoint())
         .connections(1)
         .breaker(kvclient::BreakerPolicy {
             failures: 3,
-            open_for: Duration::from_millis(100),
-            open_cap: Duration::from_millis(100),
+            open_for: HOUR,
+            open_cap: HOUR,
         })
         .connect()
         .await
@@ -368,7 +356,40 @@ async fn failures_in_a_row_open_the_breaker_and_a_probe_closes_it() {
         "{refused}"
     );
     assert_eq!(peer.count("Stats"), calls, "an open breaker sends nothing");
-    eventually(async || client.stats().await.is_ok()).await;
+}
+
+#[tokio::test]
+async fn an_open_breaker_lets_a_probe_through_when_its_time_is_over() {
+    let peer = Peer::start().await;
+    let clock = Arc::new(ManualClock::new(1));
+    let client = Client::builder(&peer.endpoint())
+        .connections(1)
+        .clock(clock.clone())
+        .breaker(kvclient::BreakerPolicy {
+            failures: 1,
+            open_for: Duration::from_millis(100),
+            open_cap: HOUR,
+        })
+        .connect()
+        .await
+        .unwrap();
+    peer.script([UNAVAILABLE; 2]);
+    assert!(client.stats().await.unwrap_err().is_unavailable());
+    clock.advance(Duration::from_millis(99));
+    let refused = client.stats().await.unwrap_err();
+    assert!(
+        matches!(refused, kvclient::Error::BreakerOpen { .. }),
+        "{refused}"
+    );
+    assert_eq!(peer.count("Stats"), 1);
+    // The probe fails and doubles the time.
+    clock.advance(Duration::from_millis(1));
+    assert!(client.stats().await.unwrap_err().is_unavailable());
+    clock.advance(Duration::from_millis(199));
+    assert!(client.stats().await.is_err());
+    assert_eq!(peer.count("Stats"), 2);
+    clock.advance(Duration::from_millis(1));
+    client.stats().await.unwrap();
     assert_eq!(client.breaker(), BreakerState::Closed);
 }
 
@@ -377,19 +398,19 @@ async fn a_node_that_answers_pings_is_probed_at_once_after_a_deadline() {
     let peer = Peer::start().await;
     let client = Client::builder(&peer.endpoint())
         .connections(1)
-        .deadline(Duration::from_millis(50))
         .breaker(kvclient::BreakerPolicy {
             failures: 1,
-            open_for: Duration::from_secs(3600),
-            open_cap: Duration::from_secs(3600),
+            open_for: HOUR,
+            open_cap: HOUR,
         })
         .connect()
         .await
         .unwrap();
     peer.script([Fault::Silence]);
-    assert!(client.stats().await.unwrap_err().is_unavailable());
+    let hasty = client.with_deadline(Duration::from_millis(50));
+    assert!(hasty.stats().await.unwrap_err().is_unavailable());
     // Only the PONG can have let a call through: the breaker's own time is an hour.
-    eventually(async || client.stats().await.is_ok()).await;
+    until("a call passes", async || client.stats().await.is_ok()).await;
 }
 
 #[tokio::test]
@@ -419,7 +440,7 @@ async fn a_dropped_lease_is_given_back_and_a_void_one_is_not() {
         .await
         .unwrap();
     drop(found);
-    eventually(async || peer.count("Release") == 1).await;
+    eventually("it is given back", || peer.count("Release") == 1).await;
     let released = peer
         .seen()
         .into_iter()

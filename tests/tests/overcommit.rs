@@ -3,7 +3,10 @@
 use bytes::Bytes;
 use kvproto::v1::{Ack, GetOutcome, PutOutcome};
 use kvserver::config::{Capacity, MIB, NvmeAdmission};
-use kvtests::node::{TestNode, eventually, filled};
+use kvtests::{
+    node::{TestNode, filled},
+    patience::{eventually, until},
+};
 
 const RAM: u64 = 16 * MIB;
 
@@ -29,22 +32,18 @@ async fn everything_answered_stored_comes_back_right() {
         let chain = client.chain(seed, BLOCKS);
         let blocks: Vec<Bytes> = (0..BLOCKS).map(|i| filled(seed * 100 + i, LEN)).collect();
         // A full queue is an answer: the writer puts again, and only what is missing is written.
-        let mut tries = 0;
-        loop {
+        until("the queue drains", async || {
             let results = client.put(&chain, &blocks, Ack::Stored).await.unwrap();
             let safe = |outcome| matches!(outcome, PutOutcome::Stored | PutOutcome::Present);
-            if results.iter().all(|result| safe(result.outcome())) {
-                break;
-            }
             for result in &results {
                 assert!(
                     safe(result.outcome()) || result.retry_after_ms > 0,
                     "a rejection in passing says when to come again: {result:?}"
                 );
             }
-            tries += 1;
-            assert!(tries < 100, "the queue drains");
-        }
+            results.iter().all(|result| safe(result.outcome()))
+        })
+        .await;
         kept.push((chain, blocks));
     }
     let total = u64::from(CHAINS * BLOCKS) * LEN as u64;
