@@ -10,9 +10,13 @@
 //! | compression is set and never used | leave it off |
 //! | `clear` empties the map and not the books | never call it |
 //! | only the reinsertion filter hears of evictions, once per entry | hang reclaim on it |
+//! | its index pages list hash, sequence, offset and length | read where our entries lie |
+//! | an entry is a header of 36 bytes, the value, the key, and begins on a page | read our record from there |
+//! | it fills blocks in the order of their numbers, then of their reclaim, and tells its pickers | look there for the next index |
 
 use std::{
     collections::HashSet,
+    hash::{BuildHasher, Hasher},
     path::Path,
     sync::{
         Arc, Mutex,
@@ -21,9 +25,10 @@ use std::{
 };
 
 use foyer::{
-    BlockEngineConfig, Cache, CacheBuilder, Compression, DeviceBuilder, FsDeviceBuilder,
-    HybridCache, HybridCacheBuilder, HybridCachePolicy, HybridCacheProperties, LruConfig,
-    RecoverMode, Statistics, StorageFilter, StorageFilterCondition, StorageFilterResult,
+    BlockEngineConfig, Cache, CacheBuilder, Compression, DefaultHasher, DeviceBuilder,
+    EvictionInfo, EvictionPicker, FifoPicker, FsDeviceBuilder, HybridCache, HybridCacheBuilder,
+    HybridCachePolicy, HybridCacheProperties, InvalidRatioPicker, LruConfig, RecoverMode,
+    Statistics, StorageFilter, StorageFilterCondition, StorageFilterResult,
 };
 
 const KIB: usize = 1 << 10;
@@ -230,4 +235,142 @@ async fn the_reinsertion_filter_hears_of_every_eviction_once() {
         400,
         "on disk and heard of make all"
     );
+}
+
+fn file_of(dir: &Path, block: u32) -> Vec<u8> {
+    std::fs::read(dir.join(format!("foyer-storage-direct-fs-{block:08}"))).expect("a block")
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_be_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
+}
+
+fn sums_up(page: &[u8]) -> bool {
+    let mut sum = DefaultHasher::default().build_hasher();
+    sum.write(&page[8..]);
+    sum.finish() == u64_at(page, 0)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_index_page_lists_the_entries_behind_it() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let cache = open(dir.path(), 64 * MIB, Compression::None, |engine| {
+        roomy(engine).with_block_size(4 * MIB)
+    })
+    .await;
+    // In two batches, which share the index: it is written again with the second.
+    for keys in [0..2_u64, 2..3] {
+        for key in keys {
+            cache.insert(key, vec![key as u8 + 1; 5000]);
+        }
+        cache.storage().wait().await;
+    }
+    let block = file_of(dir.path(), 0);
+    let page = &block[..4 * KIB];
+    assert!(sums_up(page), "XXH64, seed 0, of all behind it");
+    assert_eq!(u32_at(page, 8), 3, "three entries");
+    let mut last_sequence = None;
+    for key in 0..3_u64 {
+        let line = 12 + 24 * key as usize;
+        assert_eq!(u64_at(page, line), DefaultHasher::default().hash_one(key));
+        let sequence = u64_at(page, line + 8);
+        assert!(last_sequence < Some(sequence), "sequences grow");
+        last_sequence = Some(sequence);
+        let (offset, length) = (u32_at(page, line + 16), u32_at(page, line + 20));
+        assert_eq!(
+            offset as usize,
+            4 * KIB + key as usize * 8 * KIB,
+            "whole pages"
+        );
+        // A vector's length, its bytes, and the key, behind a header of 36 bytes.
+        assert_eq!(length, 36 + 8 + 5000 + 8);
+        let value = offset as usize + 36 + 8;
+        assert!(
+            block[value..value + 5000]
+                .iter()
+                .all(|&byte| byte == key as u8 + 1)
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn behind_a_full_index_page_another_one_begins() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let cache = open(dir.path(), 64 * MIB, Compression::None, |engine| {
+        roomy(engine).with_block_size(4 * MIB)
+    })
+    .await;
+    for key in 0..200_u64 {
+        cache.insert(key, vec![1; KIB]);
+    }
+    cache.storage().wait().await;
+    let block = file_of(dir.path(), 0);
+    assert_eq!(u32_at(&block, 8), 170, "as many as fit a page");
+    let second = 4 * KIB + 170 * 4 * KIB;
+    assert!(sums_up(&block[second..second + 4 * KIB]));
+    assert_eq!(u32_at(&block, second + 8), 30);
+    assert_eq!(
+        u32_at(&block, second + 12 + 16),
+        4 * KIB as u32,
+        "offsets from the index"
+    );
+}
+
+/// Remembers the blocks that the other pickers chose.
+#[derive(Clone, Debug, Default)]
+struct Watch(Arc<Mutex<Vec<u32>>>);
+
+impl EvictionPicker for Watch {
+    fn pick(&mut self, _: EvictionInfo<'_>) -> Option<u32> {
+        None
+    }
+
+    fn on_block_evictable(&mut self, _: EvictionInfo<'_>, _: u32) {}
+
+    fn on_block_evict(&mut self, _: EvictionInfo<'_>, block: u32) {
+        self.0.lock().expect("a lock").push(block);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blocks_are_filled_in_the_order_in_which_they_became_clean() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let watch = Watch::default();
+    let pickers: Vec<Box<dyn EvictionPicker>> = vec![
+        Box::new(watch.clone()),
+        Box::new(InvalidRatioPicker::new(0.8)),
+        Box::<FifoPicker>::default(),
+    ];
+    let cache = open(dir.path(), 16 * MIB, Compression::None, |engine| {
+        roomy(engine)
+            .with_block_size(2 * MIB)
+            .with_eviction_pickers(pickers)
+    })
+    .await;
+    // One block's worth each; the sequence of a block's first entry tells when it was begun.
+    for key in 0..40_u64 {
+        cache.insert(key, vec![1; 1900 * KIB]);
+        cache.storage().wait().await;
+    }
+    let mut begun: Vec<(u64, u32)> = (0..8)
+        .map(|number| (file_of(dir.path(), number), number))
+        .filter(|(block, _)| sums_up(&block[..4 * KIB]) && u32_at(block, 8) > 0)
+        .map(|(block, number)| (u64_at(&block, 12 + 8), number))
+        .collect();
+    begun.sort_unstable();
+    let filled: Vec<u32> = begun.into_iter().map(|(_, number)| number).collect();
+    let reclaimed = watch.0.lock().expect("a lock").clone();
+    // The last one reclaimed is clean and waits; those before it were filled again, in that order.
+    let expected: Vec<u32> = reclaimed[..reclaimed.len() - 1]
+        .iter()
+        .rev()
+        .take(filled.len())
+        .rev()
+        .copied()
+        .collect();
+    assert_eq!(filled, expected, "of {reclaimed:?}");
 }

@@ -5,6 +5,8 @@
 //! read    extent ─► foyer's aligned buffer ─decode─► the reader's SlotMut, summed     (one copy)
 //! ```
 //!
+//! This read is for entries whose position is not known, or was wrong; the others go by `direct.rs`.
+//!
 //! foyer's `Code::decode` is told nothing but where the bytes are. Where they shall *go* it finds in a
 //! task-local [`Landing`] that [`Store::load`] sets around the very future in which foyer decodes: no
 //! registry, no copy, and two readers of one key cannot be mixed up.
@@ -30,9 +32,10 @@ use std::{
 };
 
 use foyer::{
-    BlockEngineConfig, Code, DefaultHasher, DeviceBuilder, FsDeviceBuilder, HybridCache,
-    HybridCacheBuilder, HybridCachePolicy, Load, PsyncIoEngineConfig, RecoverMode, Spawner,
-    Statistics, StorageFilter, StorageFilterCondition, StorageFilterResult,
+    BlockEngineConfig, Code, DefaultHasher, DeviceBuilder, FifoPicker, FsDeviceBuilder,
+    HybridCache, HybridCacheBuilder, HybridCachePolicy, InvalidRatioPicker, Load,
+    PsyncIoEngineConfig, RecoverMode, Spawner, Statistics, StorageFilter, StorageFilterCondition,
+    StorageFilterResult,
 };
 use kvgpu::SlotMut;
 use kvproto::{BlockKey, Reason};
@@ -51,7 +54,8 @@ use super::{
         record,
         threads::DiskThreads,
     },
-    config::{Geometry, NvmeConfig, NvmeError, PAGE},
+    config::{ENTRY_HEADER_BYTES, Geometry, NvmeConfig, NvmeError, PAGE},
+    extents::Reclaimed,
     residency::{Reclaim, Residency},
 };
 
@@ -103,6 +107,8 @@ pub(super) fn hash_of(key: &BlockKey) -> u64 {
 struct StoredValue {
     /// `None` for a value that was decoded: its bytes are in the landing.
     block: Option<BlockRef>,
+    /// The block begins on a page of the disk.
+    padded: bool,
     /// Held so that they end with foyer's work, whoever waits for it.
     _permits: Vec<OwnedSemaphorePermit>,
     _done: Option<oneshot::Sender<()>>,
@@ -116,9 +122,12 @@ impl Code for StoredValue {
                 "a value that was read is not written",
             ));
         };
-        writer
-            .write_all(&record::encode_head(block.header()))
-            .map_err(foyer::Error::io_error)?;
+        // foyer begins an entry on a page, with its own header.
+        let head = match self.padded {
+            true => record::encode_head_before_page(block.header(), ENTRY_HEADER_BYTES),
+            false => record::encode_head(block.header()),
+        };
+        writer.write_all(&head).map_err(foyer::Error::io_error)?;
         writer
             .write_all(block.bytes())
             .map_err(foyer::Error::io_error)
@@ -134,15 +143,19 @@ impl Code for StoredValue {
         }
         Ok(Self {
             block: None,
+            padded: false,
             _permits: Vec::new(),
             _done: None,
         })
     }
 
     fn estimated_size(&self) -> usize {
-        self.block
-            .as_ref()
-            .map_or(0, |block| record::record_bytes(block.len_bytes()) as usize)
+        let Some(block) = &self.block else { return 0 };
+        let padding = match self.padded {
+            true => record::padding_bytes(block.len_bytes(), ENTRY_HEADER_BYTES),
+            false => 0,
+        };
+        record::record_bytes(block.len_bytes()) as usize + padding
     }
 }
 
@@ -195,15 +208,18 @@ impl Landing {
 
 /// foyer's cache, as we use it. Cheap to clone.
 #[derive(Clone)]
-struct Foyer(HybridCache<StoredKey, StoredValue>);
+struct Foyer {
+    cache: HybridCache<StoredKey, StoredValue>,
+    geometry: Geometry,
+}
 
 impl Foyer {
     fn contains(&self, key: &BlockKey) -> bool {
-        self.0.storage().may_contains(&StoredKey(*key))
+        self.cache.storage().may_contains(&StoredKey(*key))
     }
 
     fn delete(&self, key: &BlockKey) {
-        self.0.storage().delete(&StoredKey(*key));
+        self.cache.storage().delete(&StoredKey(*key));
     }
 
     /// Queues a block; the receiver ends (with an error, as nothing is sent) when foyer has finished
@@ -216,11 +232,12 @@ impl Foyer {
         let key = StoredKey(*block.key());
         let (done, receiver) = oneshot::channel();
         let value = StoredValue {
+            padded: self.geometry.is_padded(block.len_bytes()),
             block: Some(block),
             _permits: permits,
             _done: Some(done),
         };
-        drop(self.0.storage_writer(key).force().insert(value));
+        drop(self.cache.storage_writer(key).force().insert(value));
         receiver
     }
 
@@ -233,7 +250,7 @@ impl Foyer {
         }));
         let known = self.contains(&resident.key);
         let loaded = LANDING
-            .scope(Arc::clone(&landing), self.0.storage().load(&key))
+            .scope(Arc::clone(&landing), self.cache.storage().load(&key))
             .await;
         let mut landing = landing.lock();
         if let Some(landed) = landing.landed.take() {
@@ -338,6 +355,7 @@ impl Store {
         geometry: Geometry,
         direct: bool,
         residency: Arc<Residency>,
+        reclaimed: Reclaimed,
     ) -> Result<Self, NvmeError> {
         let threads = DiskThreads::start("terrace-nvme", 2, config.reads + 4);
         let threads = threads.map_err(|source| NvmeError::Io {
@@ -355,6 +373,7 @@ impl Store {
             geometry,
             direct,
             filter,
+            reclaimed,
             Spawner::from(threads.handle().clone()),
         );
         // On that runtime, because foyer spawns while it recovers.
@@ -362,7 +381,7 @@ impl Store {
         let failed = |problem: String| NvmeError::Store { problem };
         let cache = cache.map_err(|error| failed(error.to_string()))?;
         let cache = cache.map_err(|error| failed(error.to_string()))?;
-        let foyer = Foyer(cache);
+        let foyer = Foyer { cache, geometry };
         *for_filter.lock() = Some(foyer.clone());
         Ok(Self {
             foyer,
@@ -376,6 +395,7 @@ impl Store {
         geometry: Geometry,
         direct: bool,
         filter: ReclaimFilter,
+        reclaimed: Reclaimed,
         spawner: Spawner,
     ) -> impl Future<Output = foyer::Result<HybridCache<StoredKey, StoredValue>>> + Send + 'static
     {
@@ -396,6 +416,12 @@ impl Store {
                 .with_clean_block_threshold(1)
                 .with_buffer_pool_size(buffer_bytes as usize)
                 .with_submit_queue_size_threshold(2 * buffer_bytes as usize)
+                .with_eviction_pickers(vec![
+                    Box::new(reclaimed),
+                    // foyer's own choice.
+                    Box::new(InvalidRatioPicker::new(0.8)),
+                    Box::<FifoPicker>::default(),
+                ])
                 .with_reinsertion_filter(StorageFilter::new().with_condition(filter));
             HybridCacheBuilder::new()
                 .with_name("terrace-nvme")
@@ -451,7 +477,7 @@ impl Store {
 
     /// Finishes what is queued.
     pub(super) async fn close(&self) {
-        if let Err(error) = self.foyer.0.close().await {
+        if let Err(error) = self.foyer.cache.close().await {
             tracing::warn!(%error, "closing the store failed");
         }
     }
@@ -461,6 +487,11 @@ impl Drop for Store {
     fn drop(&mut self) {
         self.for_filter.lock().take();
     }
+}
+
+/// The file of an extent.
+pub(super) fn path_of(dir: &Path, extent: u32) -> PathBuf {
+    files_dir(dir).join(format!("{FILE_PREFIX}{extent:08}"))
 }
 
 /// Where foyer's files lie.
@@ -491,7 +522,7 @@ pub(super) fn prepare_files(
             fs::remove_file(&path).map_err(fault("remove", &path))?;
         }
     }
-    let path_of = |number: u32| dir.join(format!("{FILE_PREFIX}{number:08}"));
+    let path_of = |number| path_of(&config.dir, number);
     let reserved = |number| fs::metadata(path_of(number)).map_or(0, |file| file.blocks() * 512);
     let needed_bytes: u64 = (0..geometry.extents)
         .map(|number| geometry.extent_bytes.saturating_sub(reserved(number)))

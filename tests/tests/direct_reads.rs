@@ -1,0 +1,173 @@
+//! The short way to a block on disk: right where it is known, a detour where it is not, and never a
+//! wrong byte.
+
+use std::sync::Arc;
+
+use kvproto::Reason;
+use kvserver::{
+    clock::SystemClock,
+    tier::{
+        BlockRef, KeepNothing, NvmeConfig, NvmeTier, Read, Resident, Tier, WriteOutcome,
+        conformance::{block, has, read},
+        nvme::ReadPaths,
+    },
+};
+
+const KIB: usize = 1 << 10;
+const MIB: u64 = 1 << 20;
+
+async fn open(config: &NvmeConfig) -> NvmeTier {
+    NvmeTier::open(
+        config.clone(),
+        Arc::new(SystemClock::new()),
+        Arc::new(KeepNothing),
+    )
+    .await
+    .expect("it opens")
+}
+
+async fn store(tier: &NvmeTier, blocks: &[BlockRef]) {
+    let outcomes = tier.write(blocks.to_vec()).await;
+    let stored = |outcome: &WriteOutcome| *outcome == WriteOutcome::Stored;
+    assert!(outcomes.iter().all(stored), "{outcomes:?}");
+}
+
+/// Lengths around what is padded, what fills a page, and what fills an index with many entries.
+fn of_all_lengths() -> Vec<BlockRef> {
+    let lengths = [
+        1,
+        4 * KIB,
+        64 * KIB,
+        256 * KIB - 1,
+        256 * KIB,
+        256 * KIB + 1,
+        300_001,
+        1024 * KIB,
+        1024 * KIB + 3999,
+    ];
+    let mut blocks: Vec<BlockRef> = (0..)
+        .zip(lengths)
+        .map(|(n, length)| block(n, length))
+        .collect();
+    blocks.extend((1000..1400).map(|n| block(n, 4 * KIB)));
+    blocks
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_written_is_read_where_it_lies_also_after_a_restart() {
+    for direct_io in [true, false] {
+        let dir = tempfile::tempdir().expect("a folder");
+        let mut config = NvmeConfig::new(dir.path(), 128 * MIB);
+        config.direct_io = direct_io;
+        let blocks = of_all_lengths();
+        let all_direct = ReadPaths {
+            direct: blocks.len() as u64,
+            ..ReadPaths::default()
+        };
+        let tier = open(&config).await;
+        store(&tier, &blocks).await;
+        for restart in [false, true] {
+            let tier = match restart {
+                false => &tier,
+                true => {
+                    tier.close().await;
+                    &open(&config).await
+                }
+            };
+            tier.look().await;
+            for block in &blocks {
+                assert!(has(tier, block).await, "{block:?}");
+            }
+            assert_eq!(tier.read_paths(), all_direct);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn positions_follow_what_makes_room_for_other_blocks() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let config = NvmeConfig::new(dir.path(), 32 * MIB);
+    let mut tier = open(&config).await;
+    let mut reads = 0;
+    // Four times the capacity, small and large blocks by turns, with a restart in the middle.
+    for round in 0..128 {
+        if round == 64 {
+            tier.close().await;
+            drop(tier);
+            tier = open(&config).await;
+            reads = 0;
+        }
+        let fresh: Vec<BlockRef> = (0..4)
+            .map(|n| {
+                block(
+                    round * 4 + n,
+                    [300 * KIB, 4 * KIB, 600 * KIB, 60 * KIB][n as usize],
+                )
+            })
+            .collect();
+        store(&tier, &fresh).await;
+        tier.look().await;
+        for block in &fresh {
+            assert!(has(&tier, block).await, "just written");
+            reads += 1;
+        }
+        // And somebody who may be gone: gone or right.
+        let older = block(round.saturating_sub(20) * 4, 300 * KIB);
+        reads += u64::from(has(&tier, &older).await);
+    }
+    let paths = tier.read_paths();
+    assert!(paths.direct * 100 >= reads * 95, "{paths:?} of {reads}");
+    let status = tier.status();
+    assert!(
+        status
+            .drops
+            .iter()
+            .all(|(reason, _)| *reason == Reason::Evicted),
+        "{status:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_position_is_a_detour() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let config = NvmeConfig::new(dir.path(), 64 * MIB);
+    for length in [64 * KIB, 512 * KIB] {
+        let tier = open(&config).await;
+        let entry_bytes = tier.geometry().entry_bytes(length as u64) as u32;
+        let number = length as u32;
+        let blocks: Vec<BlockRef> = (number..number + 8).map(|n| block(n, length)).collect();
+        store(&tier, &blocks).await;
+        tier.look().await;
+        // A page further; and the neighbour's place, where a whole record lies, only another one.
+        for (nth, shift) in [4096, entry_bytes].into_iter().enumerate() {
+            tier.misplace(shift);
+            let astray = &blocks[4 * nth..4 * nth + 4];
+            for block in astray {
+                assert!(has(&tier, block).await);
+            }
+            let paths = tier.read_paths();
+            assert_eq!(paths.strayed, 4 * (nth as u64 + 1), "{paths:?}");
+            assert_eq!(paths.direct, 0, "{paths:?}");
+        }
+        tier.close().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_removed_is_not_found_at_its_position() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let tier = open(&NvmeConfig::new(dir.path(), 64 * MIB)).await;
+    let first = block(1, 300 * KIB);
+    store(&tier, std::slice::from_ref(&first)).await;
+    tier.look().await;
+    assert!(has(&tier, &first).await);
+    tier.remove(&[*first.key()]).await.expect("noted");
+    let found = read(&tier, Resident::of(&first)).await;
+    assert!(matches!(found, Read::Gone(_)), "{found:?}");
+    // Stored again: the later copy's place, and no stale one.
+    store(&tier, std::slice::from_ref(&first)).await;
+    tier.look().await;
+    assert!(has(&tier, &first).await);
+    let paths = tier.read_paths();
+    assert_eq!((paths.direct, paths.strayed), (2, 0), "{paths:?}");
+}
