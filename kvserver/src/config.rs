@@ -247,8 +247,10 @@ settings! {
     tokens_file: PathBuf = PathBuf::new(), any();
     /// File with the secret from which hashing keys are derived, 32 bytes or more. Empty: `secret` in data_dir, made at the first start. Nodes that serve the same clients share it.
     secret_file: PathBuf = PathBuf::new(), any();
-    /// Namespaces remembered.
-    max_namespaces: usize = 4096, within(1, 1_048_576);
+    /// Namespaces remembered of one tenant.
+    max_namespaces: usize = 4096, within(1, 65_536);
+    /// Namespaces remembered of all tenants together.
+    max_namespaces_total: usize = 65_536, within(1, 1_048_576);
 
     /// Log format: "human", "json" or "off".
     log_format: LogFormat = LogFormat::Human, any();
@@ -306,6 +308,12 @@ impl Config {
             &self.nvme_queue_floor(),
         )?;
         if self.kv_reserve_percent + self.checkpoint_reserve_percent > 100 {
+        at_least(
+            "max_namespaces_total",
+            &self.max_namespaces_total,
+            "max_namespaces",
+            &self.max_namespaces,
+        )?;
             return Err(ConfigError::Value {
                 field: "checkpoint_reserve_percent",
                 value: self.checkpoint_reserve_percent.to_string(),

@@ -27,7 +27,7 @@ use crate::{
     blocks::{
         BlockLimits, Blocks, Tiers,
         mover::Mover,
-        namespaces::Namespaces,
+        namespaces::{Bounds, Namespaces},
         tenants::{Tenants, TenantsError},
     },
     clock::{Clock, SystemClock},
@@ -295,7 +295,10 @@ async fn build(config: Config, clock: Arc<dyn Clock>) -> Result<Parts, NodeError
     let namespaces = Namespaces::open(
         &config.data_dir,
         &config.secret_file,
-        config.max_namespaces,
+        Bounds {
+            per_tenant: config.max_namespaces,
+            total: config.max_namespaces_total,
+        },
         &tenants,
         &*clock,
     )

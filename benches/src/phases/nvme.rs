@@ -200,11 +200,13 @@ impl Inside {
         }
         let node = Node::start(config).await?;
         let blocks = node.blocks();
-        let opened = blocks.open_namespace(
-            OWNER.tenant,
-            &Namespace::opaque("bench", 16, RUN_BLOCKS),
-            false,
-        )?;
+        let opened = blocks
+            .open_namespace(
+                OWNER.tenant,
+                &Namespace::opaque("bench", 16, RUN_BLOCKS),
+                false,
+            )
+            .await?;
         let mut chains = HashMap::new();
         for bytes in SIZES {
             let name = |i| Chain::from_root(vec![super::inside::hash(bytes, i)]);

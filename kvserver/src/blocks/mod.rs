@@ -61,10 +61,12 @@ pub enum BlocksError {
         difference: String,
     },
     /// There are too many of something already.
-    #[error("too many {what}: the limit is {limit}")]
+    #[error("{field}: too many {what}, the limit is {limit}")]
     Overloaded {
         /// Of what.
         what: &'static str,
+        /// The field of the request, or the setting, that is the limit.
+        field: &'static str,
         /// How many are allowed.
         limit: usize,
     },
@@ -143,12 +145,13 @@ pub struct Blocks {
     pub(crate) arena: Arc<Arena>,
     pub(crate) engine: Arc<Engine>,
     pub(crate) tiers: Tiers,
-    pub(crate) mover: Arc<Mover>,
+    /// Before the mover, which keeps the folder locked: its writer ends first.
     pub(crate) namespaces: Namespaces,
     tenants: Tenants,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) limits: BlockLimits,
+    pub(crate) mover: Arc<Mover>,
     pub(crate) started: Tick,
     boot_id: BootId,
 }
@@ -231,7 +234,7 @@ impl Blocks {
     ///
     /// # Errors
     /// A wrong field, a strict caller's difference, too many namespaces.
-    pub fn open_namespace(
+    pub async fn open_namespace(
         &self,
         tenant: TenantId,
         namespace: &Namespace,

@@ -58,7 +58,9 @@ impl BlocksService for BlocksRpc {
         let caller = caller(&request);
         let asked: request::OpenNamespace = decode(request.into_inner())?;
         let blocks = &caller.shared.blocks;
-        let opened = blocks.open_namespace(caller.tenant, &asked.namespace, asked.strict);
+        let opened = blocks
+            .open_namespace(caller.tenant, &asked.namespace, asked.strict)
+            .await;
         let opened = opened.map_err(|e| status::blocks(&e))?;
         Ok(Response::new(opened.into_wire(&blocks.answer_context())))
     }
