@@ -921,6 +921,31 @@ async fn a_full_durable_store_refuses_and_evicts_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_durable_removal_that_failed_is_done_by_the_next() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let config = || DurableConfig::new(dir.path(), 8 * MIB);
+    let tier = durable(config()).await;
+    let stored = block(1, 100 * KIB);
+    assert!(tier.write(vec![stored.clone()]).await[0].is_held());
+    // A folder in the file's place cannot be unlinked.
+    let folders = fs::read_dir(dir.path().join("blocks")).expect("folders");
+    let files =
+        folders.flat_map(|folder| fs::read_dir(folder.expect("one").path()).expect("files"));
+    let path = files.map(|file| file.expect("one").path()).next();
+    let path = path.expect("the block's file");
+    let aside = dir.path().join("aside");
+    fs::rename(&path, &aside).expect("set aside");
+    fs::create_dir(&path).expect("in its place");
+    tier.remove(&[*stored.key()]).await.expect_err("no file");
+    fs::remove_dir(&path).expect("empty");
+    fs::rename(&aside, &path).expect("back");
+    tier.remove(&[*stored.key()]).await.expect("it can now");
+    tier.close().await;
+    drop(tier);
+    assert!(durable(config()).await.residents().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_damaged_durable_file_is_set_aside_and_never_read() {
     let dir = tempfile::tempdir().expect("a folder");
     let tier = durable(DurableConfig::new(dir.path(), 16 * MIB)).await;

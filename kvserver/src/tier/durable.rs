@@ -148,6 +148,8 @@ struct State {
     writing: HashMap<BlockKey, Writing>,
     /// Removals under way, counted; a new write of such a key has to wait.
     removing: HashMap<BlockKey, u32>,
+    /// Removals that failed: nobody lists these blocks, and their files may still be there.
+    unremoved: HashSet<BlockKey>,
     /// Bytes of records on disk or promised to writes under way, damaged ones included.
     used_bytes: u64,
     corrupt_files: u64,
@@ -623,7 +625,8 @@ impl Shared {
                 writing.cancelled = true;
                 writing.in_place
             });
-            if resident.is_some() || in_place || state.removing.contains_key(key) {
+            let is_left = state.unremoved.contains(key);
+            if resident.is_some() || in_place || is_left || state.removing.contains_key(key) {
                 *state.removing.entry(*key).or_default() += 1;
                 doomed.push(*key);
             }
@@ -655,6 +658,10 @@ impl Shared {
         let removed = removed.unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into()));
         let mut state = self.state.lock();
         for key in &doomed {
+            match removed.is_ok() {
+                true => state.unremoved.remove(key),
+                false => state.unremoved.insert(*key),
+            };
             if let Some(count) = state.removing.get_mut(key) {
                 *count -= 1;
                 if *count == 0 {
