@@ -42,7 +42,10 @@ enum Home {
         page: u32,
         location: Location,
     },
-    Heap,
+    /// Ordinary memory, and what is let go of together with it.
+    Heap {
+        _held: Option<Box<dyn Send + Sync>>,
+    },
 }
 
 /// A slot that its one owner may write.
@@ -83,6 +86,15 @@ impl SlotMut {
 
     /// A slot of `length` zeros in ordinary memory, aligned to a page like any other.
     pub fn heap(length: usize) -> Self {
+        Self::heap_with(length, None)
+    }
+
+    /// As [`SlotMut::heap`]; `held` is dropped with the slot, so that its owner can count what is out.
+    pub fn heap_held(length: usize, held: Box<dyn Send + Sync>) -> Self {
+        Self::heap_with(length, Some(held))
+    }
+
+    fn heap_with(length: usize, held: Option<Box<dyn Send + Sync>>) -> Self {
         let layout = heap_layout(length);
         // SAFETY: the layout is never empty.
         let base = unsafe { alloc_zeroed(layout) };
@@ -90,7 +102,7 @@ impl SlotMut {
         Self {
             base,
             length,
-            home: Home::Heap,
+            home: Home::Heap { _held: held },
         }
     }
 
@@ -119,7 +131,7 @@ impl SlotMut {
     pub fn location(&self) -> Option<Location> {
         match &self.home {
             Home::Arena { location, .. } => Some(*location),
-            Home::Heap => None,
+            Home::Heap { .. } => None,
         }
     }
 
@@ -153,8 +165,8 @@ impl Drop for SlotMut {
                 page,
                 location,
             } => arena.give_back(*page, location),
-            // SAFETY: allocated by `heap` with this very layout.
-            Home::Heap => unsafe { dealloc(self.base.as_ptr(), heap_layout(self.length)) },
+            // SAFETY: allocated by `heap_with` with this very layout.
+            Home::Heap { .. } => unsafe { dealloc(self.base.as_ptr(), heap_layout(self.length)) },
         }
     }
 }

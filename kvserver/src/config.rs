@@ -170,6 +170,8 @@ settings! {
     nvme_queue_bytes: u64 = 256 * MIB, within(MIB, 64 * GIB);
     /// Reads of NVMe in flight at once.
     nvme_reads: usize = 32, within(1, 1024);
+    /// Reads from below RAM that gets without a lease may wait for; more are answered overloaded.
+    nvme_waiting_reads: usize = 4096, within(1, 1_048_576);
 
     /// Eviction policy: "best" or the name of one (see `kvctl replay`).
     policy: String = "best".to_owned(), non_empty();
@@ -201,6 +203,8 @@ settings! {
     lease_percent: u32 = 50, within(1, 50);
     /// Share of ram_bytes that the leases of one owner may pin, percent.
     lease_owner_percent: u32 = 25, within(1, 50);
+    /// Bytes outside ram_bytes that blocks under a lease may take while they find no slot; further ones wait.
+    lease_overflow_bytes: u64 = 256 * MIB, within(0, 64 * GIB);
     /// Leases at once.
     max_leases: usize = 65_536, within(1, 16_777_216);
 
@@ -212,6 +216,9 @@ settings! {
     watch_max_lifetime: Duration = Duration::from_secs(3600), within(Duration::from_millis(1), Duration::from_secs(604_800));
     /// Time that running calls and queued writes have to finish after a request to stop.
     shutdown_deadline: Duration = Duration::from_secs(10), within(Duration::from_millis(1), Duration::from_secs(3600));
+
+    /// At an orderly stop, write what is only in RAM to NVMe, most valuable first, as far as shutdown_deadline and the wear budget allow; nvme_admission does not bind then.
+    shutdown_save: bool = true, any();
 
     /// Connections at once, TCP and Unix together; more wait to be accepted.
     max_connections: usize = 1024, within(1, 1_000_000);
@@ -302,18 +309,18 @@ impl Config {
             &self.stream_window_bytes,
         )?;
         at_least(
+            "max_namespaces_total",
+            &self.max_namespaces_total,
+            "max_namespaces",
+            &self.max_namespaces,
+        )?;
+        at_least(
             "nvme_queue_bytes",
             &self.nvme_queue_bytes,
             "max_block_bytes",
             &self.nvme_queue_floor(),
         )?;
         if self.kv_reserve_percent + self.checkpoint_reserve_percent > 100 {
-        at_least(
-            "max_namespaces_total",
-            &self.max_namespaces_total,
-            "max_namespaces",
-            &self.max_namespaces,
-        )?;
             return Err(ConfigError::Value {
                 field: "checkpoint_reserve_percent",
                 value: self.checkpoint_reserve_percent.to_string(),

@@ -75,7 +75,7 @@ async fn until_stopped(
     asked_to_stop(&mut stops).await;
     tracing::info!(?deadline, "stopping; once more stops at once");
     tokio::select! {
-        () = node.shutdown(deadline) => Ok(ExitCode::SUCCESS),
+        _ = node.shutdown(deadline) => Ok(ExitCode::SUCCESS),
         () = asked_to_stop(&mut stops) => Ok(ExitCode::from(STOPPED_AT_ONCE)),
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! start     data folder locked ─► arena ─► engine ─► tiers (their blocks join the index) ─► mover ─► rpc, console
-//! shutdown  calls refused, running ones finish ─► mover's work finishes ─► tiers close ─► console
+//! shutdown  calls refused, running ones finish ─► mover's work finishes ─► RAM-only blocks saved ─► tiers close ─► console
 //! ```
 //!
 //! Background work has a runtime of its own and calls have threads of their own, so a node can be started
@@ -20,13 +20,13 @@ use std::{
 };
 
 use kvgpu::{Arena, ArenaConfig, ArenaError, HugePages};
-use kvproto::{BootId, Kind, TierKind};
+use kvproto::{BootId, Kind, Reason, TierKind};
 use tokio::runtime::{Handle, Runtime};
 
 use crate::{
     blocks::{
         BlockLimits, Blocks, Tiers,
-        mover::Mover,
+        mover::{Mover, ReadLimits, Saved},
         namespaces::{Bounds, Namespaces},
         tenants::{Tenants, TenantsError},
     },
@@ -132,12 +132,24 @@ impl Node {
     /// # Errors
     /// [`NodeError`] says what is wrong and what to do next.
     pub async fn start(config: Config) -> Result<Self, NodeError> {
+        Self::start_around(config, |tier, _| tier).await
+    }
+
+    /// As [`Node::start`], with every tier handed through `around` once it is open: how a node is tested against
+    /// disks that fail ([`FaultyTier`](crate::tier::FaultyTier)).
+    ///
+    /// # Errors
+    /// As [`Node::start`].
+    pub async fn start_around(
+        config: Config,
+        around: impl Fn(Arc<dyn Tier>, &Arc<dyn Clock>) -> Arc<dyn Tier> + Send + 'static,
+    ) -> Result<Self, NodeError> {
         config.validate()?;
         let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
         let background = Background::new().map_err(NodeError::Runtime)?;
         let building = background
             .handle()
-            .spawn(build(config.clone(), Arc::clone(&clock)));
+            .spawn(build(config.clone(), Arc::clone(&clock), around));
         let parts = match building.await {
             Ok(parts) => parts?,
             Err(failed) => std::panic::resume_unwind(failed.into_panic()),
@@ -199,15 +211,16 @@ impl Node {
         self.http_address
     }
 
-    /// Refuses new calls, lets the running ones and queued writes finish, closes the tiers. What is not
-    /// done after `deadline` is cut.
-    pub async fn shutdown(mut self, deadline: Duration) {
+    /// Refuses new calls, lets the running ones and queued writes finish, writes what is only in RAM to NVMe as far
+    /// as time and wear allow, closes the tiers. What is not done after `deadline` is cut. Answers what was kept.
+    pub async fn shutdown(mut self, deadline: Duration) -> Saved {
         let (rpc, console) = (self.rpc.take(), self.console.take());
         let (mover, clock, tiers) = (
             Arc::clone(&self.mover),
             Arc::clone(&self.clock),
             self.blocks.tiers.clone(),
         );
+        let saves = self.config.shutdown_save && tiers.nvme.is_some();
         let draining = self.background.handle().spawn(async move {
             let started = clock.now();
             if let Some(console) = &console {
@@ -216,24 +229,55 @@ impl Node {
             if let Some(rpc) = rpc {
                 rpc.shutdown(deadline).await;
             }
-            let left = deadline.saturating_sub(clock.now().since(started)).max(LAST_MOMENT);
+            let left = deadline
+                .saturating_sub(clock.now().since(started))
+                .max(LAST_MOMENT);
+            let until = clock.now().after(left.saturating_sub(LAST_MOMENT));
             let closing = async {
                 mover.stop().await;
+                let saved = match saves {
+                    true => mover.save(until).await,
+                    false => Saved::default(),
+                };
                 for tier in tiers.iter() {
                     tier.close().await;
                 }
+                saved
             };
-            tokio::select! {
-                () = closing => {}
-                () = clock.sleep(left) => tracing::warn!("tiers were not closed in time; what was queued is lost"),
+            let saved = tokio::select! {
+                saved = closing => saved,
+                () = clock.sleep(left) => {
+                    tracing::warn!("tiers were not closed in time; what was queued is lost");
+                    Saved::default()
+                }
+            };
+            if saves {
+                let Saved {
+                    kept_blocks,
+                    kept_bytes,
+                    left_blocks,
+                    left_bytes,
+                    why,
+                } = saved;
+                let why = why.map_or("", Reason::as_str);
+                tracing::info!(
+                    kept_blocks,
+                    kept_bytes,
+                    left_blocks,
+                    left_bytes,
+                    why,
+                    "what was only in RAM is on NVMe, or left behind"
+                );
             }
             if let Some(console) = console {
                 console.stop().await;
             }
+            saved
         });
-        if draining.await.is_err() {
+        draining.await.unwrap_or_else(|_| {
             tracing::error!("draining failed");
-        }
+            Saved::default()
+        })
     }
 }
 
@@ -249,7 +293,11 @@ impl Drop for Node {
 /// Tiers get this long to close even when the calls have used up the deadline.
 const LAST_MOMENT: Duration = Duration::from_millis(500);
 
-async fn build(config: Config, clock: Arc<dyn Clock>) -> Result<Parts, NodeError> {
+async fn build(
+    config: Config,
+    clock: Arc<dyn Clock>,
+    around: impl Fn(Arc<dyn Tier>, &Arc<dyn Clock>) -> Arc<dyn Tier> + Send,
+) -> Result<Parts, NodeError> {
     let data_dir = DataDir::open(&config.data_dir)?;
     let chosen = choose(&config);
     chosen
@@ -281,14 +329,19 @@ async fn build(config: Config, clock: Arc<dyn Clock>) -> Result<Parts, NodeError
         Arc::clone(&clock),
     )?;
     let metrics = Metrics::new();
-    let tiers = open_tiers(&config, &chosen, &engine, &clock).await;
+    let mut tiers = open_tiers(&config, &chosen, &engine, &clock).await;
+    tiers.nvme = tiers.nvme.map(|tier| around(tier, &clock));
+    tiers.durable = tiers.durable.map(|tier| around(tier, &clock));
     let mover = Mover::start(
         Arc::clone(&engine),
         tiers.clone(),
         Arc::clone(&clock),
         Arc::clone(&metrics),
         Handle::current(),
-        config.nvme_reads,
+        ReadLimits {
+            reads: config.nvme_reads,
+            waiting: config.nvme_waiting_reads,
+        },
         data_dir,
     );
     let tenants = Tenants::load(&config.tokens_file)?;
@@ -366,6 +419,7 @@ fn engine_config(config: &Config, chosen: &Chosen) -> EngineConfig {
         lease_max_ttl_ms: millis(config.lease_max_ttl),
         lease_bytes_total: share(config.lease_percent),
         lease_bytes_per_owner: share(config.lease_owner_percent),
+        overflow_bytes: config.lease_overflow_bytes,
         max_leases: config.max_leases,
         event_ring: config.watch_queue_events,
         demotion: match config.nvme_admission {
@@ -446,7 +500,7 @@ pub(crate) struct DataDir {
 }
 
 impl DataDir {
-    fn open(path: &Path) -> Result<Self, NodeError> {
+    pub(crate) fn open(path: &Path) -> Result<Self, NodeError> {
         let refuse = |source| NodeError::DataDir {
             path: path.to_owned(),
             source,

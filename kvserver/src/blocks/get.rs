@@ -29,7 +29,7 @@ use super::{
     mover::{Reading, Urgency},
 };
 use crate::{
-    engine::{Below, Owner, Whereabouts},
+    engine::{Below, Cover, Owner, Whereabouts},
     telemetry::metrics::GetTally,
     tier::BlockRef,
 };
@@ -61,6 +61,8 @@ pub struct GetPlan {
     chain: Chain,
     parts: Vec<Part>,
     lease: Option<(LeaseId, Owner)>,
+    /// What the lease holds, once a block below RAM made it matter.
+    cover: Option<Cover>,
     /// The next block to ask the engine about.
     ask: usize,
     /// The next block to hand out.
@@ -70,9 +72,17 @@ pub struct GetPlan {
     tally: GetTally,
 }
 
+#[expect(
+    clippy::large_enum_variant,
+    reason = "at most READ_AHEAD_BLOCKS of them, and a read is the rule where there are many"
+)]
 enum Waiting {
     Ready(Found),
-    Reading { below: Below, reading: Reading },
+    Reading {
+        below: Below,
+        reading: Reading,
+        is_leased: bool,
+    },
 }
 
 impl Blocks {
@@ -103,6 +113,7 @@ impl Blocks {
             chain,
             parts,
             lease: lease.map(|id| (id, owner)),
+            cover: None,
             ask: 0,
             answer: 0,
             window: VecDeque::new(),
@@ -129,11 +140,16 @@ impl GetPlan {
             let Some(first) = self.window.front_mut() else {
                 continue;
             };
-            if let Waiting::Reading { below, reading } = first {
+            if let Waiting::Reading {
+                below,
+                reading,
+                is_leased,
+            } = first
+            {
                 let Poll::Ready(landed) = reading.poll_unpin(cx) else {
                     return Poll::Pending;
                 };
-                let below = *below;
+                let (below, is_leased) = (*below, *is_leased);
                 self.reading_bytes = self
                     .reading_bytes
                     .saturating_sub(below.resident.length_bytes);
@@ -143,10 +159,13 @@ impl GetPlan {
                         tier: below.tier,
                     }),
                     // Joined a read that was not leased, and that found no slot: read again under the lease.
-                    Err(Reason::NoSlot | Reason::Overloaded) if self.lease.is_some() => {
+                    Err(Reason::NoSlot | Reason::Overloaded) if is_leased => {
                         self.reading_bytes += below.resident.length_bytes;
-                        let reading = self.blocks.mover.read(below, Urgency::Leased);
-                        Waiting::Reading { below, reading }
+                        Waiting::Reading {
+                            below,
+                            reading: self.blocks.mover.read(below, Urgency::Leased),
+                            is_leased,
+                        }
                     }
                     Err(reason) => Waiting::Ready(Found::Gone(GetOutcome::from_reason(reason))),
                 };
@@ -199,18 +218,31 @@ impl GetPlan {
                 Waiting::Ready(Found::Gone(GetOutcome::from_reason(reason)))
             }
             Whereabouts::Below(below) => {
-                // A lease speaks for the blocks it holds, not for all that its owner asks for.
-                let urgency = if self.lease.is_some() && self.blocks.engine.is_pinned(&key) {
-                    Urgency::Leased
-                } else {
-                    Urgency::Asked
+                let is_leased = self.is_leased(&key);
+                let urgency = match is_leased {
+                    true => Urgency::Leased,
+                    false => Urgency::Asked,
                 };
                 self.reading_bytes += below.resident.length_bytes;
-                let reading = self.blocks.mover.read(below, urgency);
-                Waiting::Reading { below, reading }
+                Waiting::Reading {
+                    below,
+                    reading: self.blocks.mover.read(below, urgency),
+                    is_leased,
+                }
             }
         };
         self.window.push_back(waiting);
         true
+    }
+
+    /// A lease speaks for the blocks it holds, not for all that its owner asks for, nor for what others hold.
+    fn is_leased(&mut self, key: &BlockKey) -> bool {
+        let Some((id, owner)) = self.lease else {
+            return false;
+        };
+        if self.cover.is_none() {
+            self.cover = self.blocks.engine.cover(id, owner);
+        }
+        self.cover.as_ref().is_some_and(|cover| cover.contains(key))
     }
 }

@@ -74,10 +74,14 @@ pub enum BlocksError {
     #[error("cannot write the registry of namespaces: {0}")]
     Registry(std::io::Error),
     /// A tier could not be told to forget; blocks may come back after a restart.
-    #[error("the {tier} tier could not record the invalidation, call again: {source}")]
+    #[error(
+        "the {tier} tier could not record the invalidation of {owed} blocks yet; it is tried again in the background, call again to wait for it: {source}"
+    )]
     NotForgotten {
         /// Which.
         tier: TierKind,
+        /// Blocks it should have forgotten for good and may still have, this call's and earlier ones'.
+        owed: usize,
         /// Why.
         source: std::io::Error,
     },
@@ -147,11 +151,11 @@ pub struct Blocks {
     pub(crate) tiers: Tiers,
     /// Before the mover, which keeps the folder locked: its writer ends first.
     pub(crate) namespaces: Namespaces,
+    pub(crate) mover: Arc<Mover>,
     tenants: Tenants,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) limits: BlockLimits,
-    pub(crate) mover: Arc<Mover>,
     pub(crate) started: Tick,
     boot_id: BootId,
 }
@@ -243,7 +247,8 @@ impl Blocks {
         let name = self.tenants.name(tenant);
         let opened = self
             .namespaces
-            .open_namespace(tenant, name, namespace, strict)?;
+            .open_namespace(tenant, name, namespace, strict)
+            .await?;
         Ok(OpenedNamespace {
             id: opened.id,
             key: opened.key,

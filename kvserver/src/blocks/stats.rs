@@ -24,6 +24,7 @@ impl Blocks {
             },
             queued_bytes: 0,
             written_today_bytes: 0,
+            owed_removals: 0,
             drops: Vec::new(),
         };
         let below = self.tiers.iter().map(|tier| {
@@ -37,6 +38,7 @@ impl Blocks {
                 note: status.note,
                 queued_bytes: status.queued_bytes,
                 written_today_bytes: status.written_bytes_today,
+                owed_removals: self.mover.owed_by(tier.kind()) as u64,
                 drops: status.drops,
             }
         });
@@ -49,6 +51,7 @@ impl Blocks {
             note: why.clone(),
             queued_bytes: 0,
             written_today_bytes: 0,
+            owed_removals: 0,
             drops: Vec::new(),
         });
         let removed = Reason::ALL
@@ -72,6 +75,7 @@ impl Blocks {
             ],
             leases: engine.leases,
             leased_bytes: engine.leased_bytes,
+            lease_overflow_bytes: engine.overflow_bytes,
             namespaces: self.namespaces.len() as u64,
             removed: removed.filter(|(_, count)| *count > 0).collect(),
             policy: engine.policy.to_owned(),

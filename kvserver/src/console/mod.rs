@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! GET /          the figures that matter, with links     GET /healthz   200 while the process answers
-//! GET /metrics   Prometheus text                         GET /readyz    200 while the node takes calls, else 503
+//! GET /metrics   Prometheus text                         GET /readyz    200 while the node takes calls, else 503;
+//!                                                                a line for every tier out of service
 //! ```
 
 use std::{
@@ -115,9 +116,18 @@ async fn metrics(State(shown): State<Shown>) -> impl IntoResponse {
 
 async fn readyz(State(shown): State<Shown>) -> impl IntoResponse {
     match shown.ready.load(Ordering::Relaxed) {
-        true => (StatusCode::OK, "ready\n"),
-        false => (StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
+        true => (StatusCode::OK, readiness(&shown.blocks.snapshot())),
+        false => (StatusCode::SERVICE_UNAVAILABLE, "draining\n".to_owned()),
     }
+}
+
+/// A node without one of its tiers takes calls and is ready; who asks is told what it lacks.
+fn readiness(snapshot: &Snapshot) -> String {
+    let mut text = "ready\n".to_owned();
+    for tier in snapshot.tiers.iter().filter(|tier| !tier.in_service) {
+        let _ = writeln!(text, "without {}: {}", tier.kind, tier.note);
+    }
+    text
 }
 
 async fn page(State(shown): State<Shown>) -> Html<String> {

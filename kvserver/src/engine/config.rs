@@ -40,6 +40,8 @@ pub struct EngineConfig {
     pub lease_bytes_total: u64,
     /// Bytes that one owner's leases may cover.
     pub lease_bytes_per_owner: u64,
+    /// Ordinary memory that leased blocks may take while they find no slot, bytes; default 256 MiB.
+    pub overflow_bytes: u64,
     /// Leases at a time; default 65,536.
     pub max_leases: usize,
     /// Losses remembered to answer why a block is gone; default 65,536.
@@ -71,6 +73,7 @@ impl EngineConfig {
             lease_max_ttl_ms: 600_000,
             lease_bytes_total: capacity_bytes / 2,
             lease_bytes_per_owner: capacity_bytes / 4,
+            overflow_bytes: 256 << 20,
             max_leases: 65_536,
             losses: 65_536,
             event_ring: 4_096,

@@ -67,6 +67,32 @@ impl Covered {
     }
 }
 
+/// The blocks that one lease holds, for whoever reads under it.
+#[derive(Clone, Debug)]
+pub struct Cover {
+    namespace: NamespaceId,
+    hashes: HashSet<SequenceHash>,
+    parts: Box<[Part]>,
+}
+
+impl Cover {
+    pub(super) fn new(covered: &Covered) -> Self {
+        Self {
+            namespace: covered.namespace,
+            hashes: covered.hashes.iter().copied().collect(),
+            parts: covered.parts.clone(),
+        }
+    }
+
+    /// Whether the lease speaks for this block.
+    #[must_use]
+    pub fn contains(&self, key: &BlockKey) -> bool {
+        self.namespace == key.namespace
+            && self.parts.contains(&key.part)
+            && self.hashes.contains(&key.hash)
+    }
+}
+
 /// A lease to be.
 pub(super) struct Request {
     pub(super) owner: Owner,
@@ -211,6 +237,12 @@ impl LeaseTable {
         self.leases
             .get(&id)
             .is_some_and(|lease| lease.owner == *owner && lease.deadline > now)
+    }
+
+    /// What a living lease of this owner covers.
+    pub(super) fn covered(&self, id: LeaseId, owner: &Owner, now: Tick) -> Option<Covered> {
+        self.is_alive(id, owner, now)
+            .then(|| self.leases[&id].covered.clone())
     }
 
     /// Whether anybody has this id.

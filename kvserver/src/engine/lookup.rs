@@ -17,7 +17,7 @@ use kvproto::{BlockKey, Chain, Kind, LeaseId, NamespaceId, Part, Reason, TierKin
 use super::{
     Engine,
     budget::{slot_bytes, slot_of},
-    lease::{Covered, LeaseGrant, Owner, Request},
+    lease::{Cover, Covered, LeaseGrant, Owner, Request},
     policy::BlockId,
 };
 use crate::{
@@ -432,6 +432,13 @@ impl Engine {
         let ttl = self.lease_ttl(ttl_ms);
         let renewed = self.leases.lock().renew(id, &owner, self.clock.now(), ttl);
         renewed.then(|| super::lease::millis(ttl))
+    }
+
+    /// The blocks that a living lease of this owner holds; the lease of another, or a dead one, holds none.
+    #[must_use]
+    pub fn cover(&self, id: LeaseId, owner: Owner) -> Option<Cover> {
+        let covered = self.leases.lock().covered(id, &owner, self.clock.now())?;
+        Some(Cover::new(&covered))
     }
 
     /// Gives a lease back; false when it was gone already or is not this owner's.

@@ -9,9 +9,11 @@
 //! Whoever writes a block to a tier keeps its `BlockRef` until it has called `stored`: RAM does not evict what
 //! somebody reads, so the entry is still there unless it was invalidated.
 
+use std::{cmp::Reverse, collections::HashMap};
+
 use kvproto::{BlockKey, Kind, Reason, TierKind};
 
-use super::{Change, Demotion, Engine, TierSet, index::Entry};
+use super::{Change, Demotion, Engine, TierSet, index::Entry, policy::BlockId};
 use crate::tier::{BlockRef, ReclaimGuard, Resident};
 
 /// Blocks that one call looks at: the coldest that are all below already need no second copy.
@@ -43,6 +45,37 @@ impl Engine {
         chosen
     }
 
+    /// Every block that is in RAM alone, most valuable first: what a policy parks out of danger (heads of chains),
+    /// then its own order from the warm end, each after those of its chain that it is nothing without. KV blocks
+    /// before checkpoint chunks, which the origin has.
+    #[must_use]
+    pub fn only_in_ram(&self) -> Vec<BlockRef> {
+        let ram = self.ram.lock();
+        let mut chosen = Vec::new();
+        for kind in Kind::ALL {
+            let policy = ram.policy(*kind);
+            let mut ids = Vec::with_capacity(policy.len());
+            policy.coldest(policy.len(), &mut ids);
+            let rank: HashMap<BlockId, usize> =
+                ids.iter().enumerate().map(|(n, id)| (*id, n)).collect();
+            let mut blocks: Vec<(usize, &BlockRef)> = ram
+                .blocks()
+                .filter(|(_, block)| self.is_only_in_ram(block, *kind))
+                .map(|(id, block)| (rank.get(&id).copied().unwrap_or(usize::MAX), block))
+                .collect();
+            blocks.sort_by_key(|(rank, block)| (Reverse(*rank), block.place().index));
+            chosen.extend(heads_first(blocks.into_iter().map(|(_, block)| block)));
+        }
+        chosen
+    }
+
+    fn is_only_in_ram(&self, block: &BlockRef, kind: Kind) -> bool {
+        let shard = self.index.shard(block.key());
+        shard.get(block.key()).is_some_and(|entry| {
+            entry.kind == kind && entry.ram.is_some() && entry.below.is_empty()
+        })
+    }
+
     fn should_demote(&self, block: &BlockRef) -> bool {
         let shard = self.index.shard(block.key());
         shard.get(block.key()).is_some_and(|entry| {
@@ -61,6 +94,15 @@ impl Engine {
             .shard(key)
             .get(key)
             .is_some_and(Entry::is_present)
+    }
+
+    /// Whether that tier below RAM has the block, as far as the index knows.
+    #[must_use]
+    pub fn is_held(&self, key: &BlockKey, tier: TierKind) -> bool {
+        self.index
+            .shard(key)
+            .get(key)
+            .is_some_and(|entry| entry.below.contains(tier))
     }
 
     /// Whether any lease holds the block.
@@ -128,6 +170,30 @@ impl Engine {
             }
         }
     }
+}
+
+/// The same blocks, each right behind those of its ancestors that have not come yet.
+fn heads_first<'a>(blocks: impl Iterator<Item = &'a BlockRef>) -> Vec<BlockRef> {
+    let blocks: Vec<&BlockRef> = blocks.collect();
+    let mut waiting: HashMap<&BlockKey, &BlockRef> =
+        blocks.iter().map(|block| (block.key(), *block)).collect();
+    let mut ordered = Vec::with_capacity(blocks.len());
+    let mut path = Vec::new();
+    for block in blocks {
+        let mut next = waiting.remove(block.key());
+        while let Some(block) = next {
+            path.push(block);
+            next = block.place().parent.and_then(|hash| {
+                let parent = BlockKey {
+                    hash,
+                    ..*block.key()
+                };
+                waiting.remove(&parent)
+            });
+        }
+        ordered.extend(path.drain(..).rev().cloned());
+    }
+    ordered
 }
 
 impl ReclaimGuard for Engine {

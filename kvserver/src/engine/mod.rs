@@ -31,6 +31,7 @@ mod lease;
 mod lookup;
 mod losses;
 mod lower;
+mod overflow;
 pub mod policy;
 mod ram;
 pub mod recorder;
@@ -55,7 +56,7 @@ pub use config::{Demotion, EngineConfig, EngineConfigError};
 pub use events::{BlockEvent, Change};
 pub use index::TierSet;
 pub use invalidate::{Invalidated, Target};
-pub use lease::{LeaseGrant, Owner, TenantId};
+pub use lease::{Cover, LeaseGrant, Owner, TenantId};
 pub use lookup::{Below, LeaseAsk, LookupAnswer, LookupQuery, Whereabouts};
 pub use stats::{EngineStats, KindStats, Tally};
 
@@ -65,6 +66,7 @@ use self::{
     fence::Fences,
     index::{Entry, InRam, Index, Shard},
     lease::{LeaseTable, Limits},
+    overflow::Overflow,
     policy::{BlockId, BlockMeta, EvictionPolicy},
     ram::Ram,
     stats::Counts,
@@ -153,6 +155,7 @@ pub struct Engine {
     budget: Arc<Budget>,
     fences: Fences,
     events: Events,
+    overflow: Overflow,
     /// Bytes pinned by leases, each block once. Changed under the block's shard lock.
     pinned_bytes: AtomicU64,
     twins: AtomicU64,
@@ -186,6 +189,7 @@ impl Engine {
             budget: Budget::new(config.capacity_bytes, config.kv, config.checkpoint),
             fences: Fences::new(seed),
             events: Events::new(config.event_ring),
+            overflow: Overflow::new(config.overflow_bytes),
             pinned_bytes: AtomicU64::new(0),
             twins: AtomicU64::new(0),
             lookups: Counts::default(),
@@ -234,8 +238,8 @@ impl Engine {
         }
     }
 
-    /// A slot for a block on its way up from a lower tier. For a leased block this never fails: under pressure
-    /// it is ordinary memory, and the block is handed on without staying in RAM.
+    /// A slot for a block on its way up from a lower tier. For a leased block this fails only while too much of
+    /// it is out: under pressure it is ordinary memory, and the block is handed on without staying in RAM.
     pub fn landing(&self, length_bytes: u64, kind: Kind, leased: bool) -> Option<Landing> {
         let began = self.fences.now();
         match self.room(kind, length_bytes) {
@@ -248,7 +252,9 @@ impl Engine {
                 },
             }),
             Err(_) if leased => {
-                let slot = SlotMut::heap(usize::try_from(length_bytes).ok()?);
+                let outside = self.overflow.take(slot_bytes(length_bytes))?;
+                let length = usize::try_from(length_bytes).ok()?;
+                let slot = SlotMut::heap_held(length, Box::new(outside));
                 Some(Landing {
                     slot,
                     ticket: Ticket {
@@ -429,6 +435,7 @@ impl Engine {
             capacity_bytes: self.config.capacity_bytes,
             leases,
             leased_bytes: self.pinned_bytes.load(Ordering::Relaxed),
+            overflow_bytes: self.overflow.out_bytes(),
             twins: self.twins.load(Ordering::Relaxed),
             events: self.events.sequence(),
             policy: ram.policy(Kind::Kv).name(),

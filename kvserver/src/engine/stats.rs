@@ -94,6 +94,8 @@ pub struct EngineStats {
     pub leases: u64,
     /// Bytes pinned by leases, each block once.
     pub leased_bytes: u64,
+    /// Bytes of leased blocks that found no slot and lie in ordinary memory.
+    pub overflow_bytes: u64,
     /// Blocks written that were there already.
     pub twins: u64,
     /// Events since the engine was made.

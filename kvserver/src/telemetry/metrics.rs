@@ -73,9 +73,11 @@ pub struct Metrics {
     tier_queued: IntGaugeVec,
     tier_written_today: IntGaugeVec,
     tier_drops: IntGaugeVec,
+    tier_owed_removals: IntGaugeVec,
     arena: IntGaugeVec,
     leases: IntGauge,
     leased_bytes: IntGauge,
+    lease_overflow_bytes: IntGauge,
     namespaces: IntGauge,
 }
 
@@ -202,6 +204,11 @@ impl Metrics {
                 "Blocks a tier refused or dropped since start.",
                 &["tier", "reason"],
             ),
+            tier_owed_removals: r.gauges(
+                names::TIER_OWED_REMOVALS,
+                "Invalidated blocks that a tier could not yet record as gone.",
+                &["tier"],
+            ),
             arena: r.gauges(
                 names::ARENA_BYTES,
                 "Bytes of the arena by state.",
@@ -209,6 +216,10 @@ impl Metrics {
             ),
             leases: r.gauge(names::LEASES, "Leases held."),
             leased_bytes: r.gauge(names::LEASED_BYTES, "Bytes that leases pin."),
+            lease_overflow_bytes: r.gauge(
+                names::LEASE_OVERFLOW_BYTES,
+                "Bytes of leased blocks in ordinary memory for want of a slot.",
+            ),
             namespaces: r.gauge(names::NAMESPACES, "Namespaces known."),
             registry,
             scraping: parking_lot::Mutex::new(()),

@@ -32,9 +32,11 @@ pub const NAMES: &[&str] = &[
     TIER_QUEUED_BYTES,
     TIER_WRITTEN_TODAY_BYTES,
     TIER_DROPS,
+    TIER_OWED_REMOVALS,
     ARENA_BYTES,
     LEASES,
     LEASED_BYTES,
+    LEASE_OVERFLOW_BYTES,
     NAMESPACES,
 ];
 /// Always 1; the version is the label.
@@ -93,11 +95,15 @@ pub const TIER_QUEUED_BYTES: &str = "terrace_tier_queued_bytes";
 pub const TIER_WRITTEN_TODAY_BYTES: &str = "terrace_tier_written_today_bytes";
 /// Blocks a tier refused or dropped, by reason, as the tier counts them.
 pub const TIER_DROPS: &str = "terrace_tier_dropped_blocks";
+/// Blocks that were invalidated and that a tier could not yet record as gone.
+pub const TIER_OWED_REMOVALS: &str = "terrace_tier_owed_removals";
 /// Bytes of the arena by state: capacity, ready, used (rounded to slots), requested, largest free.
 pub const ARENA_BYTES: &str = "terrace_arena_bytes";
 /// Leases held.
 pub const LEASES: &str = "terrace_leases";
 /// Bytes that leases pin.
 pub const LEASED_BYTES: &str = "terrace_leased_bytes";
+/// Bytes of leased blocks that found no slot and lie in ordinary memory.
+pub const LEASE_OVERFLOW_BYTES: &str = "terrace_lease_overflow_bytes";
 /// Namespaces known.
 pub const NAMESPACES: &str = "terrace_namespaces";

@@ -24,6 +24,8 @@ pub struct TierFigures {
     pub queued_bytes: u64,
     /// Bytes written since midnight UTC.
     pub written_today_bytes: u64,
+    /// Invalidated blocks that it could not yet record as gone.
+    pub owed_removals: u64,
     /// What it refused or dropped.
     pub drops: Vec<(Reason, u64)>,
 }
@@ -41,6 +43,8 @@ pub struct Snapshot {
     pub leases: u64,
     /// Bytes that they pin.
     pub leased_bytes: u64,
+    /// Bytes of leased blocks that lie in ordinary memory.
+    pub lease_overflow_bytes: u64,
     /// Namespaces known.
     pub namespaces: u64,
     /// Blocks that left a tier since start.
@@ -89,6 +93,9 @@ impl Metrics {
             self.tier_written_today
                 .with_label_values(&label)
                 .set(signed(tier.written_today_bytes));
+            self.tier_owed_removals
+                .with_label_values(&label)
+                .set(signed(tier.owed_removals));
             for (reason, count) in &tier.drops {
                 self.tier_drops
                     .with_label_values(&[tier.kind.as_str(), reason.as_str()])
@@ -104,6 +111,8 @@ impl Metrics {
         }
         self.leases.set(signed(snapshot.leases));
         self.leased_bytes.set(signed(snapshot.leased_bytes));
+        self.lease_overflow_bytes
+            .set(signed(snapshot.lease_overflow_bytes));
         self.namespaces.set(signed(snapshot.namespaces));
     }
 }
