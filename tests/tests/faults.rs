@@ -5,7 +5,6 @@ use std::{
     net::{SocketAddr, TcpStream},
     path::Path,
     sync::{Arc, OnceLock},
-    time::Duration,
 };
 
 use bytes::Bytes;
@@ -21,7 +20,7 @@ use kvserver::{
 };
 use kvtests::{
     node::{Stock, filled, small},
-    patience::eventually,
+    patience::{HANG, eventually},
 };
 use tempfile::TempDir;
 use tonic::Code;
@@ -59,7 +58,7 @@ impl Frail {
     }
 
     async fn stop(self) -> Saved {
-        self.node.shutdown(Duration::from_secs(10)).await
+        self.node.shutdown(HANG).await
     }
 
     fn page(&self, path: &str) -> String {

@@ -8,8 +8,10 @@
 //!
 //! Units: GiB/s of payload; CPU seconds per GiB of payload, user and system; microseconds per call.
 //! Every get verifies its checksums. One block per call, in a namespace of its own that is forgotten after.
+//! Ctrl-C ends it early: whole cells are printed, the namespace is forgotten all the same, the exit code is 130.
 
 use std::{
+    process::ExitCode,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -20,10 +22,17 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use bytes::Bytes;
 use bytesize::ByteSize;
+use indicatif::ProgressBar;
 use kvclient::{Chain, Client, NamespaceHandle, PutBlock, PutOptions, Target, clock::Clock};
 use serde::Serialize;
+use tokio::task::JoinSet;
 
 use crate::context::{Context, Unit, size, table};
+
+/// Where the blocks are put.
+const NAMESPACE: &str = "kvctl bench";
+/// What a shell expects of a program that was interrupted: 128 and SIGINT's number.
+const INTERRUPTED: u8 = 130;
 
 /// Blocks put in one call while filling.
 const FILL_BYTES: usize = 16 << 20;
@@ -93,7 +102,7 @@ struct Row {
     verified: bool,
 }
 
-pub(crate) async fn run(context: &Context, args: Args) -> Result<()> {
+pub(crate) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
     ensure!(
         args.concurrency
             .iter()
@@ -106,11 +115,33 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<()> {
     let bar = context.progress(cells as u64, "measuring", Unit::Count);
     bar.tick();
     let mut rows = Vec::with_capacity(cells);
+    let code = tokio::select! {
+        measured = measure(context, &args, &bar, &mut rows) => {
+            measured?;
+            ExitCode::SUCCESS
+        }
+        asked = tokio::signal::ctrl_c() => {
+            asked.context("cannot listen for Ctrl-C")?;
+            forget(context, &args).await;
+            ExitCode::from(INTERRUPTED)
+        }
+    };
+    bar.finish_and_clear();
+    context.print(&Report { rows }, |report| text(&report.rows))?;
+    Ok(code)
+}
+
+async fn measure(
+    context: &Context,
+    args: &Args,
+    bar: &ProgressBar,
+    rows: &mut Vec<Row>,
+) -> Result<()> {
     for &transport in &args.transports {
-        let endpoint = endpoint(context, &args, transport);
+        let endpoint = endpoint(context, args, transport);
         let most = args.concurrency.iter().copied().max().unwrap_or(1);
         let client = context.builder(&endpoint).lanes(most).connect().await?;
-        let namespace = context.open(&client, "kvctl bench").await?;
+        let namespace = context.open(&client, NAMESPACE).await?;
         for &bytes in &args.sizes {
             let load = Arc::new(Load::fill(&client, &namespace, bytes, args.working_set).await?);
             for &reads in &args.reads {
@@ -132,8 +163,20 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<()> {
             client.invalidate(&namespace, Target::All).await?;
         }
     }
-    bar.finish_and_clear();
-    context.print(&Report { rows }, |report| text(&report.rows))
+    Ok(())
+}
+
+/// Gives the node its memory back after an interrupted run. What it cannot is not worth an error: the node
+/// evicts what nobody asks for.
+async fn forget(context: &Context, args: &Args) {
+    for &transport in &args.transports {
+        let endpoint = endpoint(context, args, transport);
+        if let Ok(client) = context.builder(&endpoint).connect().await
+            && let Ok(namespace) = context.open(&client, NAMESPACE).await
+        {
+            let _ = client.invalidate(&namespace, Target::All).await;
+        }
+    }
 }
 
 fn endpoint(context: &Context, args: &Args, transport: Transport) -> String {
@@ -252,17 +295,17 @@ impl Cell {
     /// Runs the workers for `time` and adds up what they did.
     async fn work(&self, context: &Context, load: &Arc<Load>, time: Duration) -> Result<Tally> {
         let stop = Arc::new(AtomicBool::new(false));
-        let workers: Vec<_> = (0..self.concurrency)
-            .map(|number| {
-                let (load, stop, clock) = (load.clone(), stop.clone(), context.clock.clone());
-                tokio::spawn(worker(load, stop, clock, self.reads, number as u64))
-            })
-            .collect();
+        // A set, so that they end with a cell that is interrupted.
+        let mut workers = JoinSet::new();
+        for number in 0..self.concurrency as u64 {
+            let (load, stop, clock) = (load.clone(), stop.clone(), context.clock.clone());
+            workers.spawn(worker(load, stop, clock, self.reads, number));
+        }
         context.sleep(time).await;
         stop.store(true, Ordering::Relaxed);
         let mut all = Tally::default();
-        for worker in workers {
-            let tally = worker.await?;
+        while let Some(tally) = workers.join_next().await {
+            let tally = tally?;
             all.nanos.extend(tally.nanos);
             all.calls += tally.calls;
             all.misses += tally.misses;

@@ -85,7 +85,7 @@ async fn run(context: &Context, command: Command) -> anyhow::Result<ExitCode> {
         Command::Get(args) => get::run(context, args).await?,
         Command::Lookup(args) => return lookup::run(context, args).await,
         Command::Invalidate(args) => invalidate::run(context, args).await?,
-        Command::Bench(args) => bench::run(context, args).await?,
+        Command::Bench(args) => return bench::run(context, args).await,
         Command::Replay(args) => replay::run(context, args).await?,
         Command::Doctor(args) => return doctor::run(context, args).await,
     }

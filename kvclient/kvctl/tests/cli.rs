@@ -2,13 +2,16 @@
 
 use std::{
     io::Write,
-    process::{Command, Output, Stdio},
+    process::{Child, Command, Output, Stdio},
+    time::Duration,
 };
 
 use kvserver::{
     Node,
+    blocks::Blocks,
     config::{Capacity, Config, LogFormat, MIB},
 };
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -40,16 +43,33 @@ impl Bench {
 
     /// Runs kvctl with these words; the node is served by the test's other threads meanwhile.
     fn run(&self, words: &[&str], input: &[u8]) -> Output {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_kvctl"))
+        let mut child = self.spawn(words);
+        child.stdin.take().unwrap().write_all(input).unwrap();
+        child.wait_with_output().unwrap()
+    }
+
+    fn spawn(&self, words: &[&str]) -> Child {
+        Command::new(env!("CARGO_BIN_EXE_kvctl"))
             .args(words)
             .env("TERRACE_ENDPOINT", self.node.endpoint())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
-            .unwrap();
-        child.stdin.take().unwrap().write_all(input).unwrap();
-        child.wait_with_output().unwrap()
+            .unwrap()
+    }
+
+    /// Waits for something that kvctl does to the node.
+    async fn eventually(&self, what: &str, is_so: impl Fn(&Blocks) -> bool) {
+        let is_so = async {
+            while !is_so(self.node.blocks()) {
+                tokio::task::yield_now().await;
+            }
+        };
+        // Only ends a test that hangs.
+        tokio::time::timeout(Duration::from_secs(60), is_so)
+            .await
+            .unwrap_or_else(|_| panic!("not within a minute: {what}"));
     }
 
     fn json(&self, words: &[&str], input: &[u8]) -> Value {
@@ -152,6 +172,40 @@ async fn a_short_bench_measures_both_sides() {
         assert!(row["p50_us"].as_f64() <= row["p999_us"].as_f64());
         assert!(row["server_cpu_s_per_gib"].as_f64().unwrap() > 0.0, "{row}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bench_that_is_interrupted_prints_what_it_has_and_leaves_nothing_behind() {
+    let bench = Bench::start().await;
+    // One cell of gets, and then puts for longer than any machine sleeps between the first and the signal.
+    let reads = format!("100{}", ",0".repeat(60));
+    let words = [
+        "bench",
+        "--json",
+        "--sizes",
+        "4KiB",
+        "-c",
+        "1",
+        "--reads",
+        &reads,
+        "-t",
+        "300ms",
+        "--working-set",
+        "64KiB",
+    ];
+    let child = bench.spawn(&words);
+    bench
+        .eventually("it puts more than it has filled with", |blocks| {
+            blocks.engine().stats().blocks > 16
+        })
+        .await;
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{output:?}");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["rows"][0]["op"], "get", "{report}");
+    let left = bench.node.blocks().engine().stats().blocks;
+    assert!(left <= 1, "{left} blocks, and only one put was under way");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
