@@ -43,9 +43,7 @@ enum Home {
         location: Location,
     },
     /// Ordinary memory, and what is let go of together with it.
-    Heap {
-        _held: Option<Box<dyn Send + Sync>>,
-    },
+    Heap { _held: Option<Box<dyn Send + Sync>> },
 }
 
 /// A slot that its one owner may write.
