@@ -16,8 +16,9 @@ use kvbenches::phases::inside::{engine, hash, put, query};
 use kvgpu::{Arena, ArenaConfig, DomainId, HugePages};
 use kvproto::checksum::{Landing, copy_and_sum, page_sums, seal};
 use kvproto::frame::{Frame, FrameLimits, FrameReader, head};
-use kvproto::{BlockKey, Chain, NamespaceId, NamespaceKey, Part, hash as chain_hash, v1};
+use kvproto::{BlockKey, Chain, NamespaceId, NamespaceKey, OwnerId, Part, hash as chain_hash, v1};
 use kvserver::engine::policy::{self, BlockId, BlockMeta, EvictionPolicy};
+use kvserver::engine::{LeaseAsk, Owner, TenantId};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -254,8 +255,15 @@ fn frames() -> Vec<Price> {
     ]
 }
 
+/// The one caller.
+const OWNER: Owner = Owner {
+    tenant: TenantId(0),
+    id: OwnerId([1; 16]),
+};
+
 fn index() -> Result<Vec<Price>> {
-    const CHAINS: u64 = 64;
+    // 65,536 blocks: the index is larger than a core's second cache.
+    const CHAINS: u64 = 128;
     const KEYS: u64 = 512;
     let engine = engine(CHAINS * KEYS * 4096 * 5 / 4)?;
     let value = payload(4096, 1);
@@ -277,6 +285,21 @@ fn index() -> Result<Vec<Price>> {
         );
         KEYS
     };
+    let (of_lease, leased_of, mut leased_nth) = (chains.clone(), engine.clone(), 0);
+    let leased = move || {
+        leased_nth += 1;
+        let ask = LeaseAsk {
+            owner: OWNER,
+            ttl_ms: 0,
+            idempotency: None,
+        };
+        let chain = &of_lease[leased_nth % CHAINS as usize];
+        let lease = leased_of.lookup(query(chain, Some(ask))).lease;
+        let lease = lease.expect("a lease for all that is there");
+        assert_eq!(u64::from(lease.blocks), KEYS, "a block is not leased");
+        assert!(leased_of.release(lease.id, OWNER), "the lease was gone");
+        KEYS
+    };
     let miss = Chain::from_root(vec![hash(u64::MAX, 1)]);
     let missed = move || {
         black_box(engine.lookup(query(black_box(&miss), None)));
@@ -287,6 +310,11 @@ fn index() -> Result<Vec<Price>> {
             "index lookup, chain of 512, probe",
             Unit::Nanos("key"),
             probe,
+        ),
+        Price::new(
+            "index lookup, chain of 512, leased and released",
+            Unit::Nanos("key"),
+            leased,
         ),
         Price::new("index lookup, plain miss", Unit::Nanos("lookup"), missed),
     ])

@@ -54,19 +54,6 @@ pub(super) struct Covered {
     pub(super) parts: Box<[Part]>,
 }
 
-impl Covered {
-    pub(super) fn keys(&self) -> impl Iterator<Item = BlockKey> {
-        self.hashes.iter().flat_map(|hash| {
-            let namespace = self.namespace;
-            self.parts.iter().map(move |part| BlockKey {
-                namespace,
-                hash: *hash,
-                part: *part,
-            })
-        })
-    }
-}
-
 /// The blocks that one lease holds, for whoever reads under it.
 #[derive(Clone, Debug)]
 pub struct Cover {

@@ -7,18 +7,20 @@
 //! ```
 //!
 //! A block is present when all parts asked for are; its tier is that of its furthest part. Blocks are pinned under
-//! their shard's lock in the very step that finds them, so nothing reported under the lease can leave in between.
+//! their shard's lock in the very step that finds them (walk.rs), so nothing reported under the lease can leave in
+//! between.
 //! Units: blocks, bytes of slots. Errors: none; a lease refused names its reason.
 
-use std::{sync::atomic::Ordering, time::Duration};
+use std::time::Duration;
 
 use kvproto::{BlockKey, Chain, Kind, LeaseId, NamespaceId, Part, Reason, TierKind};
 
 use super::{
     Engine,
-    budget::{slot_bytes, slot_of},
+    budget::slot_of,
     lease::{Cover, Covered, LeaseGrant, Owner, Request},
     policy::BlockId,
+    walk::{Manner, Walk},
 };
 use crate::{
     clock::Tick,
@@ -90,24 +92,6 @@ const DEFAULT_PARTS: &[Part] = &[Part {
     rank: 0,
     layer_group: 0,
 }];
-
-/// What a walk along a chain has found.
-#[derive(Default)]
-struct Walk {
-    answer: LookupAnswer,
-    touched: [Vec<BlockId>; Kind::ALL.len()],
-    pinned_blocks: u32,
-    pinned_bytes: u64,
-}
-
-/// How a walk treats what it finds.
-#[derive(Clone, Copy)]
-struct Manner {
-    /// Blocks are used, not only looked at.
-    uses: bool,
-    /// Bytes that may still be pinned; `None` pins nothing.
-    room: Option<u64>,
-}
 
 impl Engine {
     /// The longest prefix of the chain that is present, and one lease on it unless it is a probe.
@@ -260,113 +244,6 @@ impl Engine {
         })
     }
 
-    /// Along the chain until the first gap.
-    fn walk(&self, query: &LookupQuery<'_>, parts: &[Part], mut manner: Manner) -> Walk {
-        let mut walk = Walk::default();
-        for hash in &query.chain.hashes {
-            let key = |part: &Part| BlockKey {
-                namespace: query.namespace,
-                hash: *hash,
-                part: *part,
-            };
-            let Some(tier) = self.block(parts.iter().map(key), &mut manner, &mut walk) else {
-                break;
-            };
-            walk.answer.present_blocks += 1;
-            match walk.answer.tiers.last_mut() {
-                Some((blocks, last)) if *last == tier => *blocks += 1,
-                _ => walk.answer.tiers.push((1, tier)),
-            }
-        }
-        for (blocks, tier) in &walk.answer.tiers {
-            self.lookups.hit(*tier, u64::from(*blocks));
-        }
-        let missing = query.chain.hashes.len() as u64 - u64::from(walk.answer.present_blocks);
-        if missing > 0 {
-            self.lookups.gone(Reason::Evicted, missing);
-        }
-        walk
-    }
-
-    /// One block in all its parts: its tier if all are present. Pins them while there is room.
-    fn block(
-        &self,
-        keys: impl Iterator<Item = BlockKey> + Clone,
-        manner: &mut Manner,
-        walk: &mut Walk,
-    ) -> Option<TierKind> {
-        let mut furthest: Option<TierKind> = None;
-        let mut pinned = 0;
-        let mut bytes = 0;
-        let promote_before = walk.answer.promote.len();
-        let touched_before = [walk.touched[0].len(), walk.touched[1].len()];
-        let (mut all_present, mut short) = (true, false);
-        for key in keys.clone() {
-            let mut shard = self.index.shard(&key);
-            let Some(entry) = shard.get_mut(&key).filter(|entry| entry.is_present()) else {
-                all_present = false;
-                break;
-            };
-            furthest = furthest.max(entry.nearest());
-            if manner.uses {
-                entry.used();
-                if let Some(held) = &entry.ram {
-                    walk.touched[slot_of(entry.kind)].push(held.id);
-                }
-            }
-            let Some(room) = manner.room else { continue };
-            let slot = slot_bytes(entry.length_bytes);
-            let newly_pinned = if entry.pins == 0 { slot } else { 0 };
-            if bytes + slot > room || !self.pin_within_total(newly_pinned) {
-                short = true;
-                manner.room = None;
-                continue;
-            }
-            entry.pins += 1;
-            pinned += 1;
-            bytes += slot;
-            if entry.ram.is_none()
-                && let Some(tier) = entry.below.nearest()
-            {
-                let resident = entry.resident(&key);
-                walk.answer.promote.push(Below {
-                    tier,
-                    resident,
-                    kind: entry.kind,
-                });
-            }
-        }
-        if all_present && let Some(room) = manner.room {
-            manner.room = Some(room - bytes);
-            walk.pinned_blocks += 1;
-            walk.pinned_bytes += bytes;
-        } else {
-            // A block is leased whole or not at all.
-            keys.take(pinned).for_each(|key| self.unpin_key(&key));
-            walk.answer.promote.truncate(promote_before);
-            if all_present && short {
-                walk.answer.refused = Some(Reason::Budget);
-            }
-        }
-        if !all_present {
-            for (touched, before) in walk.touched.iter_mut().zip(touched_before) {
-                touched.truncate(before);
-            }
-            return None;
-        }
-        furthest
-    }
-
-    /// Adds to what all leases pin, unless that were too much.
-    fn pin_within_total(&self, bytes: u64) -> bool {
-        let before = self.pinned_bytes.fetch_add(bytes, Ordering::Relaxed);
-        let fits = bytes == 0 || before + bytes <= self.config.lease_bytes_total;
-        if !fits {
-            self.pinned_bytes.fetch_sub(bytes, Ordering::Relaxed);
-        }
-        fits
-    }
-
     fn touch(&self, walk: &mut Walk) {
         if walk.touched.iter().all(Vec::is_empty) {
             return;
@@ -459,25 +336,6 @@ impl Engine {
         let covered = self.leases.lock().expire(now);
         covered.iter().for_each(|covered| self.unpin(covered));
         covered.len()
-    }
-
-    fn unpin(&self, covered: &Covered) {
-        covered.keys().for_each(|key| self.unpin_key(&key));
-    }
-
-    fn unpin_key(&self, key: &BlockKey) {
-        let mut shard = self.index.shard(key);
-        let Some(entry) = shard.get_mut(key) else {
-            return;
-        };
-        debug_assert!(entry.pins > 0, "every pin is taken off once");
-        entry.pins = entry.pins.saturating_sub(1);
-        if entry.pins == 0 {
-            self.pinned_bytes
-                .fetch_sub(slot_bytes(entry.length_bytes), Ordering::Relaxed);
-            let reason = entry.gone.unwrap_or(Reason::Evicted);
-            shard.settle(key, reason);
-        }
     }
 
     fn lease_ttl(&self, ttl_ms: u64) -> Duration {

@@ -7,6 +7,7 @@
 //!   mover    demotable ─(tier write)─► stored | lost
 //!
 //!   index.rs  key ─► Entry     ram.rs  handle ─► block, policies     lease.rs  who pins what
+//!   walk.rs   along a chain, pinning
 //!   budget.rs bytes by kind    fence.rs what an invalidation outlaws  losses.rs why it is gone
 //! ```
 //!
@@ -40,6 +41,7 @@ mod room;
 mod stats;
 #[cfg(test)]
 mod tests;
+mod walk;
 
 use std::sync::{
     Arc,

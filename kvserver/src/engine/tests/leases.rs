@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use kvproto::{BlockKey, Chain, Kind, Part, Reason, TierKind};
 
-use super::super::{Grant, LeaseAsk, LookupQuery, Published, Reserve};
+use super::super::{Demotion, Grant, LeaseAsk, LookupQuery, Published, Reserve};
 use super::{PAGE, RUN, SPACE, chain, fill, key, owner, world, world_with};
 use crate::clock::Clock;
 use crate::tier::ReclaimGuard;
@@ -109,6 +109,35 @@ fn a_lease_is_as_long_as_the_owners_budget() {
         3 * PAGE,
         "each block once"
     );
+    world.assert_nothing_leaked();
+}
+
+#[test]
+fn what_lies_behind_a_gap_or_the_budget_is_neither_pinned_nor_used() {
+    let world = world_with(256, |config| {
+        config.lease_bytes_per_owner = 90 * PAGE;
+        config.demotion = Demotion::Reuse;
+    });
+    // Several windows of the walk; the gap lies within one.
+    let chain = chain(1, 200);
+    for i in (0..200).filter(|i| *i != 120) {
+        world.put(&chain, i).unwrap();
+    }
+    let answer = world.lease(&chain, 1);
+    let grant = answer.lease.unwrap();
+    assert_eq!(
+        (answer.present_blocks, grant.blocks, grant.bytes),
+        (120, 90, 90 * PAGE)
+    );
+    assert_eq!(answer.tiers, [(120, TierKind::Ram)]);
+    assert_eq!(answer.refused, Some(Reason::Budget));
+    assert_eq!(world.engine.stats().leased_bytes, 90 * PAGE);
+    assert_eq!(world.engine.demotable(u64::MAX).len(), 120, "used");
+    for i in 0..200 {
+        assert_eq!(world.engine.is_pinned(&key(&chain, i)), i < 90, "block {i}");
+    }
+    assert!(world.engine.release(grant.id, owner(1)));
+    assert_eq!(world.engine.stats().leased_bytes, 0);
     world.assert_nothing_leaked();
 }
 
