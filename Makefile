@@ -45,8 +45,8 @@ fuzz: ## every parser of outside bytes, longer than `make test` does (FUZZ_ROUND
 doc: ## the API documentation
 	$(CARGO) doc --workspace --no-deps
 
-deny: ## licences and sources of the dependency tree (needs cargo-deny)
-	cargo deny check
+deny: ## licences, bans and sources of the dependency tree (needs cargo-deny, no network)
+	cargo deny check bans licenses sources
 
 gpu: ## check and measure the CUDA device where there is one; writes gpu/MEASURED.md
 	$(CARGO) run --release -p kvgpu --bin kvgpu-check -- --write gpu/MEASURED.md
