@@ -1,7 +1,8 @@
 //! Direct positional reads: what the disk gives a reader that keeps no index and verifies nothing.
 //!
 //! One file, written once and synced, opened with `O_DIRECT`; every thread reads whole values at aligned offsets into a
-//! reused aligned buffer. Depth is the number of threads.
+//! reused aligned buffer. Depth is the number of threads. Summed, each value is then verified as a node verifies a block:
+//! what a read costs that looks at its bytes, and nothing else.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -10,6 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
+use kvproto::checksum::page_sums;
 use rustix::fs::OFlags;
 
 use super::network::Job;
@@ -20,9 +22,11 @@ use crate::rounds::{Cell, Peer, Pending};
 const ALIGN: usize = 4096;
 
 /// The file, and how much of it there is.
+#[derive(Clone)]
 pub struct DirectReads {
     file: Arc<File>,
     bytes: u64,
+    summed: bool,
 }
 
 impl DirectReads {
@@ -47,7 +51,16 @@ impl DirectReads {
         Ok(Self {
             file: Arc::new(file),
             bytes,
+            summed: false,
         })
+    }
+
+    /// The same file, read by somebody who sums what is read.
+    pub fn summed(&self) -> Self {
+        Self {
+            summed: true,
+            ..self.clone()
+        }
     }
 }
 
@@ -55,6 +68,7 @@ struct Reader {
     file: Arc<File>,
     memory: Vec<u8>,
     start: usize,
+    summed: bool,
     job: Job,
 }
 
@@ -65,6 +79,9 @@ impl BlockingWorker for Reader {
         let buffer = &mut self.memory[self.start..self.start + length as usize];
         let n = self.file.read_at(buffer, at)?;
         ensure!(n as u64 == length, "read {n} of {length} bytes at {at}");
+        if self.summed {
+            std::hint::black_box(page_sums(buffer));
+        }
         Ok(length)
     }
 }
@@ -80,6 +97,7 @@ impl Peer for DirectReads {
                         file: self.file.clone(),
                         memory,
                         start,
+                        summed: self.summed,
                         job: Job::of(cell, nth, self.bytes),
                     }
                 })

@@ -2,12 +2,14 @@
 //!
 //! ```text
 //!   direct-read           8 threads, O_DIRECT, one file                                     nothing verified
-//!   terrace in-process    Blocks::get ─► engine ─► mover ─► foyer ─► arena slot, verified   the node in this process
+//!   read-summed           the same, and every 64 KiB page summed                            verified, nothing else
+//!   terrace in-process    Blocks::get ─► engine ─► mover ─► disk ─► arena slot, verified    the node in this process
 //!   terrace tcp           the same behind gRPC, into the caller's buffer, verified again    the node in its own
 //! ```
 //!
 //! RAM is a small part of what is walked through, in order, so nearly every get must come from the disk; what did not is
-//! told, and its bytes do not count. The bars are on the in-process row, because a direct read pays for no network either.
+//! told, and its bytes do not count. The bars are on the in-process row, because a direct read pays for no network either, and
+//! they are to direct reads that look at nothing; the summed row says how much of the ratio is the looking.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -84,6 +86,7 @@ pub async fn run(options: &Options) -> Result<Found> {
             (0, cell("direct-read", Transport::InProcess, bytes)),
             (1, cell("terrace", Transport::InProcess, bytes)),
             (2, cell("terrace", Transport::Tcp, bytes)),
+            (3, cell("read-summed", Transport::InProcess, bytes)),
         ];
         let wanted = rows
             .into_iter()
@@ -126,10 +129,12 @@ pub async fn run(options: &Options) -> Result<Found> {
     spinner.finish_and_clear();
 
     let (served, counted) = (inside.served.clone(), target.clone());
+    let summed = disk.summed();
     let mut peers: Vec<Box<dyn Peer>> = vec![
         Box::new(disk),
         Box::new(inside),
         Box::new(Network::<Caller>::new(target, set, vec![node.pid()])),
+        Box::new(summed),
     ];
     let progress = options.bar("nvme", &groups);
     let measured = rounds::run(

@@ -43,6 +43,9 @@ use std::{future::Future, io, pin::Pin};
 
 use kvgpu::SlotMut;
 use kvproto::{BlockKey, NamespaceId, Place, Reason, TierKind};
+use tokio::runtime::Handle;
+
+use crate::clock::Clock;
 
 pub use self::{
     block::{BlockRef, MutableBlock, SealError, SealedBlock, Unsealed},
@@ -194,6 +197,31 @@ pub trait Tier: Send + Sync + 'static {
 
     /// Finishes what is under way and lets go of the medium; every later call is answered `TierDown`.
     fn close(&self) -> BoxFuture<'static, ()>;
+}
+
+/// Runs a write of `count` blocks as a task of its own, so that a caller who goes away leaves none half
+/// accounted for.
+fn owned_write(
+    tasks: &Handle,
+    count: usize,
+    write: impl Future<Output = Vec<WriteOutcome>> + Send + 'static,
+) -> BoxFuture<'static, Vec<WriteOutcome>> {
+    let task = tasks.spawn(write);
+    Box::pin(async move {
+        let down = WriteOutcome::Rejected {
+            reason: Reason::TierDown,
+            retry_after_ms: 0,
+        };
+        task.await.unwrap_or_else(|_| vec![down; count])
+    })
+}
+
+/// Length of the days by which tiers count what they write.
+const DAY_MS: u64 = 86_400_000;
+
+/// The day since 1970, UTC.
+fn unix_day(clock: &dyn Clock) -> u32 {
+    (clock.unix_ms() / DAY_MS) as u32
 }
 
 /// Who is asked before a tier drops a resident to make room. The engine implements it.

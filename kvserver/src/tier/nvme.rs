@@ -55,7 +55,7 @@ use std::{
 };
 
 use kvgpu::SlotMut;
-use kvproto::{BlockKey, NamespaceId, Reason, TierKind};
+use kvproto::{BlockKey, NamespaceId, TierKind};
 use parking_lot::{Mutex, RwLock};
 use tokio::{runtime::Handle, task::AbortHandle};
 
@@ -73,11 +73,10 @@ use self::{
 };
 use super::{
     BlockRef, BoxFuture, Durability, Read, ReclaimGuard, Resident, Tier, TierStatus, WriteOutcome,
-    gate::Gate, health::Health,
+    gate::Gate, health::Health, owned_write, unix_day,
 };
 use crate::clock::Clock;
 
-const DAY_MS: u64 = 86_400_000;
 /// What a closing tier waits for at most.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -296,17 +295,8 @@ impl Tier for NvmeTier {
     fn write(&self, blocks: Vec<BlockRef>) -> BoxFuture<'static, Vec<WriteOutcome>> {
         let shared = Arc::clone(&self.shared);
         let count = blocks.len();
-        // A task of its own, so that a caller who goes away leaves no write half accounted for.
-        let task = self
-            .shared
-            .tasks
-            .spawn(async move { shared.write(blocks).await });
-        Box::pin(async move {
-            let down = WriteOutcome::Rejected {
-                reason: Reason::TierDown,
-                retry_after_ms: 0,
-            };
-            task.await.unwrap_or_else(|_| vec![down; count])
+        owned_write(&self.shared.tasks, count, async move {
+            shared.write(blocks).await
         })
     }
 
@@ -389,8 +379,4 @@ impl Drop for Shared {
         // What reclaim noted last; without it the next open would find out by asking foyer.
         let _ = self.residency.journal.flush(false);
     }
-}
-
-fn unix_day(clock: &dyn Clock) -> u32 {
-    (clock.unix_ms() / DAY_MS) as u32
 }

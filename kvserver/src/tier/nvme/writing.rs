@@ -17,8 +17,8 @@ use std::{
 use kvproto::{BlockKey, Reason};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
-use super::{DAY_MS, Shared, residency::Begin, store::hash_of, unix_day};
-use crate::tier::{BlockRef, Resident, WriteOutcome, gate::within};
+use super::{Shared, residency::Begin, store::hash_of};
+use crate::tier::{BlockRef, DAY_MS, Resident, WriteOutcome, gate::within, unix_day};
 
 /// A block on its way through foyer.
 struct Flying {
