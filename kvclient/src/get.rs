@@ -27,7 +27,7 @@ use crate::{
     batch,
     call::{Deadline, Inner, Tries},
     error::Error,
-    lane::Receiver,
+    lane::{Question, Receiver},
     lease::Lease,
     namespace::NamespaceHandle,
     wire::{self, Method},
@@ -213,13 +213,13 @@ async fn one_call<S: Sink>(
             .run(|_checkout, left| async move {
                 let authorization = inner.authorization.as_ref();
                 let mut reading = Reading::new(inner, wanted, sink);
-                let body = &[&question[..]];
+                let mut asked = Question(&question);
                 let exchange = wire::exchange(
                     &inner.lanes,
                     METHOD,
                     left,
                     authorization,
-                    body,
+                    &mut asked,
                     &mut reading,
                 );
                 let outcome = exchange.await;

@@ -1,10 +1,13 @@
-//! Bulk put: headers made once, payload sent by reference.
+//! Bulk put: payload sent by reference, summed just before it is sent.
 //!
 //! ```text
-//! block ─► page sums, seal ─► BlockHeader      once per put, whatever the number of tries
-//!                                  │
-//!   [start] [header] data ≤ 1 MiB │ data ≤ 1 MiB │ [header] data ...     written from where it lies
+//! [start] [header] data ≤ 1 MiB │ data ≤ 1 MiB │ [sums] │ [header] data …     written from where it lies
+//!                  └ 256 KiB are summed ─► sent ─► the next 256 KiB … ─┘
 //! ```
+//!
+//! The sums stand behind the data, so the first byte leaves at once and every byte is read from memory one time:
+//! what was just summed is still in the cache when the kernel copies it. A second try knows the sums already,
+//! and sends them in the header.
 //!
 //! Units: bytes.
 //! Errors: the call's; what became of each block is a [`PutResult`], a rejection included.
@@ -12,14 +15,15 @@
 
 use bytes::Bytes;
 use kvproto::{
-    Ack, BlockHeader, BlockKey, Chain, FieldError, Kind, Part, convert::answer::PutResult, frame,
-    v1,
+    Ack, Announced, BlockHeader, BlockKey, Chain, FieldError, Kind, Part, checksum::Landing,
+    convert::answer::PutResult, frame, http2::Outgoing, v1,
 };
 
 use crate::{
     batch,
     call::{Deadline, Inner, Tries},
     error::Error,
+    lane::Sender,
     namespace::NamespaceHandle,
     wire::{self, Method, Whole},
 };
@@ -28,6 +32,9 @@ const METHOD: Method = Method::PUT;
 
 /// Largest `data` of one message: one frame of the size both ends use.
 const PIECE_BYTES: usize = 1 << 20;
+
+/// Bytes summed in one go before they are sent.
+const SUM_BYTES: usize = 256 << 10;
 
 /// Bytes of a block: shared ones are sent as they lie, borrowed ones are copied on their way out.
 #[derive(Clone, Debug)]
@@ -178,7 +185,7 @@ struct Putting<'a> {
 impl Putting<'_> {
     async fn run(&self, deadline: Deadline) -> Result<Vec<PutResult>, Error> {
         let mut tries = Tries::new(self.inner, METHOD, deadline);
-        // Made on the first try that comes to a block, kept for the next.
+        // Made on the first try that comes to a block's end, kept for the next.
         let mut headers = vec![None; self.blocks.len()];
         loop {
             let request = tries.request;
@@ -186,11 +193,11 @@ impl Putting<'_> {
             let answer = tries
                 .run(|_checkout, left| async move {
                     let authorization = self.inner.authorization.as_ref();
-                    let heads = self.heads(headers, &request);
-                    let body = self.slices(&heads);
+                    let mut sending = Sending::new(self, headers, &request);
                     let mut whole = Whole::default();
                     let lanes = &self.inner.lanes;
-                    wire::exchange(lanes, METHOD, left, authorization, &body, &mut whole).await?;
+                    wire::exchange(lanes, METHOD, left, authorization, &mut sending, &mut whole)
+                        .await?;
                     whole.decode(METHOD)
                 })
                 .await?;
@@ -200,51 +207,16 @@ impl Putting<'_> {
         }
     }
 
-    /// The head of every message, in order; `headers` are made on the first try.
-    fn heads(&self, headers: &mut [Option<v1::BlockHeader>], request: &[u8; 16]) -> Vec<Bytes> {
-        let mut start = Some(v1::PutStart {
-            context: Some(self.inner.context(request)),
-            namespace_id: Bytes::copy_from_slice(&self.namespace.id().0),
-            ack: self.options.ack.to_wire().into(),
-            kind: self.options.kind.to_wire().into(),
-        });
-        let mut heads = Vec::with_capacity(self.blocks.len());
-        for (block, header) in self.blocks.iter().zip(headers) {
-            let header = header.get_or_insert_with(|| self.describe(block));
-            let mut header = Some(header.clone());
-            for piece in block.data.as_slice().chunks(PIECE_BYTES) {
-                let message = v1::PutRequest {
-                    start: start.take(),
-                    header: header.take(),
-                    data: Bytes::new(),
-                };
-                heads.push(frame::head(&message, piece.len()));
-            }
+    fn announce(&self, block: &PutBlock<'_>) -> Announced {
+        Announced {
+            key: BlockKey {
+                namespace: self.namespace.id(),
+                hash: self.chain.hashes[block.index],
+                part: block.part,
+            },
+            place: self.chain.place(block.index, self.namespace.run_blocks()),
+            length_bytes: block.data.as_slice().len() as u64,
         }
-        heads
-    }
-
-    /// Heads and payload, alternating, as they go out.
-    fn slices<'s>(&'s self, heads: &'s [Bytes]) -> Vec<&'s [u8]> {
-        let pieces = self
-            .blocks
-            .iter()
-            .flat_map(|block| block.data.as_slice().chunks(PIECE_BYTES));
-        heads
-            .iter()
-            .zip(pieces)
-            .flat_map(|(head, piece)| [&head[..], piece])
-            .collect()
-    }
-
-    fn describe(&self, block: &PutBlock<'_>) -> v1::BlockHeader {
-        let key = BlockKey {
-            namespace: self.namespace.id(),
-            hash: self.chain.hashes[block.index],
-            part: block.part,
-        };
-        let place = self.chain.place(block.index, self.namespace.run_blocks());
-        (&BlockHeader::describe(key, place, block.data.as_slice())).into()
     }
 
     fn results(&self, answer: v1::PutResponse) -> Result<Vec<PutResult>, Error> {
@@ -263,5 +235,104 @@ impl Putting<'_> {
         results
             .collect::<Result<_, _>>()
             .map_err(|problem| wire::answer(METHOD, problem))
+    }
+}
+
+/// The messages of one try, made as they are sent.
+struct Sending<'a, 'h> {
+    putting: &'a Putting<'a>,
+    /// Of each block, once it is known.
+    headers: &'h mut [Option<BlockHeader>],
+    start: Option<v1::PutStart>,
+    /// The block being sent.
+    block: usize,
+    /// Its bytes pushed so far.
+    at: usize,
+    /// Its pages summed so far, where its header has no sums.
+    landing: Landing,
+}
+
+impl<'a, 'h> Sending<'a, 'h> {
+    fn new(
+        putting: &'a Putting<'a>,
+        headers: &'h mut [Option<BlockHeader>],
+        request: &[u8; 16],
+    ) -> Self {
+        Self {
+            putting,
+            headers,
+            start: Some(v1::PutStart {
+                context: Some(putting.inner.context(request)),
+                namespace_id: Bytes::copy_from_slice(&putting.namespace.id().0),
+                ack: putting.options.ack.to_wire().into(),
+                kind: putting.options.kind.to_wire().into(),
+            }),
+            block: 0,
+            at: 0,
+            landing: Landing::default(),
+        }
+    }
+
+    /// The sums of the current block, all of whose bytes are pushed.
+    fn put_sums(&mut self, announced: Announced, data: &[u8], out: &mut Outgoing<'a>) {
+        let sums = std::mem::take(&mut self.landing).finish(data);
+        let Announced {
+            key,
+            place,
+            length_bytes,
+        } = announced;
+        let header = BlockHeader::with_sums(key, place, length_bytes, sums);
+        let message = v1::PutRequest {
+            sums: Some(v1::BlockSums {
+                page_sums: header.page_sums.to_vec(),
+                seal: header.seal,
+            }),
+            ..v1::PutRequest::default()
+        };
+        out.push(frame::head(&message, 0));
+        self.headers[self.block] = Some(header);
+    }
+}
+
+impl<'a> Sender<'a> for Sending<'a, '_> {
+    fn more(&mut self, out: &mut Outgoing<'a>) {
+        let putting = self.putting;
+        let Some(block) = putting.blocks.get(self.block) else {
+            return out.close();
+        };
+        let data = block.data.as_slice();
+        let known = self.headers[self.block].as_ref();
+        let is_known = known.is_some();
+        if self.at.is_multiple_of(PIECE_BYTES) {
+            let header = (self.at == 0).then(|| match known {
+                Some(header) => header.into(),
+                None => (&putting.announce(block)).into(),
+            });
+            let message = v1::PutRequest {
+                start: self.start.take(),
+                header,
+                ..v1::PutRequest::default()
+            };
+            let piece_bytes = PIECE_BYTES.min(data.len() - self.at);
+            out.push(frame::head(&message, piece_bytes));
+        }
+        let piece_end = data
+            .len()
+            .min(self.at - self.at % PIECE_BYTES + PIECE_BYTES);
+        let end = piece_end.min(self.at + SUM_BYTES);
+        out.push(&data[self.at..end]);
+        if !is_known {
+            self.landing.landed(end - self.at, data);
+        }
+        self.at = end;
+        if end == data.len() {
+            if !is_known {
+                self.put_sums(putting.announce(block), data, out);
+            }
+            (self.block, self.at) = (self.block + 1, 0);
+        }
+        if self.block == putting.blocks.len() {
+            out.close();
+        }
     }
 }

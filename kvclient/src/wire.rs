@@ -29,7 +29,7 @@ use tonic::Status;
 
 use crate::{
     error::Error,
-    lane::{self, Lanes, Receiver},
+    lane::{self, Lanes, Question, Receiver, Sender},
 };
 
 /// Largest answer of a unary call: the tiers of 65536 blocks, or a node's counters, fit with room.
@@ -187,16 +187,16 @@ pub(crate) async fn finish(method: Method, body: &mut RecvStream) -> Result<(), 
     }
 }
 
-/// A call on a lane: `body` are the slices of its messages, the answer's messages go to `receiver`.
+/// A call on a lane: `sender` makes its messages, the answer's messages go to `receiver`.
 ///
 /// # Errors
 /// [`Error::Connect`], [`Error::Broken`], [`Error::Refused`]; [`Error::Truncated`] when the answer has no status.
-pub(crate) async fn exchange<R: Receiver>(
+pub(crate) async fn exchange<'b, S: Sender<'b>, R: Receiver>(
     lanes: &Lanes,
     method: Method,
     timeout: Duration,
     authorization: Option<&HeaderValue>,
-    body: &[&[u8]],
+    sender: &mut S,
     receiver: &mut R,
 ) -> Result<(), Error> {
     let mut guard = lanes.take().await?;
@@ -208,7 +208,7 @@ pub(crate) async fn exchange<R: Receiver>(
     };
     let answer = guard
         .lane
-        .exchange(&request, body, receiver)
+        .exchange(&request, sender, receiver)
         .await
         .map_err(|source| Error::Broken {
             method: method.name,
@@ -247,7 +247,7 @@ pub(crate) async fn unary<A: Message + Default>(
         method,
         timeout,
         authorization,
-        &[question],
+        &mut Question(question),
         &mut whole,
     )
     .await?;

@@ -12,6 +12,8 @@
 //! Errors: [`FieldError`] with the path of the wire field. A field of a later version is ignored, an
 //! unknown member of a closed set is refused where an answer depends on it.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 
 pub mod answer;
@@ -22,6 +24,7 @@ pub use crate::hash::MAX_CHAIN_BLOCKS;
 
 use crate::checksum::{BlockHeader, page_count};
 use crate::hash::Chain;
+use crate::header::Announced;
 use crate::key::{BlockKey, BootId, NamespaceId, Part, Place, RunHash, SequenceHash};
 use crate::namespace::{Layout, Namespace, World};
 use crate::v1;
@@ -224,6 +227,56 @@ pub struct HeaderRules {
 /// When an id has the wrong width, a place contradicts itself, the length is 0 or too large, or there are more
 /// or fewer page sums than the length needs.
 pub fn header(wire: &v1::BlockHeader, rules: HeaderRules) -> Result<BlockHeader, FieldError> {
+    let announced = announced(wire, rules)?;
+    let page_sums = page_sums("header.page_sums", &wire.page_sums, announced.length_bytes)?;
+    Ok(announced.with_sums(page_sums, wire.seal))
+}
+
+/// A block's header in a put: its sums may follow behind the data.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PutHeader {
+    /// With its sums.
+    Summed(BlockHeader),
+    /// They follow.
+    Announced(Announced),
+}
+
+/// The header of a block that is put. Its seal is not judged here: a wrong one is an answer, corrupt.
+///
+/// # Errors
+///
+/// As [`header`], but that sums may be missing altogether: then they follow.
+pub fn put_header(wire: &v1::BlockHeader, rules: HeaderRules) -> Result<PutHeader, FieldError> {
+    if wire.page_sums.is_empty() && wire.seal == 0 {
+        announced(wire, rules).map(PutHeader::Announced)
+    } else {
+        header(wire, rules).map(PutHeader::Summed)
+    }
+}
+
+/// The sums behind a block of `length_bytes`.
+///
+/// # Errors
+///
+/// When there are more or fewer than the length needs.
+pub fn block_sums(wire: &v1::BlockSums, length_bytes: u64) -> Result<Arc<[u64]>, FieldError> {
+    page_sums("sums.page_sums", &wire.page_sums, length_bytes)
+}
+
+fn page_sums(
+    field: &'static str,
+    sums: &[u64],
+    length_bytes: u64,
+) -> Result<Arc<[u64]>, FieldError> {
+    let (found, expected) = (sums.len() as u64, page_count(length_bytes));
+    if found != expected {
+        let problem = format!("has {found} sums; {length_bytes} bytes have {expected} pages");
+        return Err(FieldError::new(field, problem));
+    }
+    Ok(sums.into())
+}
+
+fn announced(wire: &v1::BlockHeader, rules: HeaderRules) -> Result<Announced, FieldError> {
     let key = BlockKey {
         namespace: rules.namespace,
         hash: fixed("header.hash", &wire.hash).map(SequenceHash)?,
@@ -249,17 +302,10 @@ pub fn header(wire: &v1::BlockHeader, rules: HeaderRules) -> Result<BlockHeader,
         );
         return Err(FieldError::new("header.length_bytes", problem));
     }
-    let (found, expected) = (wire.page_sums.len() as u64, page_count(length_bytes));
-    if found != expected {
-        let problem = format!("has {found} sums; {length_bytes} bytes have {expected} pages");
-        return Err(FieldError::new("header.page_sums", problem));
-    }
-    Ok(BlockHeader {
+    Ok(Announced {
         key,
         place,
         length_bytes,
-        page_sums: wire.page_sums.as_slice().into(),
-        seal: wire.seal,
     })
 }
 
@@ -275,6 +321,21 @@ fn parent(
             "is missing; only index 0 has no parent",
         )),
         (_, parent) => Ok(parent.map(SequenceHash)),
+    }
+}
+
+impl From<&Announced> for v1::BlockHeader {
+    fn from(block: &Announced) -> Self {
+        Self {
+            hash: copied(&block.key.hash.0),
+            part: Some(block.key.part.into()),
+            index: block.place.index,
+            run_hash: copied(&block.place.run.0),
+            parent_hash: copied_or_empty(block.place.parent),
+            length_bytes: block.length_bytes,
+            page_sums: Vec::new(),
+            seal: 0,
+        }
     }
 }
 

@@ -83,6 +83,40 @@ pub struct BlockHeader {
     pub seal: u64,
 }
 
+/// What a writer declares of a block whose bytes it has not summed yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Announced {
+    /// Which block.
+    pub key: BlockKey,
+    /// Where it stands.
+    pub place: Place,
+    /// Its length.
+    pub length_bytes: u64,
+}
+
+impl Announced {
+    /// The header, now that the writer has said its sums.
+    pub fn with_sums(self, page_sums: impl Into<Arc<[u64]>>, seal: u64) -> BlockHeader {
+        BlockHeader {
+            key: self.key,
+            place: self.place,
+            length_bytes: self.length_bytes,
+            page_sums: page_sums.into(),
+            seal,
+        }
+    }
+}
+
+impl From<&BlockHeader> for Announced {
+    fn from(header: &BlockHeader) -> Self {
+        Self {
+            key: header.key,
+            place: header.place,
+            length_bytes: header.length_bytes,
+        }
+    }
+}
+
 impl BlockHeader {
     /// The header of a block with these bytes.
     pub fn describe(key: BlockKey, place: Place, bytes: &[u8]) -> Self {

@@ -21,6 +21,7 @@ pub mod frame;
 pub mod hash;
 pub mod header;
 mod hex;
+pub mod http2;
 pub mod key;
 pub mod namespace;
 pub mod placement;
@@ -42,7 +43,7 @@ pub mod v1 {
 pub use chain::Chain;
 pub use field::FieldError;
 pub use hash::NamespaceKey;
-pub use header::{BlockHeader, Mismatch};
+pub use header::{Announced, BlockHeader, Mismatch};
 pub use key::{
     BlockKey, BootId, LeaseId, NamespaceId, OwnerId, Part, Place, RequestId, RunHash, SequenceHash,
 };

@@ -176,6 +176,7 @@ impl Stock {
                 start: None,
                 header: (at == 0).then(|| (&header).into()),
                 data: bytes.slice(at..bytes.len().min(at + piece)),
+                ..v1::PutRequest::default()
             })
             .collect()
     }

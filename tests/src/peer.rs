@@ -331,6 +331,10 @@ impl v1::blocks_server::Blocks for Handler {
                 self.enter("Put", &metadata, start.context, Bytes::new())
                     .await?;
             }
+            if let Some(sums) = message.sums {
+                let (header, _) = blocks.last_mut().ok_or(Status::invalid_argument("sums"))?;
+                (header.page_sums, header.seal) = (sums.page_sums, sums.seal);
+            }
             if let Some(header) = message.header {
                 blocks.push((header, Vec::new()));
             }

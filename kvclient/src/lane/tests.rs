@@ -6,7 +6,7 @@ use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue, Response};
 use tokio::net::TcpListener;
 
-use super::{Lane, Lanes, Receiver, Request};
+use super::{Lane, Lanes, Outgoing, Receiver, Request, Sender};
 use crate::endpoint::Endpoint;
 
 /// Keeps a body; offers room for every second half, so that both ways of reading are used.
@@ -40,6 +40,21 @@ impl Keeper {
         Self {
             room: vec![0; bytes],
             ..Self::default()
+        }
+    }
+}
+
+/// A body in slices, one at a time, some of them empty.
+struct Slices<'a>(&'a [&'a [u8]]);
+
+impl<'a> Sender<'a> for Slices<'a> {
+    fn more(&mut self, out: &mut Outgoing<'a>) {
+        match self.0.split_first() {
+            Some((first, rest)) => {
+                out.push(*first);
+                self.0 = rest;
+            }
+            None => out.close(),
         }
     }
 }
@@ -158,7 +173,7 @@ async fn bodies_of_any_size_come_back_over_any_window_and_frame() {
                 let mut keeper = Keeper::with_room(room);
                 let sent = [first, &[], second];
                 let answer = lane
-                    .exchange(&REQUEST, &sent, &mut keeper)
+                    .exchange(&REQUEST, &mut Slices(&sent), &mut keeper)
                     .await
                     .expect("an answer");
                 assert_eq!(answer.status, 200);
@@ -183,7 +198,7 @@ async fn an_early_answer_is_read_and_marked() {
     let mut lane = Lane::open(&endpoint).await.expect("a lane");
     let body = bytes(1 << 20, 0);
     let answer = lane
-        .exchange(&REQUEST, &[&body], &mut Keeper::default())
+        .exchange(&REQUEST, &mut Slices(&[&body]), &mut Keeper::default())
         .await
         .expect("an answer");
     assert!(answer.is_early);
@@ -202,7 +217,12 @@ async fn a_lane_whose_peer_leaves_is_replaced() {
         let body = bytes(1000, salt);
         let mut guard = lanes.take().await.expect("a lane");
         let mut keeper = Keeper::default();
-        let answer = guard.lane.exchange(&REQUEST, &[&body], &mut keeper).await;
+        let body_slices = [&body[..]];
+        let mut sender = Slices(&body_slices);
+        let answer = guard
+            .lane
+            .exchange(&REQUEST, &mut sender, &mut keeper)
+            .await;
         // A GOAWAY that is under way while we send may cost the call its connection; never its bytes.
         if answer.is_ok() {
             assert_eq!(keeper.kept, body);
@@ -224,7 +244,7 @@ async fn a_peer_that_does_not_speak_http2_is_an_error() {
     let endpoint = format!("127.0.0.1:{port}").parse().expect("an endpoint");
     let mut lane = Lane::open(&endpoint).await.expect("a lane");
     assert!(
-        lane.exchange(&REQUEST, &[b"x"], &mut Keeper::default())
+        lane.exchange(&REQUEST, &mut Slices(&[b"x"]), &mut Keeper::default())
             .await
             .is_err()
     );

@@ -1,8 +1,8 @@
 //! Put: blocks in, one at a time, each answered for what it became.
 //!
 //! ```text
-//! header ──reserve──► granted: data is copied into the slot and summed ──seal──► published ──► ack
-//!                     present: data is skipped                            └─ corrupt
+//! header ──reserve──► granted: data lands in the slot, is summed ──(sums)──seal──► published ──► ack
+//!                     present: data is skipped                           └─ corrupt
 //!                     rejected: data is skipped
 //!
 //! ack cached   answered as soon as it is in RAM
@@ -18,8 +18,11 @@
 use std::sync::Arc;
 
 use kvproto::{
-    Ack, BlockHeader, BlockKey, FieldError, Kind, NamespaceId, Place, PutOutcome, Reason, TierKind,
-    checksum::Landing, convert::answer::PutResult,
+    Ack, Announced, BlockHeader, BlockKey, FieldError, Kind, NamespaceId, Place, PutOutcome,
+    Reason, TierKind,
+    checksum::Landing,
+    convert::{answer::PutResult, block_sums},
+    v1,
 };
 use tokio::sync::oneshot;
 
@@ -54,15 +57,21 @@ struct Filling {
     number: usize,
     length_bytes: u64,
     received_bytes: u64,
+    /// What the writer says of the block; without it, the sums come behind the data.
+    header: Option<BlockHeader>,
+    announced: Announced,
     into: Into,
 }
 
+impl Filling {
+    /// All of its bytes are here, and what they should sum up to is known.
+    fn is_whole(&self) -> bool {
+        self.received_bytes == self.length_bytes && self.header.is_some()
+    }
+}
+
 enum Into {
-    Slot {
-        grant: Box<Grant>,
-        header: BlockHeader,
-        landing: Landing,
-    },
+    Slot { grant: Box<Grant>, landing: Landing },
     Nowhere,
 }
 
@@ -122,6 +131,22 @@ impl PutSession {
     /// # Errors
     /// When the one before is not whole, there are too many, or its length is out of bounds.
     pub fn block(&mut self, header: BlockHeader) -> Result<(), BlocksError> {
+        self.begin(Announced::from(&header), Some(header))
+    }
+
+    /// The next block begins; its sums follow its data, see [`PutSession::sums`].
+    ///
+    /// # Errors
+    /// As [`PutSession::block`].
+    pub fn announce(&mut self, block: Announced) -> Result<(), BlocksError> {
+        self.begin(block, None)
+    }
+
+    fn begin(
+        &mut self,
+        announced: Announced,
+        header: Option<BlockHeader>,
+    ) -> Result<(), BlocksError> {
         self.check_whole()?;
         let limits = &self.blocks.limits;
         if self.answers.len() >= limits.max_blocks_per_call {
@@ -131,7 +156,11 @@ impl PutSession {
             );
             return Err(FieldError::new("header", problem).into());
         }
-        let length_bytes = header.length_bytes;
+        let Announced {
+            key,
+            place,
+            length_bytes,
+        } = announced;
         if length_bytes == 0 || length_bytes > limits.max_block_bytes {
             let problem = format!(
                 "is {length_bytes}; 1 to {} are allowed",
@@ -140,35 +169,35 @@ impl PutSession {
             return Err(FieldError::new("header.length_bytes", problem).into());
         }
         let number = self.answers.len();
-        let into =
-            match self
-                .blocks
-                .engine
-                .reserve(header.key, header.place, length_bytes, self.kind)
-            {
-                Reserve::Granted(grant) => Into::Slot {
-                    grant: Box::new(grant),
-                    landing: Landing::new(length_bytes),
-                    header,
-                },
-                Reserve::Present(presence) => {
-                    let answer = self.present(&header, presence);
-                    self.answers.push(answer);
-                    Into::Nowhere
-                }
-                Reserve::Rejected {
-                    reason,
-                    retry_after_ms,
-                } => {
-                    self.answers
-                        .push(Answer::Done(PutResult::rejected(reason, retry_after_ms)));
-                    Into::Nowhere
-                }
-            };
+        let reserved = self
+            .blocks
+            .engine
+            .reserve(key, place, length_bytes, self.kind);
+        let into = match reserved {
+            Reserve::Granted(grant) => Into::Slot {
+                grant: Box::new(grant),
+                landing: Landing::new(length_bytes),
+            },
+            Reserve::Present(presence) => {
+                let answer = self.present(&key, presence);
+                self.answers.push(answer);
+                Into::Nowhere
+            }
+            Reserve::Rejected {
+                reason,
+                retry_after_ms,
+            } => {
+                self.answers
+                    .push(Answer::Done(PutResult::rejected(reason, retry_after_ms)));
+                Into::Nowhere
+            }
+        };
         self.filling = Some(Filling {
             number,
             length_bytes,
             received_bytes: 0,
+            header,
+            announced,
             into,
         });
         Ok(())
@@ -179,10 +208,87 @@ impl PutSession {
     /// # Errors
     /// When there is no block, or it has more bytes than its header says.
     pub fn data(&mut self, bytes: &[u8]) -> Result<(), BlocksError> {
+        self.received(bytes.len())?;
+        if let Some(Filling {
+            into: Into::Slot { grant, landing },
+            ..
+        }) = &mut self.filling
+        {
+            landing.land(bytes, grant.block.bytes_mut());
+        }
+        self.complete_if_whole();
+        Ok(())
+    }
+
+    /// Where the next bytes of the current block belong, up to its end; `None` when they go nowhere, or
+    /// there is no block.
+    pub fn room(&mut self) -> Option<&mut [u8]> {
+        match &mut self.filling {
+            Some(Filling {
+                into: Into::Slot { grant, .. },
+                received_bytes,
+                ..
+            }) => Some(&mut grant.block.bytes_mut()[*received_bytes as usize..])
+                .filter(|room| !room.is_empty()),
+            _ => None,
+        }
+    }
+
+    /// Bytes of the current block that are still to come and go nowhere.
+    #[must_use]
+    pub fn wasted_bytes(&self) -> usize {
+        match &self.filling {
+            Some(Filling {
+                into: Into::Nowhere,
+                received_bytes,
+                length_bytes,
+                ..
+            }) => (length_bytes - received_bytes) as usize,
+            _ => 0,
+        }
+    }
+
+    /// So many bytes have been written into the room.
+    ///
+    /// # Errors
+    /// As [`PutSession::data`].
+    pub fn landed(&mut self, bytes: usize) -> Result<(), BlocksError> {
+        self.received(bytes)?;
+        if let Some(Filling {
+            into: Into::Slot { grant, landing },
+            ..
+        }) = &mut self.filling
+        {
+            landing.landed(bytes, grant.block.bytes());
+        }
+        self.complete_if_whole();
+        Ok(())
+    }
+
+    /// The current block's sums, behind its data.
+    ///
+    /// # Errors
+    /// When it is not whole, its header had them already, or they do not fit its length.
+    pub fn sums(&mut self, sums: &v1::BlockSums) -> Result<(), BlocksError> {
+        let wanting = self.filling.as_mut().filter(|filling| {
+            filling.header.is_none() && filling.received_bytes == filling.length_bytes
+        });
+        let Some(filling) = wanting else {
+            let problem = "came where no block had all its data and lacked its sums";
+            return Err(FieldError::new("sums", problem).into());
+        };
+        let page_sums = block_sums(sums, filling.length_bytes)?;
+        filling.header = Some(filling.announced.with_sums(page_sums, sums.seal));
+        self.complete_if_whole();
+        Ok(())
+    }
+
+    /// Counts bytes of the current block.
+    fn received(&mut self, bytes: usize) -> Result<(), BlocksError> {
         let Some(filling) = &mut self.filling else {
             return Err(FieldError::new("data", "came before any header").into());
         };
-        let received_bytes = filling.received_bytes + bytes.len() as u64;
+        let received_bytes = filling.received_bytes + bytes as u64;
         if received_bytes > filling.length_bytes {
             let problem = format!(
                 "block {} has at least {received_bytes} bytes, its header says {}",
@@ -191,21 +297,20 @@ impl PutSession {
             return Err(FieldError::new("data", problem).into());
         }
         filling.received_bytes = received_bytes;
-        self.blocks.metrics.put_bytes.inc_by(bytes.len() as u64);
-        if let Into::Slot { grant, landing, .. } = &mut filling.into {
-            landing.land(bytes, grant.block.bytes_mut());
-        }
-        if received_bytes == filling.length_bytes
-            && let Into::Slot {
-                grant,
-                header,
-                landing,
-            } = std::mem::replace(&mut filling.into, Into::Nowhere)
-        {
+        self.blocks.metrics.put_bytes.inc_by(bytes as u64);
+        Ok(())
+    }
+
+    /// Answers the current block once it is whole.
+    fn complete_if_whole(&mut self) {
+        let Some(filling) = self.filling.as_mut().filter(|filling| filling.is_whole()) else {
+            return;
+        };
+        let into = std::mem::replace(&mut filling.into, Into::Nowhere);
+        if let (Into::Slot { grant, landing }, Some(header)) = (into, filling.header.clone()) {
             let answer = self.complete(*grant, header, landing);
             self.answers.push(answer);
         }
-        Ok(())
     }
 
     /// The last block was whole: waits for what the answers still depend on.
@@ -228,20 +333,20 @@ impl PutSession {
     }
 
     fn check_whole(&self) -> Result<(), BlocksError> {
-        match &self.filling {
-            Some(filling) if filling.received_bytes < filling.length_bytes => {
-                let Filling {
-                    number,
-                    received_bytes,
-                    length_bytes,
-                    ..
-                } = filling;
-                let problem =
-                    format!("block {number} ended after {received_bytes} of {length_bytes} bytes");
-                Err(FieldError::new("data", problem).into())
-            }
-            _ => Ok(()),
-        }
+        let Some(filling) = self.filling.as_ref().filter(|filling| !filling.is_whole()) else {
+            return Ok(());
+        };
+        let (number, length_bytes) = (filling.number, filling.length_bytes);
+        let received_bytes = filling.received_bytes;
+        let error = if received_bytes < length_bytes {
+            let problem =
+                format!("block {number} ended after {received_bytes} of {length_bytes} bytes");
+            FieldError::new("data", problem)
+        } else {
+            let problem = format!("are missing behind block {number}, whose header has none");
+            FieldError::new("sums", problem)
+        };
+        Err(error.into())
     }
 
     /// All bytes are in the slot: seals, publishes, and sends it on if the ack wants it.
@@ -277,7 +382,7 @@ impl PutSession {
     }
 
     /// A block that was there already.
-    fn present(&self, header: &BlockHeader, presence: Presence) -> Answer {
+    fn present(&self, key: &BlockKey, presence: Presence) -> Answer {
         let safe_enough = match self.ack {
             Ack::Cached => true,
             Ack::Stored => {
@@ -289,9 +394,9 @@ impl PutSession {
         if safe_enough {
             return Answer::Done(PutResult::kept(PutOutcome::Present));
         }
-        match self.blocks.engine.locate(&header.key, None) {
+        match self.blocks.engine.locate(key, None) {
             Whereabouts::Ram(block) => self.acknowledge(block, PutOutcome::Present),
-            Whereabouts::Below(_) => Answer::Raising(header.key),
+            Whereabouts::Below(_) => Answer::Raising(*key),
             // It left in this very moment; its bytes are on the wire, so the writer may send them again.
             Whereabouts::Gone(reason) => Answer::Done(PutResult::rejected(reason, 1)),
         }

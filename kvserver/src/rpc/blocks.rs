@@ -16,7 +16,7 @@ use tonic::{Request, Response, Status, async_trait};
 
 use super::{
     Shared,
-    connection::{Caller, StreamTime},
+    dispatch::{Caller, StreamTime},
     status,
 };
 use crate::{blocks::watch::Watcher, engine::Owner};

@@ -117,8 +117,7 @@ pub(crate) async fn read_message(mut body: Incoming, limit: usize) -> Result<Byt
             continue;
         }
         if first.len() + joined.len() + data.len() > limit + PREFIX_BYTES {
-            let problem = format!("the request is over {limit} bytes (max_message_bytes)");
-            return Err(status::refuse(Reason::TooLarge, problem));
+            return Err(status::message_too_long(limit));
         }
         if first.is_empty() && joined.is_empty() {
             first = data;
@@ -136,7 +135,8 @@ pub(crate) async fn read_message(mut body: Incoming, limit: usize) -> Result<Byt
     })
 }
 
-fn unframe(mut message: Bytes) -> Result<Bytes, Status> {
+/// The message behind its prefix.
+pub(crate) fn unframe(mut message: Bytes) -> Result<Bytes, Status> {
     let refuse = |problem: String| Err(status::refuse(Reason::InvalidField, problem));
     if message.len() < PREFIX_BYTES {
         return refuse(format!(

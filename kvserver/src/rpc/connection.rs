@@ -1,6 +1,8 @@
-//! One HTTP/2 connection: dispatch by path, deadlines from outside, owners counted.
+//! One HTTP/2 connection of a general client: served by hyper, deadlines from outside, owners counted.
 //!
 //! ```text
+//! hello ──► lane?  yes ──► lane.rs
+//!             │ no
 //! hyper ──call(request)──► admit ──► Get │ Put │ generated │ health ──► response
 //!   │                        └ leaves the call's time in `cut`
 //!   └─execute(stream)──► Cut { stream, time + GRACE }: dropped when over, which resets the stream
@@ -21,50 +23,59 @@ use futures_util::future::BoxFuture;
 use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use kvproto::OwnerId;
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tonic::{Code, Status};
-use tower_service::Service;
 
 use super::{
-    Admitted, SERVICE, Shared, body::RpcBody, deadline::GRACE, get, owners::Connection, put, status,
+    Shared,
+    body::RpcBody,
+    deadline::GRACE,
+    dispatch::{admit, generated, new_connection, refused},
+    get,
+    hello::{self, Rewound},
+    lane::{self, LaneSocket},
+    owners::Connection,
+    put,
 };
 use crate::{
     clock::{Clock, Tick},
-    engine::TenantId,
     telemetry::metrics::Method,
 };
 
 /// Largest header block of a request: paths and metadata are short.
-const MAX_HEADER_BYTES: u32 = 16 << 10;
+pub(crate) const MAX_HEADER_BYTES: u32 = 16 << 10;
 
 /// Bytes of answers queued in the connection per stream before its body is asked for more: one piece
 /// being written and one waiting, so that the socket never runs dry between two pieces.
 const SEND_BUFFER_BYTES: usize = 2 << 20;
 
-/// How long a call may take; for methods whose stream goes on after their answer began.
-#[derive(Clone, Copy)]
-pub(crate) struct StreamTime(pub(crate) Duration);
-
-/// Who calls, over what; travels with every request.
-#[derive(Clone)]
-pub(crate) struct Caller {
-    pub(crate) tenant: TenantId,
-    pub(crate) connection: Arc<Connection>,
-    pub(crate) shared: Arc<Shared>,
+/// Serves one connection until it ends, or drains, or is cut.
+pub(crate) async fn serve<I>(mut io: I, shared: &Arc<Shared>)
+where
+    I: AsyncRead + AsyncWrite + LaneSocket + Unpin + Send + 'static,
+{
+    let greeting = tokio::select! {
+        greeting = hello::read(&mut io, &*shared.clock) => greeting,
+        () = shared.draining.cancelled() => return,
+    };
+    let over = match greeting {
+        Ok(greeting) if greeting.is_lane => lane::serve(io, greeting.rest(), shared).await,
+        Ok(greeting) => serve_general(Rewound::new(greeting.bytes, io), shared).await,
+        Err(error) => Err(error.into()),
+    };
+    if let Err(error) = over {
+        tracing::debug!(%error, "a connection ended with an error");
+    }
 }
 
-/// Serves one connection until it ends, or drains, or is cut.
-pub(crate) async fn serve<I>(io: I, shared: &Arc<Shared>)
+async fn serve_general<I>(
+    io: I,
+    shared: &Arc<Shared>,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>>
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let mut id = [0; OwnerId::BYTES];
-    id[..8].copy_from_slice(&shared.clock.random_u64().to_le_bytes());
-    id[8..].copy_from_slice(&shared.clock.random_u64().to_le_bytes());
-    let connection = Arc::new(Connection::new(OwnerId(id)));
-
+    let connection = new_connection(shared);
     let cut = Arc::new(Mutex::new(None));
     let executor = CutExecutor {
         cut: Arc::clone(&cut),
@@ -100,9 +111,7 @@ where
         }
     };
     connection.close(&shared.owners);
-    if let Err(error) = over {
-        tracing::debug!(%error, "a connection ended with an error");
-    }
+    over.map_err(Into::into)
 }
 
 struct Dispatch {
@@ -117,127 +126,21 @@ impl hyper::service::Service<Request<Incoming>> for Dispatch {
     type Future = BoxFuture<'static, Result<Response<RpcBody>, Infallible>>;
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
-        let method = method(request.uri().path());
-        let started = self.shared.clock.now();
-        let admitted = match self.shared.admit(method, request.headers()) {
+        let path = request.uri().path();
+        let (caller, call) = match admit(&self.shared, &self.connection, path, request.headers()) {
             Ok(admitted) => admitted,
             Err(status) => {
-                self.shared
-                    .metrics
-                    .call(method, status::code_name(status.code()), 0.0);
                 *self.cut.lock() = Some(GRACE);
                 return Box::pin(std::future::ready(Ok(refused(&status))));
             }
         };
-        *self.cut.lock() = Some(admitted.time.saturating_add(GRACE));
-        let caller = Caller {
-            tenant: admitted.tenant,
-            connection: Arc::clone(&self.connection),
-            shared: Arc::clone(&self.shared),
-        };
-        let call = Call {
-            admitted,
-            method,
-            started,
-        };
-        match method {
+        *self.cut.lock() = Some(call.time().saturating_add(GRACE));
+        match call.method() {
             Method::Get => Box::pin(async move { Ok(get::serve(caller, call, request).await) }),
             Method::Put => Box::pin(async move { Ok(put::serve(caller, call, request).await) }),
             _ => Box::pin(async move { Ok(generated(caller, call, request).await) }),
         }
     }
-}
-
-/// One call's account: counted once, with its code and its time.
-pub(crate) struct Call {
-    admitted: Admitted,
-    method: Method,
-    started: Tick,
-}
-
-impl Call {
-    /// How much of the call's time is left.
-    pub(crate) fn time_left(&self) -> Duration {
-        self.admitted
-            .time
-            .saturating_sub(self.admitted.shared.clock.now().since(self.started))
-    }
-
-    /// The call is over.
-    pub(crate) fn over(self, code: Code) {
-        let shared = &self.admitted.shared;
-        let seconds = shared.clock.now().since(self.started).as_secs_f64();
-        shared
-            .metrics
-            .call(self.method, status::code_name(code), seconds);
-    }
-}
-
-fn method(path: &str) -> Method {
-    match path
-        .strip_prefix('/')
-        .and_then(|p| p.strip_prefix(SERVICE))
-        .and_then(|p| p.strip_prefix('/'))
-    {
-        Some("OpenNamespace") => Method::OpenNamespace,
-        Some("Lookup") => Method::Lookup,
-        Some("Get") => Method::Get,
-        Some("Put") => Method::Put,
-        Some("Renew") => Method::Renew,
-        Some("Release") => Method::Release,
-        Some("Invalidate") => Method::Invalidate,
-        Some("Watch") => Method::Watch,
-        Some("Stats") => Method::Stats,
-        _ => Method::Other,
-    }
-}
-
-/// The methods that tonic frames.
-async fn generated(
-    caller: Caller,
-    call: Call,
-    mut request: Request<Incoming>,
-) -> Response<RpcBody> {
-    let shared = Arc::clone(&caller.shared);
-    let asks_health = request.uri().path().starts_with("/grpc.health.v1.Health/");
-    if call.method == Method::Other && !asks_health {
-        let status = status::unknown_method(request.uri().path());
-        call.over(status.code());
-        return refused(&status);
-    }
-    request.extensions_mut().insert(caller);
-    request
-        .extensions_mut()
-        .insert(StreamTime(call.time_left()));
-    let answer = async {
-        let answer = match asks_health {
-            true => shared.health.clone().call(request).await,
-            false => shared.generated.clone().call(request).await,
-        };
-        answer.unwrap_or_else(|never| match never {})
-    };
-    let late = shared.clock.sleep(call.time_left());
-    let response = tokio::select! {
-        biased;
-        response = answer => response,
-        () = late => {
-            let status = status::too_late();
-            call.over(status.code());
-            return refused(&status);
-        }
-    };
-    // A failed call has its status in the head; a whole one in trailers that say OK.
-    let code = Status::from_header_map(response.headers()).map_or(Code::Ok, |status| status.code());
-    call.over(code);
-    response.map(RpcBody::Tonic)
-}
-
-/// A response that is nothing but its status.
-pub(crate) fn refused(status: &Status) -> Response<RpcBody> {
-    status
-        .clone()
-        .into_http::<tonic::body::Body>()
-        .map(RpcBody::Tonic)
 }
 
 /// Spawns each stream together with the time that [`Dispatch`] has just left for it.

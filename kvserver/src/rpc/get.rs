@@ -6,7 +6,7 @@
 //!                         … one such pair per piece …                       trailers: grpc-status
 //! ```
 //!
-//! hyper asks the body for frames as the connection can take them; the body asks the engine for one
+//! The connection asks the body for frames as the connection can take them; the body asks the engine for one
 //! block at a time and waits only where a block has to come from below RAM. So a slow reader holds one
 //! block, not all of them. On the wire it is exactly `stream GetResponse`.
 
@@ -32,7 +32,7 @@ use tonic::{Code, Status};
 use super::{
     Shared,
     body::{RpcBody, failed_trailers, ok_trailers, read_message, response},
-    connection::{Call, Caller, refused},
+    dispatch::{Call, Caller, refused},
     status,
 };
 use crate::{
@@ -40,13 +40,25 @@ use crate::{
     tier::BlockRef,
 };
 
-/// Answers one call.
+/// Answers one call of a general client.
 pub(crate) async fn serve(
     caller: Caller,
     call: Call,
     request: Request<Incoming>,
 ) -> Response<RpcBody> {
-    match begin(&caller, request.into_body()).await {
+    let limit = caller.shared.limits.max_message_bytes;
+    match read_message(request.into_body(), limit).await {
+        Ok(message) => answer(caller, call, message),
+        Err(status) => {
+            call.over(status.code());
+            refused(&status)
+        }
+    }
+}
+
+/// Answers the request that `message` is.
+pub(crate) fn answer(caller: Caller, call: Call, message: Bytes) -> Response<RpcBody> {
+    match begin(&caller, message) {
         Ok((plan, piece_bytes)) => {
             let context = caller.shared.blocks.answer_context();
             let body = GetBody {
@@ -68,9 +80,8 @@ pub(crate) async fn serve(
     }
 }
 
-async fn begin(caller: &Caller, body: Incoming) -> Result<(GetPlan, usize), Status> {
+fn begin(caller: &Caller, message: Bytes) -> Result<(GetPlan, usize), Status> {
     let shared = &caller.shared;
-    let message = read_message(body, shared.limits.max_message_bytes).await?;
     let wire =
         v1::GetRequest::decode(message).map_err(|e| status::undecodable("GetRequest", &e))?;
     let request = request::Get::try_from(wire).map_err(|e| status::field(&e))?;
@@ -86,7 +97,7 @@ async fn begin(caller: &Caller, body: Incoming) -> Result<(GetPlan, usize), Stat
     Ok((plan.map_err(|e| status::blocks(&e))?, piece_bytes))
 }
 
-/// The answer as hyper draws it.
+/// The answer as its connection draws it.
 pub(crate) struct GetBody {
     shared: Arc<Shared>,
     /// `None` once the trailers are out.

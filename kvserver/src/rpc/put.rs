@@ -1,24 +1,26 @@
 //! `Put`: blocks from the socket into their slots, copied once and summed on the way.
 //!
 //! ```text
-//! HTTP/2 frames ──FrameReader──► start │ header │ data … │ header │ data … │ end
-//!                                         │         └ copied into the slot, page sums made there
+//! HTTP/2 frames ──FrameReader──► start │ header │ data … │ sums │ header │ data … │ sums │ end
+//!                                         │         └ into the slot, page sums made there
 //!                                         └ reserves the slot
 //! ```
+//!
+//! From a lane ([`super::lane`]) the data is read right into the slot; from a general client it is copied out of
+//! hyper's frames.
 //!
 //! One block is under way at a time, so a client that vanishes leaves one slot, and that is given back as
 //! the session is dropped. A request that breaks the rules is refused as a whole; blocks that were complete
 //! before it broke stay, as they are whole and checked. On the wire it is exactly
 //! `stream PutRequest`.
 
-use std::sync::Arc;
-
+use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use kvproto::{
     FieldError,
-    convert::{HeaderRules, header, request},
+    convert::{HeaderRules, PutHeader, put_header, request},
     frame::{Frame, FrameLimits, FrameReader, head},
     v1,
 };
@@ -26,9 +28,8 @@ use prost::Message;
 use tonic::{Code, Status};
 
 use super::{
-    Shared,
-    body::{RpcBody, response},
-    connection::{Call, Caller, refused},
+    body::{self, RpcBody},
+    dispatch::{Call, Caller, refused},
     status,
 };
 use crate::blocks::put::PutSession;
@@ -36,23 +37,30 @@ use crate::blocks::put::PutSession;
 /// Bytes of a message besides its payload. The header of a 64 MiB block, 1024 page sums, needs 8.3 KiB.
 const MAX_HEAD_BYTES: usize = 256 << 10;
 
-/// Answers one call.
+/// Bytes read at a time of data that goes nowhere.
+const WASTE_BYTES: usize = 64 << 10;
+
+/// Answers one call of a general client.
 pub(crate) async fn serve(
     caller: Caller,
     call: Call,
     request: Request<Incoming>,
 ) -> Response<RpcBody> {
-    let shared = Arc::clone(&caller.shared);
-    let late = shared.clock.sleep(call.time_left());
+    let late = caller.shared.clock.sleep(call.time_left());
     let answer = tokio::select! {
         biased;
-        answer = receive(caller, request.into_body()) => answer,
+        answer = receive(&caller, request.into_body()) => answer,
         () = late => Err(status::too_late()),
     };
+    response(answer, call)
+}
+
+/// The response to a call that is over.
+pub(crate) fn response(answer: Result<v1::PutResponse, Status>, call: Call) -> Response<RpcBody> {
     match answer {
         Ok(answer) => {
             call.over(Code::Ok);
-            response(RpcBody::whole(head(&answer, 0)))
+            body::response(RpcBody::whole(head(&answer, 0)))
         }
         Err(status) => {
             call.over(status.code());
@@ -61,61 +69,127 @@ pub(crate) async fn serve(
     }
 }
 
-async fn receive(caller: Caller, mut body: Incoming) -> Result<v1::PutResponse, Status> {
-    let shared = &caller.shared;
-    let limits = FrameLimits {
-        max_head_bytes: MAX_HEAD_BYTES,
-        max_data_bytes: shared.limits.max_block_bytes,
-    };
-    let mut reader = FrameReader::new(limits);
-    let mut receiver = Receiver {
-        caller: &caller,
-        session: None,
-    };
+async fn receive(caller: &Caller, mut body: Incoming) -> Result<v1::PutResponse, Status> {
+    let mut receiving = Receiving::new(caller);
     while let Some(frame) = body.frame().await {
         let Ok(chunk) = frame.map_err(status::broken)?.into_data() else {
             continue;
         };
-        reader.push(chunk);
-        while let Some(frame) = reader.next().map_err(|e| status::frame(&e))? {
-            receiver.take(frame)?;
+        if receiving.chunk(chunk).is_err() {
+            break;
         }
     }
-    reader.finish().map_err(|e| status::frame(&e))?;
-    let Some((session, _)) = receiver.session else {
-        return Err(status::field(&FieldError::new(
-            "start",
-            "is missing; the first message must have it",
-        )));
-    };
-    let results = session.finish().await.map_err(|e| status::blocks(&e))?;
-    Ok(v1::PutResponse {
-        context: Some((&shared.blocks.answer_context()).into()),
-        results: results.into_iter().map(Into::into).collect(),
-    })
+    receiving.finish().await
 }
 
-/// Turns frames into steps of a session.
-struct Receiver<'a> {
+/// A put as it comes in: bytes to frames, frames to steps of a session. The first failure is final.
+pub(crate) struct Receiving<'a> {
     caller: &'a Caller,
     session: Option<(PutSession, HeaderRules)>,
+    frames: FrameReader,
+    failed: Option<Status>,
+    /// Where data goes that goes nowhere: that of a block which is there already, or has no place.
+    waste: Vec<u8>,
 }
 
-impl Receiver<'_> {
-    fn take(&mut self, frame: Frame) -> Result<(), Status> {
-        match frame {
-            Frame::Head { message, .. } => {
-                let message = v1::PutRequest::decode(message)
-                    .map_err(|e| status::undecodable("PutRequest", &e))?;
-                self.message(message)
-                    .map_err(|problem| problem.into_status(&self.caller.shared))
-            }
-            Frame::Data(bytes) => match &mut self.session {
-                Some((session, _)) => session.data(&bytes).map_err(|e| status::blocks(&e)),
-                None => Err(status::field(&no_start())),
-            },
-            Frame::End => Ok(()),
+impl<'a> Receiving<'a> {
+    pub(crate) fn new(caller: &'a Caller) -> Self {
+        let limits = FrameLimits {
+            max_head_bytes: MAX_HEAD_BYTES,
+            max_data_bytes: caller.shared.limits.max_block_bytes,
+        };
+        Self {
+            caller,
+            session: None,
+            frames: FrameReader::new(limits),
+            failed: None,
+            waste: Vec::new(),
         }
+    }
+
+    /// The next bytes of the stream. `Err` once the put has failed; nothing more is needed then.
+    pub(crate) fn chunk(&mut self, chunk: Bytes) -> Result<(), ()> {
+        self.frames.push(chunk);
+        self.advance()
+    }
+
+    /// Where the next bytes belong, if they are payload: no further than to the end of block and message.
+    pub(crate) fn room(&mut self) -> Option<&mut [u8]> {
+        let left = usize::try_from(self.frames.data_left()).unwrap_or(usize::MAX);
+        let (session, _) = self.session.as_mut().filter(|_| left > 0)?;
+        let wasted = session.wasted_bytes();
+        let room = if wasted > 0 {
+            self.waste.resize(WASTE_BYTES.min(wasted), 0);
+            &mut self.waste[..]
+        } else {
+            session.room()?
+        };
+        let length = room.len().min(left);
+        (length > 0).then(|| &mut room[..length])
+    }
+
+    /// So many bytes were read into the room. `Err` as for a chunk.
+    pub(crate) fn landed(&mut self, bytes: usize) -> Result<(), ()> {
+        self.frames.skip_data(bytes as u64);
+        let landed = match &mut self.session {
+            Some((session, _)) => session.landed(bytes).map_err(|e| status::blocks(&e)),
+            None => Err(status::field(&no_start())),
+        };
+        self.keep(landed)?;
+        self.advance()
+    }
+
+    /// Why the put has failed, if it has.
+    pub(crate) fn refused(self) -> Option<Status> {
+        self.failed
+    }
+
+    /// The stream has ended: waits for what became of its blocks.
+    ///
+    /// # Errors
+    /// The put's first failure.
+    pub(crate) async fn finish(self) -> Result<v1::PutResponse, Status> {
+        if let Some(status) = self.failed {
+            return Err(status);
+        }
+        self.frames.finish().map_err(|e| status::frame(&e))?;
+        let Some((session, _)) = self.session else {
+            return Err(status::field(&no_start()));
+        };
+        let results = session.finish().await.map_err(|e| status::blocks(&e))?;
+        Ok(v1::PutResponse {
+            context: Some((&self.caller.shared.blocks.answer_context()).into()),
+            results: results.into_iter().map(Into::into).collect(),
+        })
+    }
+
+    fn advance(&mut self) -> Result<(), ()> {
+        let advanced = self.take_frames();
+        self.keep(advanced)
+    }
+
+    fn keep(&mut self, outcome: Result<(), Status>) -> Result<(), ()> {
+        outcome.map_err(|status| {
+            self.failed.get_or_insert(status);
+        })
+    }
+
+    fn take_frames(&mut self) -> Result<(), Status> {
+        while let Some(frame) = self.frames.next().map_err(|e| status::frame(&e))? {
+            match frame {
+                Frame::Head { message, .. } => {
+                    let message = v1::PutRequest::decode(message)
+                        .map_err(|e| status::undecodable("PutRequest", &e))?;
+                    self.message(message).map_err(Problem::into_status)?;
+                }
+                Frame::Data(bytes) => match &mut self.session {
+                    Some((session, _)) => session.data(&bytes).map_err(|e| status::blocks(&e))?,
+                    None => return Err(status::field(&no_start())),
+                },
+                Frame::End => {}
+            }
+        }
+        Ok(())
     }
 
     fn message(&mut self, message: v1::PutRequest) -> Result<(), Problem> {
@@ -146,8 +220,17 @@ impl Receiver<'_> {
             }
             (Some(_), None) => {}
         }
-        if let (Some((session, rules)), Some(wire)) = (&mut self.session, message.header) {
-            session.block(header(&wire, *rules)?)?;
+        let Some((session, rules)) = &mut self.session else {
+            return Ok(());
+        };
+        if let Some(sums) = message.sums {
+            session.sums(&sums)?;
+        }
+        if let Some(wire) = message.header {
+            match put_header(&wire, *rules)? {
+                PutHeader::Summed(header) => session.block(header)?,
+                PutHeader::Announced(block) => session.announce(block)?,
+            }
         }
         Ok(())
     }
@@ -177,7 +260,7 @@ impl From<crate::blocks::BlocksError> for Problem {
 }
 
 impl Problem {
-    fn into_status(self, _: &Shared) -> Status {
+    fn into_status(self) -> Status {
         match self {
             Self::Field(error) => status::field(&error),
             Self::Blocks(error) => status::blocks(&error),

@@ -51,6 +51,12 @@ pub(crate) fn undecodable(message: &str, error: &prost::DecodeError) -> Status {
     refuse(Reason::InvalidField, format!("{message}: {error}"))
 }
 
+/// A request of more bytes than a small message may have.
+pub(crate) fn message_too_long(limit_bytes: usize) -> Status {
+    let problem = format!("the request is over {limit_bytes} bytes (max_message_bytes)");
+    refuse(Reason::TooLarge, problem)
+}
+
 /// The deadline passed.
 pub(crate) fn too_late() -> Status {
     refuse(

@@ -52,6 +52,7 @@ fn main() -> std::io::Result<()> {
             kind: 1,
         }),
         header: Some(wire.clone()),
+        sums: None,
         data: Bytes::new(),
     };
     let mut stream = frame::head(&put, payload.len()).to_vec();

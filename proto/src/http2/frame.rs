@@ -9,41 +9,67 @@
 //! Source: RFC 9113 sections 4 to 6; RFC 7541 section 6.2.2 for the literal header form.
 
 /// Bytes of a frame's head.
-pub(super) const HEAD_BYTES: usize = 9;
+pub const HEAD_BYTES: usize = 9;
 
 /// What a client says first on every connection.
-pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// Windows before anybody changes them.
-pub(super) const DEFAULT_WINDOW_BYTES: i64 = 65_535;
+pub const DEFAULT_WINDOW_BYTES: i64 = 65_535;
 
 /// Largest window there is.
-pub(super) const MAX_WINDOW_BYTES: u32 = (1 << 31) - 1;
+pub const MAX_WINDOW_BYTES: u32 = (1 << 31) - 1;
 
 /// Frame payload that every peer takes.
-pub(super) const DEFAULT_FRAME_BYTES: usize = 16 << 10;
+pub const DEFAULT_FRAME_BYTES: usize = 16 << 10;
 
-pub(super) const END_STREAM: u8 = 0x1;
-pub(super) const ACK: u8 = 0x1;
-pub(super) const END_HEADERS: u8 = 0x4;
-pub(super) const PADDED: u8 = 0x8;
-pub(super) const PRIORITY: u8 = 0x20;
+/// Of DATA and HEADERS: nothing follows on this stream.
+pub const END_STREAM: u8 = 0x1;
+/// Of SETTINGS and PING: an answer.
+pub const ACK: u8 = 0x1;
+/// Of HEADERS and CONTINUATION: the header block is whole.
+pub const END_HEADERS: u8 = 0x4;
+/// Of DATA and HEADERS: the payload begins with the length of its padding.
+pub const PADDED: u8 = 0x8;
+/// Of HEADERS: five bytes of priority come first.
+pub const PRIORITY: u8 = 0x20;
 
-pub(super) const SETTING_ENABLE_PUSH: u16 = 0x2;
-pub(super) const SETTING_INITIAL_WINDOW_SIZE: u16 = 0x4;
-pub(super) const SETTING_MAX_FRAME_SIZE: u16 = 0x5;
+/// Whether a server may push; never here.
+pub const SETTING_ENABLE_PUSH: u16 = 0x2;
+
+/// Streams the peer may have open at once.
+pub const SETTING_MAX_CONCURRENT_STREAMS: u16 = 0x3;
+
+/// Window of each new stream.
+pub const SETTING_INITIAL_WINDOW_SIZE: u16 = 0x4;
+
+/// Largest frame payload.
+pub const SETTING_MAX_FRAME_SIZE: u16 = 0x5;
+
+/// Terrace's own: 1 says that this client never has more than one stream open. Whoever does not know it
+/// passes over it, as the RFC asks (section 5.5), and loses nothing.
+pub const SETTING_ONE_STREAM: u16 = 0xf7e0;
 
 /// The kinds of frames a lane knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub enum Kind {
+    /// Bytes of a body.
     Data,
+    /// A header block begins.
     Headers,
+    /// RST_STREAM: the stream is over.
     Reset,
+    /// How the sender wants to be spoken to.
     Settings,
+    /// Never allowed here.
     PushPromise,
+    /// To be answered with its own payload.
     Ping,
+    /// No new streams.
     GoAway,
+    /// More bytes may be sent.
     WindowUpdate,
+    /// A header block goes on.
     Continuation,
     /// To be passed over, as the RFC asks.
     Other(u8),
@@ -83,17 +109,20 @@ impl Kind {
 
 /// The head of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Head {
+pub struct Head {
     /// Bytes of payload.
-    pub(super) length: usize,
-    pub(super) kind: Kind,
-    pub(super) flags: u8,
+    pub length: usize,
+    /// What it is.
+    pub kind: Kind,
+    /// [`END_STREAM`] and the like; their meaning depends on the kind.
+    pub flags: u8,
     /// 0 is the connection itself.
-    pub(super) stream: u32,
+    pub stream: u32,
 }
 
 impl Head {
-    pub(super) fn read(bytes: &[u8; HEAD_BYTES]) -> Self {
+    /// Reads a head; every nine bytes are one.
+    pub fn read(bytes: &[u8; HEAD_BYTES]) -> Self {
         Self {
             length: u32::from_be_bytes([0, bytes[0], bytes[1], bytes[2]]) as usize,
             kind: Kind::from_byte(bytes[3]),
@@ -103,7 +132,7 @@ impl Head {
     }
 
     /// The head's bytes; `length` is below 2^24 wherever a lane makes one.
-    pub(super) fn bytes(self) -> [u8; HEAD_BYTES] {
+    pub fn bytes(self) -> [u8; HEAD_BYTES] {
         let length = (self.length as u32).to_be_bytes();
         let stream = self.stream.to_be_bytes();
         let kind = self.kind.byte();
@@ -113,13 +142,14 @@ impl Head {
         ]
     }
 
-    pub(super) fn has(self, flag: u8) -> bool {
+    /// Whether any bit of `flag` is set.
+    pub fn has(self, flag: u8) -> bool {
         self.flags & flag != 0
     }
 }
 
 /// Appends a whole frame.
-pub(super) fn put_frame(out: &mut Vec<u8>, kind: Kind, flags: u8, stream: u32, payload: &[u8]) {
+pub fn put_frame(out: &mut Vec<u8>, kind: Kind, flags: u8, stream: u32, payload: &[u8]) {
     let head = Head {
         length: payload.len(),
         kind,
@@ -131,7 +161,7 @@ pub(super) fn put_frame(out: &mut Vec<u8>, kind: Kind, flags: u8, stream: u32, p
 }
 
 /// Appends a WINDOW_UPDATE.
-pub(super) fn put_window_update(out: &mut Vec<u8>, stream: u32, more_bytes: u32) {
+pub fn put_window_update(out: &mut Vec<u8>, stream: u32, more_bytes: u32) {
     put_frame(
         out,
         Kind::WindowUpdate,
@@ -143,7 +173,7 @@ pub(super) fn put_window_update(out: &mut Vec<u8>, stream: u32, more_bytes: u32)
 
 /// Appends a header field as a literal that no table remembers: a lane keeps no state for its requests,
 /// and a few dozen bytes more are nothing beside a block.
-pub(super) fn put_field(out: &mut Vec<u8>, name: &[u8], value: &[u8]) {
+pub fn put_field(out: &mut Vec<u8>, name: &[u8], value: &[u8]) {
     out.push(0);
     put_string(out, name);
     put_string(out, value);

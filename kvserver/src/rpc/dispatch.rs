@@ -1,0 +1,180 @@
+//! From a request's head to a call: admitted, with its deadline and its caller, or refused.
+//!
+//! ```text
+//! path, headers ──admit──► Caller (tenant, connection) + Call (time, account)
+//!                     └──► status
+//! ```
+//!
+//! Both ways of serving a connection come through here, so a call means the same on either.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response};
+use http_body::Body;
+use kvproto::OwnerId;
+use tonic::{Code, Status};
+use tower_service::Service;
+
+use super::{Admitted, SERVICE, Shared, body::RpcBody, owners::Connection, status};
+use crate::{clock::Tick, engine::TenantId, telemetry::metrics::Method};
+
+/// How long a call may take; for methods whose stream goes on after their answer began.
+#[derive(Clone, Copy)]
+pub(crate) struct StreamTime(pub(crate) Duration);
+
+/// Who calls, over what; travels with every request.
+#[derive(Clone)]
+pub(crate) struct Caller {
+    pub(crate) tenant: TenantId,
+    pub(crate) connection: Arc<Connection>,
+    pub(crate) shared: Arc<Shared>,
+}
+
+/// A connection by a name that nobody can guess.
+pub(crate) fn new_connection(shared: &Shared) -> Arc<Connection> {
+    let mut id = [0; OwnerId::BYTES];
+    id[..8].copy_from_slice(&shared.clock.random_u64().to_le_bytes());
+    id[8..].copy_from_slice(&shared.clock.random_u64().to_le_bytes());
+    Arc::new(Connection::new(OwnerId(id)))
+}
+
+/// Lets a call in, or counts it as refused.
+///
+/// # Errors
+/// Why it is not let in.
+pub(crate) fn admit(
+    shared: &Arc<Shared>,
+    connection: &Arc<Connection>,
+    path: &str,
+    headers: &HeaderMap,
+) -> Result<(Caller, Call), Status> {
+    let method = method(path);
+    let started = shared.clock.now();
+    match shared.admit(method, headers) {
+        Ok(admitted) => {
+            let caller = Caller {
+                tenant: admitted.tenant,
+                connection: Arc::clone(connection),
+                shared: Arc::clone(shared),
+            };
+            let call = Call {
+                admitted,
+                method,
+                started,
+            };
+            Ok((caller, call))
+        }
+        Err(status) => {
+            let code = status::code_name(status.code());
+            shared.metrics.call(method, code, 0.0);
+            Err(status)
+        }
+    }
+}
+
+/// One call's account: counted once, with its code and its time.
+pub(crate) struct Call {
+    admitted: Admitted,
+    method: Method,
+    started: Tick,
+}
+
+impl Call {
+    /// What is called.
+    pub(crate) fn method(&self) -> Method {
+        self.method
+    }
+
+    /// How long it may take in all.
+    pub(crate) fn time(&self) -> Duration {
+        self.admitted.time
+    }
+
+    /// How much of the call's time is left.
+    pub(crate) fn time_left(&self) -> Duration {
+        self.admitted
+            .time
+            .saturating_sub(self.admitted.shared.clock.now().since(self.started))
+    }
+
+    /// The call is over.
+    pub(crate) fn over(self, code: Code) {
+        let shared = &self.admitted.shared;
+        let seconds = shared.clock.now().since(self.started).as_secs_f64();
+        shared
+            .metrics
+            .call(self.method, status::code_name(code), seconds);
+    }
+}
+
+fn method(path: &str) -> Method {
+    match path
+        .strip_prefix('/')
+        .and_then(|p| p.strip_prefix(SERVICE))
+        .and_then(|p| p.strip_prefix('/'))
+    {
+        Some("OpenNamespace") => Method::OpenNamespace,
+        Some("Lookup") => Method::Lookup,
+        Some("Get") => Method::Get,
+        Some("Put") => Method::Put,
+        Some("Renew") => Method::Renew,
+        Some("Release") => Method::Release,
+        Some("Invalidate") => Method::Invalidate,
+        Some("Watch") => Method::Watch,
+        Some("Stats") => Method::Stats,
+        _ => Method::Other,
+    }
+}
+
+/// The methods that tonic frames.
+pub(crate) async fn generated<B>(
+    caller: Caller,
+    call: Call,
+    mut request: Request<B>,
+) -> Response<RpcBody>
+where
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send + 'static,
+{
+    let shared = Arc::clone(&caller.shared);
+    let asks_health = request.uri().path().starts_with("/grpc.health.v1.Health/");
+    if call.method == Method::Other && !asks_health {
+        let status = status::unknown_method(request.uri().path());
+        call.over(status.code());
+        return refused(&status);
+    }
+    request.extensions_mut().insert(caller);
+    request
+        .extensions_mut()
+        .insert(StreamTime(call.time_left()));
+    let answer = async {
+        let answer = match asks_health {
+            true => shared.health.clone().call(request).await,
+            false => shared.generated.clone().call(request).await,
+        };
+        answer.unwrap_or_else(|never| match never {})
+    };
+    let late = shared.clock.sleep(call.time_left());
+    let response = tokio::select! {
+        biased;
+        response = answer => response,
+        () = late => {
+            let status = status::too_late();
+            call.over(status.code());
+            return refused(&status);
+        }
+    };
+    // A failed call has its status in the head; a whole one in trailers that say OK.
+    let code = Status::from_header_map(response.headers()).map_or(Code::Ok, |status| status.code());
+    call.over(code);
+    response.map(RpcBody::Tonic)
+}
+
+/// A response that is nothing but its status.
+pub(crate) fn refused(status: &Status) -> Response<RpcBody> {
+    status
+        .clone()
+        .into_http::<tonic::body::Body>()
+        .map(RpcBody::Tonic)
+}

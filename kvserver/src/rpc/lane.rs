@@ -1,0 +1,538 @@
+//! A lane: a connection whose client has promised one call at a time, served by one task without hyper.
+//!
+//! ```text
+//! idle ─HEADERS─► admit ─► body ─┬─ Put: payload read right into its slot ──┐
+//!   ▲                            └─ any other: one small message            ├─► answer ─► send ─► idle
+//!   │     while an answer is awaited the socket is watched: a peer that     │   writev from the arena
+//!   └──── goes away ends its call                                           ┘
+//! ```
+//!
+//! Calls, deadlines, tenants and answers are those of [`super::connection`]; only the way of the bytes differs.
+//! A lane costs no task and no wake-up per call, and a block that is put is copied once, by the kernel.
+//!
+//! Units: bytes.
+//! Errors: the socket's, and breaches of the protocol, after a GOAWAY. Either ends the connection, and what its
+//! call held is given back.
+//! Bounds: a call's time plus [`GRACE`]; those of [`kvproto::http2`]. An idle lane is kept; the kernel's
+//! keep-alive finds out when its host is gone.
+
+use std::{
+    io::{self, IoSlice, IoSliceMut},
+    sync::Arc,
+    task::Poll,
+};
+
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
+use http_body::Body;
+use http_body_util::{BodyExt, Full};
+use kvproto::{
+    frame::PREFIX_BYTES,
+    http2::{
+        Fields, Lane, LaneLimits, Outgoing, Pump, Push, Receiver, Role, Socket, breach,
+        frame::put_field, put_fields,
+    },
+};
+use tokio::{
+    io::Interest,
+    net::{TcpStream, UnixStream},
+};
+use tonic::Status;
+
+use super::{
+    Shared,
+    body::{RpcBody, failed_trailers, unframe},
+    connection::MAX_HEADER_BYTES,
+    deadline::GRACE,
+    dispatch::{Call, Caller, admit, generated, new_connection, refused},
+    get,
+    owners::Connection,
+    put, status,
+};
+use crate::telemetry::metrics::Method;
+
+const LIMITS: LaneLimits = LaneLimits {
+    max_headers_bytes: MAX_HEADER_BYTES as usize,
+    // A piece of 1 MiB and its head, in one frame.
+    max_frame_bytes: (1 << 20) + (64 << 10),
+    send_frame_bytes: (1 << 20) + (64 << 10),
+    read_bytes: 256 << 10,
+};
+
+/// Bytes of an answer taken from its body before they are written: one piece.
+const AHEAD_BYTES: usize = 1 << 20;
+
+/// HTTP/2's codes for a friendly end and for a breach.
+const NO_ERROR: u32 = 0;
+const PROTOCOL_ERROR: u32 = 1;
+
+/// The two kinds of sockets.
+pub(crate) trait LaneSocket: Send + Sync {
+    fn try_readv(&self, slices: &mut [IoSliceMut<'_>]) -> io::Result<usize>;
+    fn try_writev(&self, slices: &[IoSlice<'_>]) -> io::Result<usize>;
+    fn wait(&self, interest: Interest) -> impl Future<Output = io::Result<()>> + Send;
+}
+
+macro_rules! lane_socket {
+    ($($stream:ty),*) => {$(
+        impl LaneSocket for $stream {
+            fn try_readv(&self, slices: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+                self.try_read_vectored(slices)
+            }
+
+            fn try_writev(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+                self.try_write_vectored(slices)
+            }
+
+            async fn wait(&self, interest: Interest) -> io::Result<()> {
+                self.ready(interest).await.map(drop)
+            }
+        }
+    )*};
+}
+
+lane_socket!(TcpStream, UnixStream);
+
+struct Io<S>(S);
+
+impl<S: LaneSocket> Socket for Io<S> {
+    fn try_read_vectored(&self, slices: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        self.0.try_readv(slices)
+    }
+
+    fn try_write_vectored(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.0.try_writev(slices)
+    }
+}
+
+/// Serves a lane until it ends, or drains, or is cut. `first` is what was read of it behind the preface.
+pub(crate) async fn serve<S: LaneSocket>(
+    socket: S,
+    first: &[u8],
+    shared: &Arc<Shared>,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let connection = new_connection(shared);
+    let mut serving = Serving {
+        lane: Lane::new(Role::Server, LIMITS),
+        io: Io(socket),
+        shared,
+        connection: &connection,
+    };
+    let over = tokio::select! {
+        over = serving.run(first) => over,
+        () = shared.abort.cancelled() => Ok(()),
+    };
+    connection.close(&shared.owners);
+    over.map_err(Into::into)
+}
+
+struct Serving<'a, S> {
+    lane: Lane,
+    io: Io<S>,
+    shared: &'a Arc<Shared>,
+    connection: &'a Arc<Connection>,
+}
+
+impl<S: LaneSocket> Serving<'_, S> {
+    async fn run(&mut self, first: &[u8]) -> io::Result<()> {
+        let over = async {
+            self.lane.feed(first)?;
+            while let Some(head) = self.next_call().await? {
+                self.call(head).await?;
+            }
+            Ok(())
+        };
+        let over: io::Result<()> = over.await;
+        let code = match &over {
+            Ok(()) => NO_ERROR,
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => PROTOCOL_ERROR,
+            Err(_) => return over,
+        };
+        self.lane.put_goaway(code);
+        self.lane.flush(&self.io)?;
+        over
+    }
+
+    /// Waits for a call; `None` when the node drains.
+    async fn next_call(&mut self) -> io::Result<Option<Head>> {
+        let mut head = Head::default();
+        loop {
+            let is_flushed = self.lane.flush(&self.io)?;
+            match self.lane.pump(&self.io, &mut head)? {
+                Pump::Opened => return Ok(Some(head)),
+                Pump::Moved | Pump::Ended => continue,
+                Pump::Busy => {
+                    tokio::task::yield_now().await;
+                    continue;
+                }
+                Pump::Starved => {}
+            }
+            tokio::select! {
+                ready = self.io.0.wait(interest(is_flushed)) => ready?,
+                () = self.shared.draining.cancelled() => return Ok(None),
+            }
+        }
+    }
+
+    /// One call, from its head to the last byte of its answer; cut when its time is over.
+    async fn call(&mut self, head: Head) -> io::Result<()> {
+        let (path, headers) = head.judge()?;
+        let clock = &self.shared.clock;
+        match admit(self.shared, self.connection, &path, &headers) {
+            Ok((caller, call)) => {
+                let late = clock.sleep(call.time().saturating_add(GRACE));
+                tokio::select! {
+                    biased;
+                    over = self.answer(caller, call, path, headers) => over,
+                    () = late => Err(io::ErrorKind::TimedOut.into()),
+                }
+            }
+            Err(status) => {
+                let late = clock.sleep(GRACE);
+                tokio::select! {
+                    biased;
+                    over = self.send(refused(&status)) => over,
+                    () = late => Err(io::ErrorKind::TimedOut.into()),
+                }
+            }
+        }
+    }
+
+    async fn answer(
+        &mut self,
+        caller: Caller,
+        call: Call,
+        path: String,
+        headers: HeaderMap,
+    ) -> io::Result<()> {
+        let response = if call.method() == Method::Put {
+            self.put(caller, call).await?
+        } else {
+            match self.message(&call).await? {
+                Err(status) => {
+                    call.over(status.code());
+                    refused(&status)
+                }
+                Ok(message) if call.method() == Method::Get => match unframe(message) {
+                    Ok(message) => get::answer(caller, call, message),
+                    Err(status) => {
+                        call.over(status.code());
+                        refused(&status)
+                    }
+                },
+                Ok(message) => {
+                    let mut request = Request::new(Full::new(message));
+                    *request.method_mut() = http::Method::POST;
+                    *request.uri_mut() =
+                        path.parse().map_err(|_| breach("a path that is no URI"))?;
+                    *request.headers_mut() = headers;
+                    let answer = generated(caller, call, request);
+                    watched(&mut self.lane, &self.io, answer).await?
+                }
+            }
+        };
+        self.send(response).await
+    }
+
+    /// The request's body, of at most one message, its prefix included; or why it is refused.
+    async fn message(&mut self, call: &Call) -> io::Result<Result<Bytes, Status>> {
+        let limit = self.shared.limits.max_message_bytes + PREFIX_BYTES;
+        let mut gathered = Gathered {
+            bytes: BytesMut::new(),
+            limit,
+            is_too_long: false,
+        };
+        match self.body(&mut gathered, call).await {
+            Ok(true) => Ok(Ok(gathered.bytes.freeze())),
+            Ok(false) => Ok(Err(status::too_late())),
+            Err(_) if gathered.is_too_long => {
+                let limit = self.shared.limits.max_message_bytes;
+                Ok(Err(status::message_too_long(limit)))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn put(&mut self, caller: Caller, call: Call) -> io::Result<Response<RpcBody>> {
+        let mut receiving = put::Receiving::new(&caller);
+        let answer = match self.body(&mut receiving, &call).await {
+            Ok(true) => {
+                let late = self.shared.clock.sleep(call.time_left());
+                let answer = async {
+                    tokio::select! {
+                        biased;
+                        answer = receiving.finish() => answer,
+                        () = late => Err(status::too_late()),
+                    }
+                };
+                watched(&mut self.lane, &self.io, answer).await?
+            }
+            Ok(false) => Err(status::too_late()),
+            Err(error) => Err(receiving.refused().ok_or(error)?),
+        };
+        Ok(put::response(answer, call))
+    }
+
+    /// Reads the request's body to its end; `false` when the call's time is over before that.
+    async fn body<R: Receiver>(&mut self, receiver: &mut R, call: &Call) -> io::Result<bool> {
+        let late = self.shared.clock.sleep(call.time_left());
+        let (lane, io) = (&mut self.lane, &self.io);
+        let reading = async {
+            while !lane.peer_has_ended() {
+                match lane.pump(io, receiver)? {
+                    Pump::Busy => tokio::task::yield_now().await,
+                    Pump::Starved => {
+                        let is_flushed = lane.flush(io)?;
+                        io.0.wait(interest(is_flushed)).await?;
+                    }
+                    Pump::Opened | Pump::Ended | Pump::Moved => {}
+                }
+            }
+            Ok(())
+        };
+        tokio::select! {
+            biased;
+            read = reading => read.map(|()| true),
+            () = late => Ok(false),
+        }
+    }
+
+    /// Sends an answer. A request that was answered before its end is read to its end, for nobody.
+    async fn send(&mut self, response: Response<RpcBody>) -> io::Result<()> {
+        let (lane, io) = (&mut self.lane, &self.io);
+        let (head, mut body) = response.into_parts();
+        let mut block = Vec::with_capacity(64);
+        put_field(&mut block, b":status", head.status.as_str().as_bytes());
+        put_fields(&mut block, &head.headers);
+        let is_end = body.is_end_stream();
+        lane.put_headers(&block, is_end);
+        let mut out = Outgoing::default();
+        if is_end {
+            while !lane.flush(io)? {
+                io.0.wait(Interest::WRITABLE).await?;
+            }
+        }
+        while !is_end {
+            let mut is_waiting = false;
+            while !out.is_closed() && out.ready_bytes() < AHEAD_BYTES {
+                // Its waker is this task's: whatever comes first, body or socket, goes on from here.
+                let next = std::future::poll_fn(|cx| {
+                    Poll::Ready(std::pin::Pin::new(&mut body).poll_frame(cx))
+                });
+                match next.await {
+                    Poll::Ready(frame) => take_frame(lane, &mut out, frame),
+                    Poll::Pending => {
+                        is_waiting = true;
+                        break;
+                    }
+                }
+            }
+            let pushed = lane.push(io, &mut out)?;
+            if pushed == Push::Done {
+                break;
+            }
+            if discard(lane, io)? == Pump::Busy {
+                tokio::task::yield_now().await;
+                continue;
+            }
+            match pushed {
+                Push::Done => break,
+                Push::Hungry if !is_waiting => tokio::task::consume_budget().await,
+                Push::Hungry => tokio::select! {
+                    frame = body.frame() => take_frame(lane, &mut out, frame),
+                    ready = io.0.wait(Interest::READABLE) => ready?,
+                },
+                Push::NoWindow => io.0.wait(Interest::READABLE).await?,
+                Push::NoRoom => io.0.wait(Interest::READABLE | Interest::WRITABLE).await?,
+            }
+        }
+        while !lane.peer_has_ended() {
+            match discard(lane, io)? {
+                Pump::Starved => io.0.wait(Interest::READABLE).await?,
+                _ => tokio::task::consume_budget().await,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What to wait for besides bytes.
+fn interest(is_flushed: bool) -> Interest {
+    if is_flushed {
+        Interest::READABLE
+    } else {
+        Interest::READABLE | Interest::WRITABLE
+    }
+}
+
+/// The next of an answer's body.
+fn take_frame(
+    lane: &Lane,
+    out: &mut Outgoing<'_>,
+    frame: Option<Result<http_body::Frame<Bytes>, Status>>,
+) {
+    let trailers = match frame {
+        None => return out.close(),
+        Some(Err(status)) => failed_trailers(&status),
+        Some(Ok(frame)) => match frame.into_data() {
+            Ok(data) => return out.push(data),
+            Err(frame) => match frame.into_trailers() {
+                Ok(trailers) => trailers,
+                Err(_) => return,
+            },
+        },
+    };
+    let mut block = Vec::with_capacity(64);
+    put_fields(&mut block, &trailers);
+    out.close_with(lane.trailers(&block));
+}
+
+/// Waits for `work` and watches the peer meanwhile: it may ask for a sign of life, or be gone.
+async fn watched<S: LaneSocket, F: Future>(
+    lane: &mut Lane,
+    io: &Io<S>,
+    work: F,
+) -> io::Result<F::Output> {
+    tokio::pin!(work);
+    loop {
+        let is_flushed = lane.flush(io)?;
+        tokio::select! {
+            biased;
+            output = work.as_mut() => return Ok(output),
+            ready = io.0.wait(interest(is_flushed)) => ready?,
+        }
+        if discard(lane, io)? == Pump::Busy {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+/// Reads for nobody.
+fn discard<S: LaneSocket>(lane: &mut Lane, io: &Io<S>) -> io::Result<Pump> {
+    lane.pump(io, &mut Nobody)
+}
+
+struct Nobody;
+
+impl Receiver for Nobody {
+    fn headers(&mut self, _: Fields) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn room(&mut self) -> Option<&mut [u8]> {
+        None
+    }
+
+    fn landed(&mut self, _: usize) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn chunk(&mut self, _: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The head of a call.
+#[derive(Default)]
+struct Head {
+    fields: Fields,
+}
+
+impl Head {
+    /// Its path and its headers.
+    fn judge(self) -> io::Result<(String, HeaderMap)> {
+        let mut path = None;
+        let mut headers = HeaderMap::with_capacity(self.fields.len());
+        for (name, value) in self.fields {
+            match &name[..] {
+                b":method" if value == b"POST" => {}
+                b":method" => return Err(breach("a call that is not a POST")),
+                b":path" => {
+                    let text = String::from_utf8(value);
+                    path = Some(text.map_err(|_| breach("a path that is not UTF-8"))?);
+                }
+                [b':', ..] => {}
+                _ => {
+                    let name = HeaderName::from_bytes(&name);
+                    let value = HeaderValue::from_bytes(&value);
+                    let (Ok(name), Ok(value)) = (name, value) else {
+                        return Err(breach("a header field with bytes that none may have"));
+                    };
+                    headers
+                        .try_append(name, value)
+                        .map_err(|_| breach("too many header fields"))?;
+                }
+            }
+        }
+        let path = path.ok_or_else(|| breach("a call without a path"))?;
+        Ok((path, headers))
+    }
+}
+
+impl Receiver for Head {
+    fn headers(&mut self, fields: Fields) -> io::Result<()> {
+        self.fields = fields;
+        Ok(())
+    }
+
+    fn room(&mut self) -> Option<&mut [u8]> {
+        None
+    }
+
+    fn landed(&mut self, _: usize) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn chunk(&mut self, _: &[u8]) -> io::Result<()> {
+        Err(breach("data without a call"))
+    }
+}
+
+/// A small body.
+struct Gathered {
+    bytes: BytesMut,
+    limit: usize,
+    is_too_long: bool,
+}
+
+impl Receiver for Gathered {
+    fn headers(&mut self, _: Fields) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn room(&mut self) -> Option<&mut [u8]> {
+        None
+    }
+
+    fn landed(&mut self, _: usize) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn chunk(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if self.bytes.len() + bytes.len() > self.limit {
+            self.is_too_long = true;
+            return Err(breach("a request that is too long"));
+        }
+        self.bytes.extend_from_slice(bytes);
+        Ok(())
+    }
+}
+
+impl Receiver for put::Receiving<'_> {
+    fn headers(&mut self, _: Fields) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn room(&mut self) -> Option<&mut [u8]> {
+        self.room()
+    }
+
+    fn landed(&mut self, bytes: usize) -> io::Result<()> {
+        self.landed(bytes).map_err(|()| breach("refused"))
+    }
+
+    fn chunk(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.chunk(Bytes::copy_from_slice(bytes))
+            .map_err(|()| breach("refused"))
+    }
+}
