@@ -220,6 +220,7 @@ impl Connection for Stock {
                 let put = PutRequest {
                     start: Some(PutStart::default()),
                     header: Some(header),
+                    sums: None,
                     data: self.value.clone(),
                 };
                 let answer = self.client.put(tokio_stream::once(put)).await?.into_inner();
