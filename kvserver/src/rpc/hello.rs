@@ -72,7 +72,7 @@ pub(crate) async fn read<I: AsyncRead + Unpin>(
 /// Whether this is the beginning of a lane; `None` when more bytes are needed to know.
 fn judge(bytes: &[u8]) -> Option<bool> {
     let known = bytes.len().min(PREFACE.len());
-    if bytes[..known] != PREFACE[..known] || bytes.len() >= GREETING_BYTES {
+    if bytes[..known] != PREFACE[..known] {
         return Some(false);
     }
     let head = bytes.get(PREFACE.len()..)?.first_chunk()?;
@@ -82,7 +82,7 @@ fn judge(bytes: &[u8]) -> Option<bool> {
     }
     let start = PREFACE.len() + HEAD_BYTES;
     if start + head.length > GREETING_BYTES {
-        return Some(false);
+        return Some(false); // so this is never asked for more bytes than it reads
     }
     let settings = bytes.get(start..start + head.length)?;
     let [high, low] = SETTING_ONE_STREAM.to_be_bytes();
@@ -157,7 +157,7 @@ mod tests {
     use parking_lot::Mutex;
     use std::io::{self, IoSlice, IoSliceMut};
 
-    use super::{Kind, judge};
+    use super::{GREETING_BYTES, Kind, judge};
 
     fn greeting(settings: &[(u16, u32)]) -> Vec<u8> {
         let mut payload = Vec::new();
@@ -192,6 +192,13 @@ mod tests {
         for length in 0..lane.len() {
             assert_eq!(judge(&lane[..length]), None, "{length}");
         }
+    }
+
+    #[test]
+    fn a_lane_that_sends_a_block_with_its_greeting_is_one_too() {
+        let mut lane = greeting(&[(SETTING_ONE_STREAM, 1)]);
+        lane.resize(GREETING_BYTES, 7);
+        assert_eq!(judge(&lane), Some(true));
     }
 
     #[derive(Default)]

@@ -21,6 +21,8 @@ pub mod frame;
 mod headers;
 mod lane;
 mod outgoing;
+#[cfg(test)]
+mod tests;
 
 pub use headers::{Fields, put_fields};
 pub use lane::{Lane, LaneLimits, Pump, Push, Receiver, Role, Socket, breach};
