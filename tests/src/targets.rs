@@ -8,12 +8,17 @@
 //! A target panics when a parser does, when it loops past a bound, or when what it read does not survive the
 //! way there and back. The bounded run (`tests/fuzz.rs`) and libFuzzer (`tests/fuzz/`) use the same functions.
 
-use std::str::FromStr;
+use std::{
+    cell::Cell,
+    io::{self, IoSlice, IoSliceMut},
+    str::FromStr,
+};
 
 use bytes::Bytes;
 use kvproto::{
     BlockKey, NamespaceId, Place, SequenceHash, convert,
     frame::{Frame, FrameLimits, FrameReader},
+    http2::{Fields, Lane, LaneLimits, Pump, Receiver, Role, Socket},
     v1,
 };
 use kvserver::{
@@ -29,6 +34,7 @@ pub type Target = fn(&[u8]);
 /// Name (and corpus folder) of each target.
 pub const TARGETS: &[(&str, Target)] = &[
     ("frame", frame),
+    ("lane", lane),
     ("convert_request", convert_request),
     ("convert_answer", convert_answer),
     ("key", key),
@@ -37,6 +43,109 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("trace", trace),
     ("config", config),
 ];
+
+/// HTTP/2 on a lane, as either end reads it: however the bytes come, the same headers and the same body come out.
+pub fn lane(bytes: &[u8]) {
+    for role in [Role::Server, Role::Client] {
+        let whole = read_lane(role, bytes, usize::MAX, 0);
+        for (step, room) in [(1, 0), (7, 5), (usize::MAX, 100)] {
+            assert_eq!(
+                read_lane(role, bytes, step, room),
+                whole,
+                "{role:?} {step} {room}"
+            );
+        }
+    }
+}
+
+/// What a lane makes of the bytes behind a greeting: header fields, body, and whether it broke.
+fn read_lane(role: Role, bytes: &[u8], step: usize, room: usize) -> (Fields, Vec<u8>, bool) {
+    let limits = LaneLimits {
+        max_headers_bytes: 4 << 10,
+        max_frame_bytes: 32 << 10,
+        send_frame_bytes: 32 << 10,
+        read_bytes: 16 << 10,
+    };
+    let script = Script {
+        left: Cell::new(bytes),
+        step,
+    };
+    let mut lane = Lane::new(role, limits);
+    if role == Role::Client {
+        lane.open(&[0x88]);
+    }
+    let mut kept = Kept {
+        room: vec![0; room],
+        ..Kept::default()
+    };
+    loop {
+        lane.flush(&script).expect("every write is taken");
+        match lane.pump(&script, &mut kept) {
+            Ok(Pump::Starved) if script.left.get().is_empty() => {
+                return (kept.fields, kept.body, false);
+            }
+            Ok(_) => {}
+            Err(_) => return (kept.fields, kept.body, true),
+        }
+    }
+}
+
+/// A socket that has these bytes and no more, and takes everything.
+struct Script<'a> {
+    left: Cell<&'a [u8]>,
+    step: usize,
+}
+
+impl Socket for Script<'_> {
+    fn try_read_vectored(&self, slices: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        let (all, mut left) = (self.left.get().len(), self.step);
+        for slice in slices {
+            let (now, later) = self
+                .left
+                .get()
+                .split_at(slice.len().min(left).min(self.left.get().len()));
+            slice[..now.len()].copy_from_slice(now);
+            left -= now.len();
+            self.left.set(later);
+        }
+        match all - self.left.get().len() {
+            0 => Err(io::ErrorKind::WouldBlock.into()),
+            read => Ok(read),
+        }
+    }
+
+    fn try_write_vectored(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        Ok(slices.iter().map(|slice| slice.len()).sum())
+    }
+}
+
+#[derive(Default)]
+struct Kept {
+    fields: Fields,
+    body: Vec<u8>,
+    room: Vec<u8>,
+}
+
+impl Receiver for Kept {
+    fn headers(&mut self, fields: Fields) -> io::Result<()> {
+        self.fields.extend(fields);
+        Ok(())
+    }
+
+    fn room(&mut self) -> Option<&mut [u8]> {
+        (!self.room.is_empty()).then_some(&mut self.room[..])
+    }
+
+    fn landed(&mut self, bytes: usize) -> io::Result<()> {
+        self.body.extend_from_slice(&self.room[..bytes]);
+        Ok(())
+    }
+
+    fn chunk(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.body.extend_from_slice(bytes);
+        Ok(())
+    }
+}
 
 /// Bulk messages: any split of the bytes gives the same frames, and what is whole is what prost reads.
 pub fn frame(bytes: &[u8]) {

@@ -157,7 +157,9 @@ mod tests {
     use parking_lot::Mutex;
     use std::io::{self, IoSlice, IoSliceMut};
 
-    use super::{GREETING_BYTES, Kind, judge};
+    use tokio::io::AsyncWriteExt;
+
+    use super::{GREETING_BYTES, GREETING_TIME, Kind, judge, read};
 
     fn greeting(settings: &[(u16, u32)]) -> Vec<u8> {
         let mut payload = Vec::new();
@@ -199,6 +201,19 @@ mod tests {
         let mut lane = greeting(&[(SETTING_ONE_STREAM, 1)]);
         lane.resize(GREETING_BYTES, 7);
         assert_eq!(judge(&lane), Some(true));
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_says_nothing_is_not_waited_for() {
+        let clock = crate::clock::ManualClock::new(1);
+        let (mut near, mut far) = tokio::io::duplex(64);
+        far.write_all(&PREFACE[..5]).await.expect("room");
+        let reading = read(&mut near, &clock);
+        tokio::pin!(reading);
+        assert!(futures_util::poll!(reading.as_mut()).is_pending());
+        clock.advance(GREETING_TIME);
+        let error = reading.await.map(drop).expect_err("it is late");
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 
     #[derive(Default)]

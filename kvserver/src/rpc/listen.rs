@@ -16,6 +16,7 @@ use std::{
     time::Duration,
 };
 
+use rustix::net::sockopt;
 use tokio::{
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
@@ -190,6 +191,7 @@ async fn serve(socket: Socket, shared: &Arc<Shared>) -> io::Result<()> {
     match socket {
         Socket::Tcp(socket) => {
             socket.set_nodelay(true)?;
+            keep_alive(&socket, shared)?;
             shared.metrics.tcp_connections.inc();
             let _count = Count(&shared.metrics.tcp_connections);
             connection::serve(TcpStream::from_std(socket)?, shared).await;
@@ -200,6 +202,18 @@ async fn serve(socket: Socket, shared: &Arc<Shared>) -> io::Result<()> {
             connection::serve(UnixStream::from_std(socket)?, shared).await;
         }
     }
+    Ok(())
+}
+
+/// Has the kernel ask an idle peer's kernel whether it is still there: a lane's client reads only while it calls.
+fn keep_alive(socket: &std::net::TcpStream, shared: &Shared) -> io::Result<()> {
+    const PROBES: u32 = 3;
+    let transport = &shared.transport;
+    let second = Duration::from_secs(1);
+    sockopt::set_socket_keepalive(socket, true)?;
+    sockopt::set_tcp_keepidle(socket, transport.keepalive_interval.max(second))?;
+    sockopt::set_tcp_keepintvl(socket, (transport.keepalive_timeout / PROBES).max(second))?;
+    sockopt::set_tcp_keepcnt(socket, PROBES)?;
     Ok(())
 }
 

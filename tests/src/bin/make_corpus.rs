@@ -5,7 +5,11 @@
 use std::{fs, path::Path};
 
 use bytes::Bytes;
-use kvproto::{BlockHeader, BlockKey, NamespaceId, Part, Place, RunHash, SequenceHash, frame, v1};
+use kvproto::{
+    BlockHeader, BlockKey, NamespaceId, Part, Place, RunHash, SequenceHash, frame,
+    http2::frame::{END_HEADERS, END_STREAM, Kind, put_field, put_frame},
+    v1,
+};
 use kvserver::tier::{Resident, journal, record};
 use prost::Message;
 
@@ -201,6 +205,24 @@ fn main() -> std::io::Result<()> {
             ],
         ),
     )?;
+    let mut lane = Vec::new();
+    let mut block = Vec::new();
+    put_field(&mut block, b":path", b"/terrace.v1.Blocks/Put");
+    put_frame(&mut lane, Kind::Settings, 0, 0, &[0, 4, 0, 1, 0, 0]);
+    put_frame(&mut lane, Kind::Headers, 0, 1, &block[..9]);
+    put_frame(&mut lane, Kind::Continuation, END_HEADERS, 1, &block[9..]);
+    put_frame(&mut lane, Kind::Data, 0, 1, &payload[..700]);
+    put_frame(&mut lane, Kind::Ping, 0, 0, &[1; 8]);
+    put_frame(&mut lane, Kind::WindowUpdate, 0, 1, &[0, 0, 1, 0]);
+    put_frame(&mut lane, Kind::Data, END_STREAM, 1, &payload[700..]);
+    put_frame(
+        &mut lane,
+        Kind::Headers,
+        END_HEADERS | END_STREAM,
+        3,
+        &block,
+    );
+    save(&root, "lane", "two_streams", &lane)?;
     save(&root, "trace", "two_requests", b"{\"timestamp\": 0, \"input_length\": 1000, \"output_length\": 10, \"hash_ids\": [1, 2]}\n{\"timestamp\": 5, \"input_length\": 600, \"output_length\": 1, \"hash_ids\": [1, 3]}\n")?;
     save(
         &root,

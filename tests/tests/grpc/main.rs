@@ -1,6 +1,7 @@
 //! The gRPC service as a stranger meets it: a stock client, a hostile one, one that vanishes.
 
 mod blocks;
+mod lane;
 mod leases;
 mod life;
 mod refusals;
