@@ -18,6 +18,7 @@
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
+    pin::Pin,
     sync::Arc,
     task::Poll,
 };
@@ -306,45 +307,12 @@ impl<S: LaneSocket> Serving<'_, S> {
         put_fields(&mut block, &head.headers);
         let is_end = body.is_end_stream();
         lane.put_headers(&block, is_end);
-        let mut out = Outgoing::default();
         if is_end {
             while !lane.flush(io)? {
                 io.0.wait(Interest::WRITABLE).await?;
             }
-        }
-        while !is_end {
-            let mut is_waiting = false;
-            while !out.is_closed() && out.ready_bytes() < AHEAD_BYTES {
-                // Its waker is this task's: whatever comes first, body or socket, goes on from here.
-                let next = std::future::poll_fn(|cx| {
-                    Poll::Ready(std::pin::Pin::new(&mut body).poll_frame(cx))
-                });
-                match next.await {
-                    Poll::Ready(frame) => take_frame(lane, &mut out, frame),
-                    Poll::Pending => {
-                        is_waiting = true;
-                        break;
-                    }
-                }
-            }
-            let pushed = lane.push(io, &mut out)?;
-            if pushed == Push::Done {
-                break;
-            }
-            if discard(lane, io)? == Pump::Busy {
-                tokio::task::yield_now().await;
-                continue;
-            }
-            match pushed {
-                Push::Done => break,
-                Push::Hungry if !is_waiting => tokio::task::consume_budget().await,
-                Push::Hungry => tokio::select! {
-                    frame = body.frame() => take_frame(lane, &mut out, frame),
-                    ready = io.0.wait(Interest::READABLE) => ready?,
-                },
-                Push::NoWindow => io.0.wait(Interest::READABLE).await?,
-                Push::NoRoom => io.0.wait(Interest::READABLE | Interest::WRITABLE).await?,
-            }
+        } else {
+            send_body(lane, io, &mut body).await?;
         }
         while !lane.peer_has_ended() {
             match discard(lane, io)? {
@@ -353,6 +321,52 @@ impl<S: LaneSocket> Serving<'_, S> {
             }
         }
         Ok(())
+    }
+}
+
+/// Sends a body as it is drawn, and watches the peer meanwhile.
+async fn send_body<S: LaneSocket>(
+    lane: &mut Lane,
+    io: &Io<S>,
+    body: &mut RpcBody,
+) -> io::Result<()> {
+    let mut out = Outgoing::default();
+    loop {
+        let mut is_waiting = false;
+        while !out.is_closed() && out.ready_bytes() < AHEAD_BYTES {
+            // Its waker is this task's: whatever comes first, body or socket, goes on from here.
+            let next = std::future::poll_fn(|cx| Poll::Ready(Pin::new(&mut *body).poll_frame(cx)));
+            match next.await {
+                Poll::Ready(frame) => take_frame(lane, &mut out, frame),
+                Poll::Pending => {
+                    is_waiting = true;
+                    break;
+                }
+            }
+        }
+        let pushed = lane.push(io, &mut out)?;
+        if pushed == Push::Done {
+            return Ok(());
+        }
+        match discard(lane, io)? {
+            Pump::Starved => {}
+            Pump::Busy => {
+                tokio::task::yield_now().await;
+                continue;
+            }
+            // What came in may have opened a window.
+            Pump::Opened | Pump::Ended | Pump::Moved => continue,
+        }
+        match pushed {
+            Push::Done => return Ok(()),
+            Push::Hungry if !is_waiting => tokio::task::consume_budget().await,
+            Push::Hungry => tokio::select! {
+                frame = body.frame() => take_frame(lane, &mut out, frame),
+                ready = io.0.wait(Interest::READABLE) => ready?,
+            },
+            Push::NoWindow => io.0.wait(Interest::READABLE).await?,
+            Push::NoRoom => io.0.wait(Interest::READABLE | Interest::WRITABLE).await?,
+        }
     }
 }
 

@@ -560,7 +560,7 @@ impl Lane {
         whole: super::headers::Whole,
     ) -> io::Result<()> {
         if self.role == Role::Server && id != self.stream.id {
-            if id % 2 == 0 || id < self.stream.id {
+            if id.is_multiple_of(2) || id < self.stream.id {
                 return Err(breach(format!("stream {id} cannot be opened")));
             }
             if !self.stream.has_ended {

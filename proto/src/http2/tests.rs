@@ -204,7 +204,10 @@ fn served(bytes: &[u8]) -> io::Result<Vec<Pump>> {
     }
 }
 
-fn frames(frames: &[(Kind, u8, u32, &[u8])]) -> Vec<u8> {
+/// Kind, flags, stream and payload.
+type Frame<'a> = (Kind, u8, u32, &'a [u8]);
+
+fn frames(frames: &[Frame<'_>]) -> Vec<u8> {
     let mut out = Vec::new();
     for (kind, flags, stream, payload) in frames {
         put_frame(&mut out, *kind, *flags, *stream, payload);
@@ -217,7 +220,7 @@ fn what_the_protocol_forbids_is_a_breach() {
     let head = block("a", "b");
     let open = (Kind::Headers, END_HEADERS, 1, &head[..]);
     let half = (Kind::Headers, 0, 1, &head[..1]);
-    let cases: Vec<(&str, Vec<(Kind, u8, u32, &[u8])>)> = vec![
+    let cases: Vec<(&str, Vec<Frame<'_>>)> = vec![
         (
             "a second stream",
             vec![open, (Kind::Headers, END_HEADERS, 3, &head)],
