@@ -341,8 +341,9 @@ where
     O: Fn() -> F,
     F: Future<Output = Arc<dyn Tier>>,
 {
-    let mut before = tier.residents();
     tier.close().await;
+    // Listed now and not before: until it is closed, a tier may make room in the background.
+    let mut before = tier.residents();
     drop(tier);
     let tier = open().await;
     let mut after = tier.residents();
