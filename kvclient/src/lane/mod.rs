@@ -45,6 +45,9 @@ const LIMITS: LaneLimits = LaneLimits {
 /// still in the core's cache when the kernel copies it.
 const SEND_FRAME_BYTES: usize = 256 << 10;
 
+/// Frames sent in a row before the caller's deadline, and its other calls, are looked at.
+const TURN_FRAMES: u32 = 16;
+
 /// What a call sends ahead of its body.
 pub(crate) struct Request<'a> {
     pub(crate) path: &'a str,
@@ -115,6 +118,9 @@ impl Lane {
     /// Reads what came while the lane was idle; false when it is of no more use.
     pub(crate) fn is_usable(&mut self) -> bool {
         let pumped = self.protocol.pump(&self.io, &mut Nobody);
+        if self.protocol.has_mail() && self.protocol.flush(&self.io).is_err() {
+            return false;
+        }
         matches!(pumped, Ok(Pump::Starved | Pump::Moved)) && self.protocol.is_idle()
     }
 
@@ -135,7 +141,10 @@ impl Lane {
             map: HeaderMap::new(),
         };
         let mut body = Outgoing::default();
-        loop {
+        for turn in 1_u32.. {
+            if turn.is_multiple_of(TURN_FRAMES) {
+                tokio::task::yield_now().await;
+            }
             if !body.is_closed() && body.ready_bytes() < SEND_FRAME_BYTES {
                 sender.more(&mut body);
             }
@@ -151,10 +160,13 @@ impl Lane {
                 Pump::Starved => {}
             }
             match pushed {
-                Push::Hungry if !body.is_closed() => tokio::task::consume_budget().await,
+                Push::Hungry if !body.is_closed() => {}
                 Push::NoRoom => io.readable_or_writable().await?,
                 Push::Done | Push::Hungry | Push::NoWindow => io.readable().await?,
             }
+        }
+        if protocol.has_mail() {
+            let _ = protocol.flush(io); // the next call finds out if this lane is of no more use
         }
         Ok(Answer {
             status: incoming.status,

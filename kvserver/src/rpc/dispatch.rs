@@ -59,6 +59,7 @@ pub(crate) fn admit(
                 shared: Arc::clone(shared),
             };
             let call = Call {
+                is_over: false,
                 admitted,
                 method,
                 started,
@@ -75,6 +76,7 @@ pub(crate) fn admit(
 
 /// One call's account: counted once, with its code and its time.
 pub(crate) struct Call {
+    is_over: bool,
     admitted: Admitted,
     method: Method,
     started: Tick,
@@ -99,12 +101,26 @@ impl Call {
     }
 
     /// The call is over.
-    pub(crate) fn over(self, code: Code) {
+    pub(crate) fn over(mut self, code: Code) {
+        self.count(code);
+    }
+
+    fn count(&mut self, code: Code) {
+        self.is_over = true;
         let shared = &self.admitted.shared;
         let seconds = shared.clock.now().since(self.started).as_secs_f64();
         shared
             .metrics
             .call(self.method, status::code_name(code), seconds);
+    }
+}
+
+impl Drop for Call {
+    /// Nobody has said how it ended: its caller went away, or it was cut.
+    fn drop(&mut self) {
+        if !self.is_over {
+            self.count(Code::Cancelled);
+        }
     }
 }
 

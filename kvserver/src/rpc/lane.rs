@@ -63,6 +63,9 @@ const LIMITS: LaneLimits = LaneLimits {
 /// Bytes of an answer taken from its body before they are written: one piece.
 const AHEAD_BYTES: usize = 1 << 20;
 
+/// Pieces of an answer that are sent in a row before other connections of the thread have a turn.
+const TURN_PIECES: u32 = 4;
+
 /// HTTP/2's codes for a friendly end and for a breach.
 const NO_ERROR: u32 = 0;
 const PROTOCOL_ERROR: u32 = 1;
@@ -149,8 +152,10 @@ impl<S: LaneSocket> Serving<'_, S> {
             Err(error) if error.kind() == io::ErrorKind::InvalidData => PROTOCOL_ERROR,
             Err(_) => return over,
         };
-        self.lane.put_goaway(code);
-        self.lane.flush(&self.io)?;
+        if !self.lane.is_mid_frame() {
+            self.lane.put_goaway(code);
+            self.lane.flush(&self.io)?;
+        }
         over
     }
 
@@ -162,6 +167,7 @@ impl<S: LaneSocket> Serving<'_, S> {
             match self.lane.pump(&self.io, &mut head)? {
                 Pump::Opened => return Ok(Some(head)),
                 Pump::Moved | Pump::Ended => continue,
+                Pump::Busy if self.shared.draining.is_cancelled() => return Ok(None),
                 Pump::Busy => {
                     tokio::task::yield_now().await;
                     continue;
@@ -316,8 +322,13 @@ impl<S: LaneSocket> Serving<'_, S> {
         }
         while !lane.peer_has_ended() {
             match discard(lane, io)? {
-                Pump::Starved => io.0.wait(Interest::READABLE).await?,
-                _ => tokio::task::consume_budget().await,
+                Pump::Starved => {
+                    let is_flushed = lane.flush(io)?;
+                    io.0.wait(interest(is_flushed)).await?;
+                }
+                // Not `consume_budget`: with the budget spent, the deadline beside this could not be looked at.
+                Pump::Busy => tokio::task::yield_now().await,
+                Pump::Opened | Pump::Ended | Pump::Moved => {}
             }
         }
         Ok(())
@@ -331,7 +342,10 @@ async fn send_body<S: LaneSocket>(
     body: &mut RpcBody,
 ) -> io::Result<()> {
     let mut out = Outgoing::default();
-    loop {
+    for turn in 1.. {
+        if turn % TURN_PIECES == 0 {
+            tokio::task::yield_now().await;
+        }
         let mut is_waiting = false;
         while !out.is_closed() && out.ready_bytes() < AHEAD_BYTES {
             // Its waker is this task's: whatever comes first, body or socket, goes on from here.
@@ -359,7 +373,7 @@ async fn send_body<S: LaneSocket>(
         }
         match pushed {
             Push::Done => return Ok(()),
-            Push::Hungry if !is_waiting => tokio::task::consume_budget().await,
+            Push::Hungry if !is_waiting => {}
             Push::Hungry => tokio::select! {
                 frame = body.frame() => take_frame(lane, &mut out, frame),
                 ready = io.0.wait(Interest::READABLE) => ready?,
@@ -368,6 +382,7 @@ async fn send_body<S: LaneSocket>(
             Push::NoRoom => io.0.wait(Interest::READABLE | Interest::WRITABLE).await?,
         }
     }
+    Ok(())
 }
 
 /// What to wait for besides bytes.

@@ -46,7 +46,8 @@ pub const SETTING_INITIAL_WINDOW_SIZE: u16 = 0x4;
 /// Largest frame payload.
 pub const SETTING_MAX_FRAME_SIZE: u16 = 0x5;
 
-/// Terrace's own: 1 says that this client never has more than one stream open. Whoever does not know it
+/// Terrace's own: 1 says that this client never has more than one stream open, and writes
+/// its header blocks as plain literals. Whoever does not know it
 /// passes over it, as the RFC asks (section 5.5), and loses nothing.
 pub const SETTING_ONE_STREAM: u16 = 0xf7e0;
 

@@ -5,14 +5,17 @@
 //!          └─ padding and priority are cut off
 //! ```
 //!
-//! Bounds: a block and what it decodes to, by the same limit; the decoder's table at HTTP/2's own default.
+//! A server's lane reads only what a client's lane writes: literals that no table remembers, without Huffman coding.
+//! So it keeps no table, and no block costs more than a walk over its bytes, before anyone is known to be allowed in.
+//!
+//! Bounds: a block and what it decodes to, by the same limit; a client's table at HTTP/2's own default.
 
 use std::io;
 
 use http::HeaderMap;
 
 use super::{
-    breach,
+    Role, breach,
     frame::{END_HEADERS, END_STREAM, Head, Kind, PADDED, PRIORITY, put_field},
 };
 
@@ -34,7 +37,8 @@ pub fn put_fields(block: &mut Vec<u8>, map: &HeaderMap) {
 
 /// The decoder of one direction of a connection, and the block it is gathering.
 pub(super) struct HeaderBlocks {
-    hpack: loona_hpack::Decoder<'static>,
+    /// A client's: servers of any make answer it.
+    hpack: Option<loona_hpack::Decoder<'static>>,
     limit_bytes: usize,
     block: Vec<u8>,
     /// The stream whose block goes on in CONTINUATION.
@@ -51,9 +55,12 @@ pub(super) struct Whole {
 }
 
 impl HeaderBlocks {
-    pub(super) fn new(limit_bytes: usize) -> Self {
-        let mut hpack = loona_hpack::Decoder::new();
-        hpack.set_max_allowed_table_size(HEADER_TABLE_BYTES);
+    pub(super) fn new(role: Role, limit_bytes: usize) -> Self {
+        let hpack = (role == Role::Client).then(|| {
+            let mut hpack = loona_hpack::Decoder::new();
+            hpack.set_max_allowed_table_size(HEADER_TABLE_BYTES);
+            hpack
+        });
         Self {
             hpack,
             limit_bytes,
@@ -89,17 +96,11 @@ impl HeaderBlocks {
         if self.open.is_some() {
             return Ok(None);
         }
-        let (mut fields, mut bytes) = (Fields::new(), 0);
-        let limit = self.limit_bytes;
-        self.hpack
-            .decode_with_cb(&self.block, |name, value| {
-                bytes += name.len() + value.len() + FIELD_OVERHEAD_BYTES;
-                if bytes <= limit {
-                    fields.push((name.into_owned(), value.into_owned()));
-                }
-            })
-            .map_err(|error| breach(format!("header block: {error:?}")))?;
-        if bytes > limit {
+        let (fields, bytes) = match &mut self.hpack {
+            Some(hpack) => decode(hpack, &self.block, self.limit_bytes)?,
+            None => literals(&self.block)?,
+        };
+        if bytes > self.limit_bytes {
             return Err(self.too_long());
         }
         Ok(Some(Whole {
@@ -112,6 +113,69 @@ impl HeaderBlocks {
     fn too_long(&self) -> io::Error {
         breach(format!("header block over {} bytes", self.limit_bytes))
     }
+}
+
+/// Any header block; of fields over the limit only the bytes are counted.
+fn decode(
+    hpack: &mut loona_hpack::Decoder<'static>,
+    block: &[u8],
+    limit: usize,
+) -> io::Result<(Fields, usize)> {
+    let (mut fields, mut bytes) = (Fields::new(), 0);
+    hpack
+        .decode_with_cb(block, |name, value| {
+            bytes += name.len() + value.len() + FIELD_OVERHEAD_BYTES;
+            if bytes <= limit {
+                fields.push((name.into_owned(), value.into_owned()));
+            }
+        })
+        .map_err(|error| breach(format!("header block: {error:?}")))?;
+    Ok((fields, bytes))
+}
+
+/// A header block as [`put_field`] writes it.
+fn literals(mut block: &[u8]) -> io::Result<(Fields, usize)> {
+    let (mut fields, mut bytes) = (Fields::new(), 0);
+    while let Some((&kind, rest)) = block.split_first() {
+        if kind != 0 {
+            return Err(breach("a header field that is no plain literal"));
+        }
+        block = rest;
+        let name = text(&mut block)?.to_vec();
+        let value = text(&mut block)?.to_vec();
+        bytes += name.len() + value.len() + FIELD_OVERHEAD_BYTES;
+        fields.push((name, value));
+    }
+    Ok((fields, bytes))
+}
+
+/// A string without Huffman coding, taken off the block.
+fn text<'b>(block: &mut &'b [u8]) -> io::Result<&'b [u8]> {
+    const PREFIX_MAX: u8 = 127;
+    let ends = || breach("a header field ends early");
+    let (&first, mut rest) = block.split_first().ok_or_else(ends)?;
+    if first > PREFIX_MAX {
+        return Err(breach("a header field in Huffman coding"));
+    }
+    let mut length = usize::from(first);
+    if first == PREFIX_MAX {
+        let mut shift = 0;
+        loop {
+            let (&byte, later) = rest.split_first().ok_or_else(ends)?;
+            rest = later;
+            length += usize::from(byte & 0x7f) << shift;
+            shift += 7;
+            if byte < 0x80 {
+                break;
+            }
+            if shift > 21 {
+                return Err(breach("a header field without end"));
+            }
+        }
+    }
+    let text = rest.get(..length).ok_or_else(ends)?;
+    *block = &rest[length..];
+    Ok(text)
 }
 
 /// A HEADERS payload without its padding and priority.
@@ -130,4 +194,33 @@ fn unpadded(frame: Head, payload: &[u8]) -> io::Result<&[u8]> {
         .checked_sub(padding)
         .and_then(|end| block.get(ahead..end))
         .ok_or_else(|| breach("HEADERS shorter than their padding"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Fields, literals, put_field};
+
+    #[test]
+    fn literals_of_any_length_are_read_as_written() {
+        let mut block = Vec::new();
+        let mut fields = Fields::new();
+        for length in [0, 1, 126, 127, 128, 254, 255, 400, 20_000] {
+            let (name, value) = (vec![b'n'; length.min(300)], vec![b'v'; length]);
+            put_field(&mut block, &name, &value);
+            fields.push((name, value));
+        }
+        assert_eq!(literals(&block).expect("a block").0, fields);
+        // Cut anywhere inside a field, it is refused and nothing panics.
+        for end in 1..500 {
+            let _ = literals(&block[..end]);
+        }
+        for wrong in [
+            &[0x82][..],
+            &[0, 0x81, 0xff],
+            &[0, 127, 255, 255, 255, 255, 255],
+            &[0],
+        ] {
+            assert!(literals(wrong).is_err(), "{wrong:?}");
+        }
+    }
 }

@@ -29,7 +29,7 @@ use super::{
 };
 
 /// Bytes read ahead of their use: heads and trailers, and at most so much payload that is copied twice.
-const INBOX_BYTES: usize = 16 << 10;
+const INBOX_BYTES: usize = DEFAULT_FRAME_BYTES + HEAD_BYTES;
 /// Received bytes after which a window is filled up again: half of the largest window.
 const REFILL_BYTES: u64 = 1 << 30;
 /// Bytes of control frames that may wait to be sent.
@@ -146,8 +146,12 @@ pub struct Lane {
     connection_window_bytes: i64,
     /// Received since the connection's window was last filled up.
     received_bytes: u64,
-    /// Control frames to be sent before anything else.
+    /// What is being sent ahead of the body's next bytes: whole frames, and the head of the current DATA frame last.
     outbox: Vec<u8>,
+    /// Answers to control frames; they move to the outbox where no frame is half sent.
+    mail: Vec<u8>,
+    /// The last push stopped inside a frame of its body.
+    is_mid_frame: bool,
     /// The frame being read; `length` counts what is left of it.
     frame: Option<Head>,
     is_leaving: bool,
@@ -164,6 +168,8 @@ struct Stream {
     header_bytes: usize,
     /// The peer will send no more on it.
     has_ended: bool,
+    /// A server has sent the last of its answer.
+    is_answered: bool,
 }
 
 impl Lane {
@@ -202,9 +208,10 @@ impl Lane {
             inbox: vec![0; INBOX_BYTES].into_boxed_slice(),
             start: 0,
             end: 0,
-            blocks: HeaderBlocks::new(limits.max_headers_bytes),
+            blocks: HeaderBlocks::new(role, limits.max_headers_bytes),
             stream: Stream {
                 has_ended: true,
+                is_answered: true,
                 ..Stream::default()
             },
             peer_window_bytes: DEFAULT_WINDOW_BYTES,
@@ -212,6 +219,8 @@ impl Lane {
             connection_window_bytes: DEFAULT_WINDOW_BYTES,
             received_bytes: 0,
             outbox,
+            mail: Vec::new(),
+            is_mid_frame: false,
             frame: None,
             is_leaving: false,
         }
@@ -244,6 +253,7 @@ impl Lane {
     /// Answers the stream with this header block; a body and its end follow unless `is_end`.
     pub fn put_headers(&mut self, block: &[u8], is_end: bool) {
         let flags = END_HEADERS | if is_end { END_STREAM } else { 0 };
+        self.stream.is_answered = is_end;
         put_frame(
             &mut self.outbox,
             Kind::Headers,
@@ -286,10 +296,16 @@ impl Lane {
             && self.stream.id < MAX_WINDOW_BYTES - 2
     }
 
-    /// Whether control frames wait to be sent.
+    /// Whether frames wait to be sent.
     #[must_use]
     pub fn has_mail(&self) -> bool {
-        !self.outbox.is_empty()
+        !self.outbox.is_empty() || !self.mail.is_empty()
+    }
+
+    /// Whether the last push stopped inside a frame: only the rest of that body may follow it.
+    #[must_use]
+    pub fn is_mid_frame(&self) -> bool {
+        self.is_mid_frame
     }
 
     fn begin(&mut self, id: u32) {
@@ -305,7 +321,19 @@ impl Lane {
     /// # Errors
     /// The socket's.
     pub fn push<S: Socket>(&mut self, socket: &S, body: &mut Outgoing<'_>) -> io::Result<Push> {
+        let pushed = self.write(socket, body);
+        self.is_mid_frame = !body.is_at_boundary();
+        if matches!(pushed, Ok(Push::Done)) {
+            self.stream.is_answered = true;
+        }
+        pushed
+    }
+
+    fn write<S: Socket>(&mut self, socket: &S, body: &mut Outgoing<'_>) -> io::Result<Push> {
         loop {
+            if self.outbox.is_empty() && body.is_at_boundary() {
+                std::mem::swap(&mut self.outbox, &mut self.mail);
+            }
             if body.frame_left == 0 && !body.is_framed {
                 let starved = self.frame_next(body);
                 if starved.is_some() && self.outbox.is_empty() {
@@ -430,7 +458,7 @@ impl Lane {
             .frame
             .as_mut()
             .filter(|frame| is_payload && frame.kind == Kind::Data && frame.length > 0)
-            && let Some(room) = receiver.room()
+            && let Some(room) = receiver.room().filter(|room| !room.is_empty())
         {
             let direct = room.len().min(frame.length).min(self.limits.read_bytes);
             // Behind the end of a frame comes a head: it costs no further read.
@@ -480,7 +508,7 @@ impl Lane {
             }
             return Ok(true);
         }
-        if self.outbox.len() > MAX_OUTBOX_BYTES {
+        if self.mail.len() > MAX_OUTBOX_BYTES {
             return Err(breach("control frames without end"));
         }
         self.control(frame, payload)?;
@@ -519,7 +547,7 @@ impl Lane {
             return Ok(false);
         }
         let bytes = &self.inbox[self.start..self.start + at_hand];
-        let (taken, outcome) = match receiver.room() {
+        let (taken, outcome) = match receiver.room().filter(|room| !room.is_empty()) {
             _ if at_hand == 0 => (0, Ok(())),
             Some(room) => {
                 let landed = at_hand.min(room.len());
@@ -542,11 +570,11 @@ impl Lane {
             self.stream.has_ended = frame.has(END_STREAM);
             if self.stream.received_bytes >= REFILL_BYTES && !self.stream.has_ended {
                 let more = self.stream.received_bytes as u32;
-                put_window_update(&mut self.outbox, self.stream.id, more);
+                put_window_update(&mut self.mail, self.stream.id, more);
                 self.stream.received_bytes = 0;
             }
             if self.received_bytes >= REFILL_BYTES {
-                put_window_update(&mut self.outbox, 0, self.received_bytes as u32);
+                put_window_update(&mut self.mail, 0, self.received_bytes as u32);
                 self.received_bytes = 0;
             }
         }
@@ -563,7 +591,7 @@ impl Lane {
             if id.is_multiple_of(2) || id < self.stream.id {
                 return Err(breach(format!("stream {id} cannot be opened")));
             }
-            if !self.stream.has_ended {
+            if !self.stream.has_ended || !self.stream.is_answered {
                 return Err(breach("a second stream on a connection that promised one"));
             }
             self.begin(id);
@@ -609,7 +637,7 @@ impl Lane {
                             .min(self.limits.send_frame_bytes);
                     }
                 }
-                put_frame(&mut self.outbox, Kind::Settings, ACK, 0, &[]);
+                put_frame(&mut self.mail, Kind::Settings, ACK, 0, &[]);
                 Ok(())
             }
             Kind::WindowUpdate => {
@@ -632,11 +660,17 @@ impl Lane {
                 if payload.len() != 8 {
                     return Err(breach("PING of the wrong length"));
                 }
-                put_frame(&mut self.outbox, Kind::Ping, ACK, 0, payload);
+                put_frame(&mut self.mail, Kind::Ping, ACK, 0, payload);
                 Ok(())
             }
             Kind::GoAway => {
                 self.is_leaving = true;
+                let last = payload.first_chunk().map(|id| u32::from_be_bytes(*id));
+                let is_served = last.is_none_or(|last| last >= self.stream.id);
+                if self.role == Role::Client && !self.stream.has_ended && !is_served {
+                    let problem = "the peer leaves without having taken the call";
+                    return Err(io::Error::new(io::ErrorKind::ConnectionReset, problem));
+                }
                 Ok(())
             }
             Kind::Reset if frame.stream == self.stream.id => Err(io::Error::new(

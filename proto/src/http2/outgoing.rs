@@ -113,6 +113,11 @@ impl<'a> Outgoing<'a> {
         self.is_framed && self.frame_left == 0 && self.tail_at == self.tail.len()
     }
 
+    /// Whether no frame of it is half sent: others may go in between.
+    pub(super) fn is_at_boundary(&self) -> bool {
+        self.frame_left == 0 && (self.tail_at == 0 || self.tail_at == self.tail.len())
+    }
+
     /// What of the current frame goes into the next write: how many slices, how many bytes.
     pub(super) fn slices<'s>(&'s self, out: &mut [IoSlice<'s>]) -> (usize, usize) {
         let (mut left, mut at, mut count) = (self.frame_left, self.at, 0);

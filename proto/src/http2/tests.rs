@@ -8,11 +8,15 @@ use std::{
 };
 
 use proptest::collection::vec;
-use proptest::prelude::{ProptestConfig, any, prop_assert, prop_assert_eq, proptest};
+use proptest::prelude::{
+    Just, ProptestConfig, any, prop_assert, prop_assert_eq, prop_oneof, proptest,
+};
 
 use super::{
-    Fields, Lane, LaneLimits, Outgoing, Pump, Push, Receiver, Role, Socket,
-    frame::{ACK, END_HEADERS, END_STREAM, Kind, PADDED, PREFACE, put_field, put_frame},
+    Fields, Lane, LaneLimits, Outgoing, Piece, Pump, Push, Receiver, Role, Socket,
+    frame::{
+        ACK, END_HEADERS, END_STREAM, HEAD_BYTES, Head, Kind, PADDED, PREFACE, put_field, put_frame,
+    },
 };
 
 const LIMITS: LaneLimits = LaneLimits {
@@ -145,12 +149,11 @@ proptest! {
     fn every_byte_arrives_however_the_pipe_moves(
         bodies in vec((vec(any::<u8>(), 0..3000), vec(any::<u8>(), 0..60_000)), 1..5),
         cut in 1usize..4000,
-        steps in vec(0usize..20_000, 0..7),
+        steps in vec(prop_oneof![Just(0), 1usize..20_000], 0..9),
         room in 0usize..5000,
     ) {
         let (client_end, server_end) = pipe(&steps);
         let (mut client, mut server) = (Lane::new(Role::Client, LIMITS), Lane::new(Role::Server, LIMITS));
-        while !client.flush(&client_end).expect("a flush") {}
         while client.has_mail() {
             let _ = client.flush(&client_end).expect("a flush");
         }
@@ -284,7 +287,7 @@ fn what_the_protocol_forbids_is_a_breach() {
         ("PUSH_PROMISE", vec![(Kind::PushPromise, 0, 1, &[])]),
         (
             "a large control frame",
-            vec![(Kind::Other(0xbe), 0, 0, &[0; 16 << 10])],
+            vec![(Kind::Other(0xbe), 0, 0, &[0; (16 << 10) + 1])],
         ),
         (
             "a header block too long",
@@ -292,6 +295,21 @@ fn what_the_protocol_forbids_is_a_breach() {
                 half,
                 (Kind::Continuation, 0, 1, &[0; 16_000]),
                 (Kind::Continuation, 0, 1, &[0; 16_000]),
+            ],
+        ),
+        (
+            "Huffman coding",
+            vec![(Kind::Headers, END_HEADERS, 1, &[0, 0x81, 0xff, 0])],
+        ),
+        (
+            "a field of a table",
+            vec![(Kind::Headers, END_HEADERS, 1, &[0x82])],
+        ),
+        (
+            "a second stream before the answer",
+            vec![
+                (Kind::Headers, END_HEADERS | END_STREAM, 1, &head),
+                (Kind::Headers, END_HEADERS, 3, &head),
             ],
         ),
         (
@@ -357,4 +375,49 @@ fn a_flood_of_pings_to_a_deaf_peer_ends() {
     let mut server = Lane::new(Role::Server, LIMITS);
     let over = (0..1000).find_map(|_| server.pump(&deaf, &mut keeper(0)).err());
     assert_eq!(over.expect("a bound").kind(), io::ErrorKind::InvalidData);
+}
+
+#[test]
+fn nothing_is_written_into_the_middle_of_a_frame() {
+    for cut in 1..200 {
+        let (end, far) = pipe(&[]);
+        let mut lane = Lane::new(Role::Client, LIMITS);
+        *end.steps.borrow_mut() = [usize::MAX].into();
+        lane.flush(&end).expect("a flush");
+        take_preface(&far);
+        lane.open(&block("path", "/x"));
+        let payload = [7; 100];
+        let mut body = Outgoing::whole([Piece::from(&payload[..])]);
+        *end.steps.borrow_mut() = [cut, 0].into();
+        let pushed = lane.push(&end, &mut body).expect("a push");
+        // A sign of life is asked for while the frame is half sent.
+        end.inbound
+            .borrow_mut()
+            .extend(frames(&[(Kind::Ping, 0, 0, &[9; 8])]));
+        *end.steps.borrow_mut() = [usize::MAX].into();
+        lane.pump(&end, &mut keeper(0)).expect("a pump");
+        assert_eq!(
+            lane.is_mid_frame(),
+            pushed == Push::NoRoom && body.frame_left > 0
+        );
+        while !body.is_sent() || lane.has_mail() {
+            lane.push(&end, &mut body).expect("a push");
+        }
+        let bytes: Vec<u8> = far.inbound.borrow_mut().drain(..).collect();
+        let (mut rest, mut kinds) = (&bytes[..], Vec::new());
+        while let Some(first) = rest.first_chunk() {
+            let head = Head::read(first);
+            let (frame, later) = rest.split_at(HEAD_BYTES + head.length);
+            if head.kind == Kind::Data {
+                assert_eq!(frame[HEAD_BYTES..], payload, "cut at {cut}");
+            }
+            kinds.push(head.kind);
+            rest = later;
+        }
+        assert!(rest.is_empty(), "cut at {cut}: {kinds:?}");
+        assert!(
+            kinds.contains(&Kind::Data) && kinds.contains(&Kind::Ping),
+            "{kinds:?}"
+        );
+    }
 }
