@@ -22,6 +22,7 @@ pub mod plan;
 pub mod segment;
 pub mod slot;
 pub mod slots;
+pub mod stage;
 
 pub use arena::{
     Arena, ArenaConfig, ArenaError, ArenaStats, Clearing, DomainId, HugePages, SegmentInfo,
@@ -39,3 +40,4 @@ pub use pinned::PinnedArena;
 pub use plan::{CopyPlan, CopyRun};
 pub use slot::{Location, Slot, SlotMut};
 pub use slots::{MAX_SLOT_BYTES, PAGE_BYTES};
+pub use stage::Stage;

@@ -32,7 +32,7 @@ async fn store(tier: &NvmeTier, blocks: &[BlockRef]) {
     assert!(outcomes.iter().all(stored), "{outcomes:?}");
 }
 
-/// Lengths around what is padded, what fills a page, and what fills an index with many entries.
+/// Lengths around a page, what is copied past the cache, what is read at once; and enough to fill an index.
 fn of_all_lengths() -> Vec<BlockRef> {
     let lengths = [
         1,
@@ -44,6 +44,9 @@ fn of_all_lengths() -> Vec<BlockRef> {
         300_001,
         1024 * KIB,
         1024 * KIB + 3999,
+        2048 * KIB - 500,
+        2048 * KIB,
+        5000 * KIB + 1,
     ];
     let mut blocks: Vec<BlockRef> = (0..)
         .zip(lengths)

@@ -15,7 +15,7 @@
 //! | drops what does not fit its queue or an extent, and only moves a counter | bytes are bounded before it, length is checked before it, and `Stored` is said after its index was asked |
 //! | brings deleted keys back after a restart | only what the journal says is resident is ever read |
 //! | keeps serving what is deleted while it is queued | a removal cancels the write: it ends as `Invalidated` |
-//! | tells no positions, sums with XXH64 and copies | positions are read from its indexes, and the read goes straight into the slot |
+//! | tells no positions, sums with XXH64 and copies | positions are read from its indexes, and a read goes from there to its slot, summed once |
 //! | cannot list its keys | the journal lists ours; each is proven at open |
 //! | tells of evictions only by asking a filter | the filter asks the [`ReclaimGuard`] and forgets in the same moment |
 //! | carries entries over under their old sequence number, at which its recovery stops | what is kept is written as new |

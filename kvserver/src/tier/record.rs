@@ -2,23 +2,18 @@
 //!
 //! ```text
 //!   0    4   magic "TKVB"
-//!   4    2   version, 1 or 2
+//!   4    2   version, 1
 //!   6    2   zero
 //!   8   52   key:   namespace 16 │ hash 32 │ rank 2 │ layer group 2
 //!  60   68   place: run 32 │ index 4 │ parent 32
 //! 128    8   length of the block in bytes
 //! 136    8   seal: XXH3-64 over key, place, length and page sums
 //! 144    4   n, the number of page sums: ceil(length / 64 KiB)
-//! 148    4   p, the length of the padding; version 1 has none, and zero here
+//! 148    4   zero
 //! 152   8n   page sums, XXH3-64 of each 64 KiB page
 //!  +0    8   header sum: XXH3-64 of every byte above
-//!  +8    p   zeros
-//!  +p        the block's bytes
+//!  +8        the block's bytes
 //! ```
-//!
-//! Why padding: a direct read goes in whole pages, so a block that begins on a page of the disk is read
-//! right into its slot, with nothing to copy. Who knows where the record will lie asks for it
-//! ([`encode_head_before_page`]); what needs none is still written as version 1.
 //!
 //! Units: bytes; integers are little-endian. Errors: [`RecordError`], a fact about the bytes; no input
 //! makes the parser panic or allocate more than the input is long (fuzzed).
@@ -34,12 +29,8 @@ use xxhash_rust::xxh3::xxh3_64;
 
 /// First bytes of a record.
 pub const MAGIC: [u8; 4] = *b"TKVB";
-/// The newest version this code reads; it is written where there is padding.
-pub const VERSION: u16 = 2;
-/// The version without padding.
-const UNPADDED: u16 = 1;
-/// A block that is padded begins on a multiple of this.
-pub const ALIGN_BYTES: usize = 4096;
+/// The version this code writes and reads.
+pub const VERSION: u16 = 1;
 /// Bytes before the page sums.
 pub const FIXED_BYTES: usize = 152;
 /// Longest block that a record may hold: 4 GiB, far above what a node takes.
@@ -52,7 +43,7 @@ pub enum RecordError {
     #[error("no record begins here")]
     Magic,
     /// A version this code does not know.
-    #[error("record version {found}, this build reads up to {VERSION}")]
+    #[error("record version {found}, this build reads {VERSION}")]
     Version {
         /// The version found.
         found: u16,
@@ -74,57 +65,36 @@ pub enum RecordError {
     Io(#[source] io::Error),
 }
 
-/// Bytes of the header, without padding, of a record that holds `length_bytes`.
+/// Bytes of the header of a record that holds `length_bytes`.
 #[must_use]
 pub fn head_bytes(length_bytes: u64) -> usize {
     FIXED_BYTES + 8 * page_count(length_bytes) as usize + 8
 }
 
-/// Bytes of the whole record, without padding.
+/// Bytes of the whole record.
 #[must_use]
 pub fn record_bytes(length_bytes: u64) -> u64 {
     head_bytes(length_bytes) as u64 + length_bytes
 }
 
-/// Bytes of padding behind the header of a record that begins `before` bytes behind a page's start, so
-/// that its block begins on a page.
-#[must_use]
-pub fn padding_bytes(length_bytes: u64, before: usize) -> usize {
-    let head_end = before + head_bytes(length_bytes);
-    head_end.next_multiple_of(ALIGN_BYTES) - head_end
-}
-
 /// The header of the record of this block.
 #[must_use]
 pub fn encode_head(header: &BlockHeader) -> Vec<u8> {
-    encode(header, 0)
-}
-
-/// As [`encode_head`], padded so that the block behind it begins on a page when the record itself
-/// begins `before` bytes behind a page's start.
-#[must_use]
-pub fn encode_head_before_page(header: &BlockHeader, before: usize) -> Vec<u8> {
-    encode(header, padding_bytes(header.length_bytes, before))
-}
-
-fn encode(header: &BlockHeader, padding: usize) -> Vec<u8> {
-    let version = if padding > 0 { VERSION } else { UNPADDED };
-    let mut head = Vec::with_capacity(head_bytes(header.length_bytes) + padding);
+    let mut head = Vec::with_capacity(head_bytes(header.length_bytes));
     head.extend_from_slice(&MAGIC);
-    head.extend_from_slice(&version.to_le_bytes());
+    head.extend_from_slice(&VERSION.to_le_bytes());
     head.extend_from_slice(&[0; 2]);
     head.extend_from_slice(&header.key.to_bytes());
     head.extend_from_slice(&header.place.to_bytes());
     head.extend_from_slice(&header.length_bytes.to_le_bytes());
     head.extend_from_slice(&header.seal.to_le_bytes());
     head.extend_from_slice(&(header.page_sums.len() as u32).to_le_bytes());
-    head.extend_from_slice(&(padding as u32).to_le_bytes());
+    head.extend_from_slice(&[0; 4]);
     for sum in header.page_sums.iter() {
         head.extend_from_slice(&sum.to_le_bytes());
     }
     let sum = xxh3_64(&head);
     head.extend_from_slice(&sum.to_le_bytes());
-    head.resize(head.len() + padding, 0);
     head
 }
 
@@ -139,7 +109,7 @@ pub fn read_head(from: &mut impl Read) -> Result<BlockHeader, RecordError> {
         return Err(RecordError::Magic);
     }
     let version = u16::from_le_bytes(cut(&fixed, 4));
-    if !(UNPADDED..=VERSION).contains(&version) {
+    if version != VERSION {
         return Err(RecordError::Version { found: version });
     }
     let length_bytes = u64::from_le_bytes(cut(&fixed, 128));
@@ -149,13 +119,6 @@ pub fn read_head(from: &mut impl Read) -> Result<BlockHeader, RecordError> {
     let pages = u64::from(u32::from_le_bytes(cut(&fixed, 144)));
     if pages != page_count(length_bytes) {
         return Err(RecordError::Field { field: "page sums" });
-    }
-    let padding = match version {
-        UNPADDED => 0,
-        _ => u32::from_le_bytes(cut(&fixed, 148)) as usize,
-    };
-    if padding >= ALIGN_BYTES {
-        return Err(RecordError::Field { field: "padding" });
     }
     // At most 512 KiB, and grown only as bytes really arrive: a hostile length costs nothing.
     let rest_bytes = 8 * pages as usize + 8;
@@ -187,11 +150,6 @@ pub fn read_head(from: &mut impl Read) -> Result<BlockHeader, RecordError> {
     };
     if !header.check_seal() {
         return Err(RecordError::Field { field: "seal" });
-    }
-    let mut zeros = [0; ALIGN_BYTES];
-    read_exact(from, &mut zeros[..padding])?;
-    if zeros[..padding].iter().any(|&byte| byte != 0) {
-        return Err(RecordError::Field { field: "padding" });
     }
     Ok(header)
 }
@@ -234,15 +192,6 @@ mod tests {
     use super::*;
 
     fn record(seed: u8, length_bytes: usize, index: u32) -> (BlockHeader, Vec<u8>) {
-        let (header, bytes) = described(seed, length_bytes, index);
-        let mut record = encode_head(&header);
-        assert_eq!(record.len(), head_bytes(length_bytes as u64));
-        record.extend_from_slice(&bytes);
-        assert_eq!(record.len() as u64, record_bytes(length_bytes as u64));
-        (header, record)
-    }
-
-    fn described(seed: u8, length_bytes: usize, index: u32) -> (BlockHeader, Vec<u8>) {
         let bytes: Vec<u8> = (0..length_bytes)
             .map(|i| (i as u8).wrapping_mul(31) ^ seed)
             .collect();
@@ -260,39 +209,15 @@ mod tests {
             index,
             parent,
         };
-        (BlockHeader::describe(key, place, &bytes), bytes)
-    }
-
-    #[test]
-    fn a_record_without_padding_is_the_first_version_byte_for_byte() {
-        let (header, _) = record(1, 70_000, 1);
-        let head = encode_head(&header);
-        assert_eq!((&head[4..6], &head[148..152]), (&[1, 0][..], &[0; 4][..]));
-        assert_eq!(&encode_head_before_page(&header, 36)[4..6], [2, 0]);
+        let header = BlockHeader::describe(key, place, &bytes);
+        let mut record = encode_head(&header);
+        assert_eq!(record.len(), head_bytes(length_bytes as u64));
+        record.extend_from_slice(&bytes);
+        assert_eq!(record.len() as u64, record_bytes(length_bytes as u64));
+        (header, record)
     }
 
     proptest! {
-        #[test]
-        fn a_padded_block_begins_on_a_page(length in 0usize..300_000, before in 0usize..5000) {
-            let (header, bytes) = described(3, length, 1);
-            let mut record = encode_head_before_page(&header, before);
-            prop_assert_eq!((before + record.len()) % ALIGN_BYTES, 0);
-            prop_assert_eq!(record.len(), head_bytes(length as u64) + padding_bytes(length as u64, before));
-            record.extend_from_slice(&bytes);
-            let (parsed, block) = parse(&record).expect("a whole record");
-            prop_assert_eq!((&parsed, block), (&header, &bytes[..]));
-        }
-
-        #[test]
-        fn a_flipped_bit_in_the_padding_is_refused(bit in 0u8..8, at: prop::sample::Index) {
-            let (header, _) = described(3, 70_000, 1);
-            let mut head = encode_head_before_page(&header, 36);
-            let unpadded = head_bytes(70_000);
-            let at = unpadded + at.index(head.len() - unpadded);
-            head[at] ^= 1 << bit;
-            prop_assert!(read_head(&mut &head[..]).is_err());
-        }
-
         #[test]
         fn what_is_encoded_parses_back(seed: u8, length in 0usize..300_000, index in 0u32..5) {
             let (header, record) = record(seed, length, index);
@@ -306,7 +231,7 @@ mod tests {
             let (header, mut record) = record(1, length, 1);
             let at = at.index(record.len());
             record[at] ^= 1 << bit;
-            // Bytes 6 and 7 are zero fields; they too are under the header sum.
+            // Bytes 6, 7 and 148..152 are zero fields; they too are under the header sum.
             let wrong = match parse(&record) {
                 Ok((parsed, bytes)) => parsed == header && parsed.verify(bytes).is_ok(),
                 Err(_) => false,

@@ -28,9 +28,6 @@ pub(super) const INDEX_BYTES: u64 = PAGE;
 pub(super) const ENTRY_HEADER_BYTES: usize = 36;
 /// … and behind it: our key.
 const ENTRY_KEY_BYTES: u64 = kvproto::BlockKey::BYTES as u64;
-/// Blocks from this length on begin on a page of the disk. It costs them up to a page, and saves the
-/// copy from a buffer to the slot.
-const PADDED_FROM_BYTES: u64 = 256 * KIB;
 /// Smallest capacity that makes sense: sixteen extents of 256 KiB.
 pub const MIN_CAPACITY_BYTES: u64 = 4 * MIB;
 const MIN_EXTENT_BYTES: u64 = 256 * KIB;
@@ -189,18 +186,8 @@ impl Geometry {
     /// Bytes that a block of `length_bytes` takes on disk, without its share of index pages.
     #[must_use]
     pub fn entry_bytes(&self, length_bytes: u64) -> u64 {
-        let padding = match self.is_padded(length_bytes) {
-            true => record::padding_bytes(length_bytes, ENTRY_HEADER_BYTES) as u64,
-            false => 0,
-        };
-        let record_bytes = record::record_bytes(length_bytes) + padding;
+        let record_bytes = record::record_bytes(length_bytes);
         (ENTRY_HEADER_BYTES as u64 + record_bytes + ENTRY_KEY_BYTES).div_ceil(PAGE) * PAGE
-    }
-
-    /// Whether a block of this length begins on a page of the disk.
-    #[must_use]
-    pub fn is_padded(&self, length_bytes: u64) -> bool {
-        length_bytes >= PADDED_FROM_BYTES
     }
 
     /// Whether such a block can be stored at all. foyer drops larger ones without a word.

@@ -24,8 +24,8 @@ use std::{
     collections::VecDeque,
     fs::{File, OpenOptions},
     hash::{BuildHasher, Hasher},
-    io::{self, IoSliceMut},
-    os::unix::fs::OpenOptionsExt,
+    io,
+    os::unix::fs::{FileExt, OpenOptionsExt},
     path::Path,
     sync::{
         Arc,
@@ -40,6 +40,7 @@ use rustix::fs::OFlags;
 
 use super::{
     config::{Geometry, INDEX_BYTES, PAGE},
+    direct::Stages,
     residency::Residency,
     store::path_of,
 };
@@ -104,6 +105,8 @@ pub(super) struct Extents {
     walk: Mutex<Walk>,
     wanted: AtomicBool,
     reclaimed: Reclaimed,
+    /// What readers read into.
+    pub(super) stages: Stages,
 }
 
 /// How far the indexes have been read.
@@ -152,25 +155,16 @@ impl Extents {
             walk: Mutex::default(),
             wanted: AtomicBool::new(false),
             reclaimed,
+            stages: Stages::default(),
         })
     }
 
-    /// Reads whole pages at a position, into buffers that are whole pages long. Blocks.
-    pub(super) fn read(
-        &self,
-        position: Position,
-        buffers: &mut [IoSliceMut<'_>],
-    ) -> io::Result<()> {
-        let wanted: usize = buffers.iter().map(|buffer| buffer.len()).sum();
+    /// Reads whole pages at a position, into memory that begins on a page. Blocks.
+    pub(super) fn read(&self, position: Position, pages: &mut [u8]) -> io::Result<()> {
         let Some(file) = self.files.get(position.extent as usize) else {
             return Err(io::ErrorKind::NotFound.into());
         };
-        let offset = u64::from(position.offset);
-        let read = rustix::io::retry_on_intr(|| rustix::io::preadv(file, buffers, offset))?;
-        match read == wanted {
-            true => Ok(()),
-            false => Err(io::ErrorKind::UnexpectedEof.into()),
-        }
+        file.read_exact_at(pages, u64::from(position.offset))
     }
 
     /// Whether the caller shall [`look`](Self::look): somebody else is not about to.
@@ -301,8 +295,7 @@ impl Extents {
             offset: u32::try_from(index_at).ok()?,
             sequence: 0,
         };
-        self.read(at, &mut [IoSliceMut::new(page.padded_mut())])
-            .ok()?;
+        self.read(at, page).ok()?;
         parse_index(page, at, self.extent_bytes)
     }
 }

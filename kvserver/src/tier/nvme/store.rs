@@ -54,7 +54,7 @@ use super::{
         record,
         threads::DiskThreads,
     },
-    config::{ENTRY_HEADER_BYTES, Geometry, NvmeConfig, NvmeError, PAGE},
+    config::{Geometry, NvmeConfig, NvmeError, PAGE},
     extents::Reclaimed,
     residency::{Reclaim, Residency},
 };
@@ -107,8 +107,6 @@ pub(super) fn hash_of(key: &BlockKey) -> u64 {
 struct StoredValue {
     /// `None` for a value that was decoded: its bytes are in the landing.
     block: Option<BlockRef>,
-    /// The block begins on a page of the disk.
-    padded: bool,
     /// Held so that they end with foyer's work, whoever waits for it.
     _permits: Vec<OwnedSemaphorePermit>,
     _done: Option<oneshot::Sender<()>>,
@@ -122,12 +120,9 @@ impl Code for StoredValue {
                 "a value that was read is not written",
             ));
         };
-        // foyer begins an entry on a page, with its own header.
-        let head = match self.padded {
-            true => record::encode_head_before_page(block.header(), ENTRY_HEADER_BYTES),
-            false => record::encode_head(block.header()),
-        };
-        writer.write_all(&head).map_err(foyer::Error::io_error)?;
+        writer
+            .write_all(&record::encode_head(block.header()))
+            .map_err(foyer::Error::io_error)?;
         writer
             .write_all(block.bytes())
             .map_err(foyer::Error::io_error)
@@ -143,19 +138,15 @@ impl Code for StoredValue {
         }
         Ok(Self {
             block: None,
-            padded: false,
             _permits: Vec::new(),
             _done: None,
         })
     }
 
     fn estimated_size(&self) -> usize {
-        let Some(block) = &self.block else { return 0 };
-        let padding = match self.padded {
-            true => record::padding_bytes(block.len_bytes(), ENTRY_HEADER_BYTES),
-            false => 0,
-        };
-        record::record_bytes(block.len_bytes()) as usize + padding
+        self.block
+            .as_ref()
+            .map_or(0, |block| record::record_bytes(block.len_bytes()) as usize)
     }
 }
 
@@ -208,18 +199,15 @@ impl Landing {
 
 /// foyer's cache, as we use it. Cheap to clone.
 #[derive(Clone)]
-struct Foyer {
-    cache: HybridCache<StoredKey, StoredValue>,
-    geometry: Geometry,
-}
+struct Foyer(HybridCache<StoredKey, StoredValue>);
 
 impl Foyer {
     fn contains(&self, key: &BlockKey) -> bool {
-        self.cache.storage().may_contains(&StoredKey(*key))
+        self.0.storage().may_contains(&StoredKey(*key))
     }
 
     fn delete(&self, key: &BlockKey) {
-        self.cache.storage().delete(&StoredKey(*key));
+        self.0.storage().delete(&StoredKey(*key));
     }
 
     /// Queues a block; the receiver ends (with an error, as nothing is sent) when foyer has finished
@@ -232,12 +220,11 @@ impl Foyer {
         let key = StoredKey(*block.key());
         let (done, receiver) = oneshot::channel();
         let value = StoredValue {
-            padded: self.geometry.is_padded(block.len_bytes()),
             block: Some(block),
             _permits: permits,
             _done: Some(done),
         };
-        drop(self.cache.storage_writer(key).force().insert(value));
+        drop(self.0.storage_writer(key).force().insert(value));
         receiver
     }
 
@@ -250,7 +237,7 @@ impl Foyer {
         }));
         let known = self.contains(&resident.key);
         let loaded = LANDING
-            .scope(Arc::clone(&landing), self.cache.storage().load(&key))
+            .scope(Arc::clone(&landing), self.0.storage().load(&key))
             .await;
         let mut landing = landing.lock();
         if let Some(landed) = landing.landed.take() {
@@ -381,7 +368,7 @@ impl Store {
         let failed = |problem: String| NvmeError::Store { problem };
         let cache = cache.map_err(|error| failed(error.to_string()))?;
         let cache = cache.map_err(|error| failed(error.to_string()))?;
-        let foyer = Foyer { cache, geometry };
+        let foyer = Foyer(cache);
         *for_filter.lock() = Some(foyer.clone());
         Ok(Self {
             foyer,
@@ -477,7 +464,7 @@ impl Store {
 
     /// Finishes what is queued.
     pub(super) async fn close(&self) {
-        if let Err(error) = self.foyer.cache.close().await {
+        if let Err(error) = self.foyer.0.close().await {
             tracing::warn!(%error, "closing the store failed");
         }
     }
