@@ -13,7 +13,7 @@
 //! every call, so that a tenant can never reach another tenant's blocks and the run length is known.
 //! No thread that serves calls ever waits for the disk: one writer does, in order of asking, and nobody is
 //! answered before what he was told is durable.
-//! Bounds: [`Bounds`] namespaces of one tenant and of all, [`MAX_OPENING`] asks in the queue.
+//! Bounds: [`Bounds`] namespaces of one tenant and of all, `MAX_OPENING` asks in the queue.
 //! Errors: [`BlocksError`]. Units: none.
 //! Why a file of our own and not the tiers: a namespace must be known before its first block is.
 
