@@ -36,12 +36,12 @@ const PIECE_BYTES: usize = 1 << 20;
 /// Bytes summed in one go before they are sent.
 const SUM_BYTES: usize = 256 << 10;
 
-/// Bytes of a block: shared ones are sent as they lie, borrowed ones are copied on their way out.
+/// Bytes of a block; either kind is sent from where it lies.
 #[derive(Clone, Debug)]
 pub enum Payload<'a> {
-    /// Sent by reference.
+    /// Kept by the payload.
     Shared(Bytes),
-    /// Copied piece by piece as they are sent.
+    /// Kept by the caller.
     Borrowed(&'a [u8]),
 }
 

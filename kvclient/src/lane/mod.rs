@@ -241,14 +241,6 @@ impl http2::Receiver for Nobody {
         Err(breach("headers that nobody asked for"))
     }
 
-    fn room(&mut self) -> Option<&mut [u8]> {
-        None
-    }
-
-    fn landed(&mut self, _: usize) -> io::Result<()> {
-        Ok(())
-    }
-
     fn chunk(&mut self, _: &[u8]) -> io::Result<()> {
         Err(breach("data that nobody asked for"))
     }

@@ -17,32 +17,36 @@
 //! Errors: [`BlocksError`]. Units: none.
 //! Why a file of our own and not the tiers: a namespace must be known before its first block is.
 
+mod files;
+mod names;
+
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     fs, io,
-    io::Write,
     path::{Path, PathBuf},
     sync::{
         Arc,
-        mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
+        mpsc::{self, RecvTimeoutError, SyncSender, TrySendError, sync_channel},
     },
-    thread::JoinHandle,
+    time::Duration,
 };
 
-use kvproto::{
-    NamespaceId,
-    hash::NamespaceKey,
-    namespace::{Layout, Namespace, World},
-};
-use parking_lot::RwLock;
-use serde::{Deserialize, Serialize};
+use kvproto::{NamespaceId, hash::NamespaceKey, namespace::Namespace};
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::oneshot;
 
+use self::{
+    files::{check_secret, read_or_make_secret, write_whole},
+    names::{Names, Record},
+};
 use super::{BlocksError, tenants::Tenants};
 use crate::{clock::Clock, engine::TenantId};
 
 /// Asks that may wait for the registry's file; each is a caller that waits, and one write serves them all.
 const MAX_OPENING: usize = 256;
+
+/// How long a registry that is dropped waits for its writer: a disk that hangs must not hold up a node that stops.
+const LAST_WRITE: Duration = Duration::from_secs(2);
 
 /// How many namespaces are remembered.
 #[derive(Clone, Copy, Debug)]
@@ -81,7 +85,8 @@ pub struct Namespaces {
     shared: Arc<Shared>,
     /// `None` only while it is dropped.
     asks: Option<SyncSender<Ask>>,
-    writer: Option<JoinHandle<()>>,
+    /// Closed when the writer has ended.
+    ended: Mutex<mpsc::Receiver<()>>,
 }
 
 /// What is durable, for those who ask.
@@ -145,14 +150,18 @@ impl Namespaces {
             bounds,
             shared: Arc::clone(&shared),
         };
-        let writer = std::thread::Builder::new()
+        let (ending, ended) = mpsc::channel();
+        std::thread::Builder::new()
             .name("terrace-namespaces".to_owned())
-            .spawn(move || writer.run(&asked))?;
+            .spawn(move || {
+                let _ending: mpsc::Sender<()> = ending; // dropped last, however the writer ends
+                writer.run(&asked);
+            })?;
         Ok(Self {
             secret,
             shared,
             asks: Some(asks),
-            writer: Some(writer),
+            ended: Mutex::new(ended),
         })
     }
 
@@ -234,11 +243,12 @@ impl Namespaces {
 }
 
 impl Drop for Namespaces {
-    /// The writer ends with what it was given: no later node of the same folder meets its hand.
+    /// The writer ends with what it was given, so that no later node of the same folder meets its hand, unless the
+    /// disk hangs.
     fn drop(&mut self) {
         self.asks = None;
-        if let Some(writer) = self.writer.take() {
-            let _ = writer.join(); // a panic there was told when it happened
+        if let Err(RecvTimeoutError::Timeout) = self.ended.get_mut().recv_timeout(LAST_WRITE) {
+            tracing::warn!("the registry of namespaces is still being written; its disk hangs");
         }
     }
 }
@@ -251,7 +261,7 @@ struct Writer {
 }
 
 impl Writer {
-    fn run(&self, asked: &Receiver<Ask>) {
+    fn run(&self, asked: &mpsc::Receiver<Ask>) {
         while let Ok(first) = asked.recv() {
             let waiting = asked.try_iter().take(MAX_OPENING - 1);
             self.serve(std::iter::once(first).chain(waiting).collect());
@@ -298,205 +308,6 @@ impl Writer {
         let text = serde_json::to_vec_pretty(&records).expect("plain fields");
         write_whole(&self.file, &text, 0o644)
     }
-}
-
-/// All records, by tenant and label; those of one label in order of opening.
-#[derive(Clone, Default)]
-struct Names {
-    tenants: BTreeMap<String, Labels>,
-    len: usize,
-}
-
-#[derive(Clone, Default)]
-struct Labels {
-    records: BTreeMap<String, Vec<Record>>,
-    len: usize,
-}
-
-impl Names {
-    /// The record last opened under this one's label.
-    fn last(&self, record: &Record) -> Option<&Record> {
-        let labels = self.tenants.get(&record.tenant)?;
-        labels.records.get(&record.label)?.last()
-    }
-
-    /// Opens a namespace: what differs from the last of its label, and whether anything changed.
-    fn open(
-        &mut self,
-        record: &Record,
-        strict: bool,
-        bounds: Bounds,
-    ) -> Result<(Option<String>, bool), BlocksError> {
-        let last = self.last(record);
-        let difference = last.and_then(|last| record.namespace().differences(&last.namespace()));
-        if let (true, Some(difference)) = (strict, &difference) {
-            return Err(BlocksError::NamespaceDiffers {
-                label: record.label.clone(),
-                difference: difference.clone(),
-            });
-        }
-        if last == Some(record) {
-            return Ok((None, false));
-        }
-        let labels = self.tenants.get(&record.tenant);
-        let is_old = labels
-            .and_then(|labels| labels.records.get(&record.label))
-            .is_some_and(|records| records.contains(record));
-        if !is_old {
-            let of_tenant = labels.map_or(0, |labels| labels.len);
-            let refuse = |what, field, limit| Err(BlocksError::Overloaded { what, field, limit });
-            if of_tenant >= bounds.per_tenant {
-                let what = "namespaces of this tenant";
-                return refuse(what, "max_namespaces", bounds.per_tenant);
-            }
-            if self.len >= bounds.total {
-                return refuse("namespaces", "max_namespaces_total", bounds.total);
-            }
-        }
-        self.push(record.clone());
-        Ok((difference, true))
-    }
-
-    /// The last record of a label is the one last opened: a reopened one moves to the end.
-    fn push(&mut self, record: Record) {
-        let labels = self.tenants.entry(record.tenant.clone()).or_default();
-        let records = labels.records.entry(record.label.clone()).or_default();
-        let before = records.len();
-        records.retain(|held| *held != record);
-        records.push(record);
-        if records.len() > before {
-            labels.len += 1;
-            self.len += 1;
-        }
-    }
-
-    fn iter(&self) -> impl Iterator<Item = &Record> {
-        let labels = self.tenants.values();
-        labels.flat_map(|labels| labels.records.values().flatten())
-    }
-}
-
-/// A namespace as the file holds it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Record {
-    tenant: String,
-    label: String,
-    model: String,
-    weights: String,
-    tokenizer: String,
-    kv_dtype: String,
-    layers: u32,
-    kv_heads: u32,
-    head_size: u32,
-    packing: String,
-    block_tokens: u32,
-    run_blocks: u32,
-    tensor_parallel: u32,
-    pipeline_parallel: u32,
-    context_parallel: u32,
-    engine_class: String,
-}
-
-impl Record {
-    fn of(tenant: &str, n: &Namespace) -> Self {
-        Self {
-            tenant: tenant.to_owned(),
-            label: n.label.clone(),
-            model: n.model.clone(),
-            weights: n.weights.clone(),
-            tokenizer: n.tokenizer.clone(),
-            kv_dtype: n.kv_dtype.clone(),
-            layers: n.layout.layers,
-            kv_heads: n.layout.kv_heads,
-            head_size: n.layout.head_size,
-            packing: n.layout.packing.clone(),
-            block_tokens: n.block_tokens,
-            run_blocks: n.run_blocks,
-            tensor_parallel: n.world.tensor,
-            pipeline_parallel: n.world.pipeline,
-            context_parallel: n.world.context,
-            engine_class: n.engine_class.clone(),
-        }
-    }
-
-    fn namespace(&self) -> Namespace {
-        Namespace {
-            label: self.label.clone(),
-            model: self.model.clone(),
-            weights: self.weights.clone(),
-            tokenizer: self.tokenizer.clone(),
-            kv_dtype: self.kv_dtype.clone(),
-            layout: Layout {
-                layers: self.layers,
-                kv_heads: self.kv_heads,
-                head_size: self.head_size,
-                packing: self.packing.clone(),
-            },
-            block_tokens: self.block_tokens,
-            run_blocks: self.run_blocks,
-            world: World {
-                tensor: self.tensor_parallel,
-                pipeline: self.pipeline_parallel,
-                context: self.context_parallel,
-            },
-            engine_class: self.engine_class.clone(),
-        }
-    }
-
-    fn known(&self, tenant: TenantId) -> Known {
-        Known {
-            tenant,
-            run_blocks: self.run_blocks,
-            block_tokens: self.block_tokens,
-        }
-    }
-}
-
-const SECRET_BYTES: usize = 32;
-
-fn read_or_make_secret(path: &Path, clock: &dyn Clock) -> io::Result<Vec<u8>> {
-    match fs::read(path) {
-        Ok(secret) => check_secret(secret, path),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            let words = (0..SECRET_BYTES / 8).flat_map(|_| clock.random_u64().to_le_bytes());
-            let secret: Vec<u8> = words.collect();
-            write_whole(path, &secret, 0o600)?;
-            Ok(secret)
-        }
-        Err(e) => Err(e),
-    }
-}
-
-fn check_secret(secret: Vec<u8>, path: &Path) -> io::Result<Vec<u8>> {
-    if secret.len() >= SECRET_BYTES {
-        return Ok(secret);
-    }
-    let problem = format!(
-        "{}: {} bytes, a secret has at least {SECRET_BYTES}",
-        path.display(),
-        secret.len()
-    );
-    Err(io::Error::new(io::ErrorKind::InvalidData, problem))
-}
-
-/// The old file or the new one, whatever happens: written beside it, synced, renamed.
-fn write_whole(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
-    use std::os::unix::fs::OpenOptionsExt;
-    let beside = path.with_extension("new");
-    let mut file = fs::OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(mode)
-        .open(&beside)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&beside, path)?;
-    let folder = path
-        .parent()
-        .filter(|p| !p.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    fs::File::open(folder)?.sync_all()
 }
 
 #[cfg(test)]
@@ -657,5 +468,30 @@ mod tests {
         assert!(matches!(first, BlocksError::Registry(_)), "{first}");
         let unknown = Namespace::opaque("n0", 16, 8).id("t0");
         assert!(registry.get(ME, unknown).is_err());
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_hangs_does_not_hold_up_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = registry(dir.path());
+        let pipe = dir.path().join("namespaces.new");
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        let namespace = Namespace::opaque("a", 16, 8);
+        let mut opening = Box::pin(registry.open_namespace(ME, DEFAULT_TENANT, &namespace, false));
+        let mut cx = Context::from_waker(Waker::noop());
+        assert!(opening.as_mut().poll(&mut cx).is_pending());
+        drop(opening);
+        let (done, is_done) = mpsc::channel();
+        let ending = std::thread::spawn(move || {
+            drop(registry);
+            done.send(()).unwrap();
+        });
+        let ended = is_done.recv_timeout(Duration::from_secs(60));
+        // Whoever waits for a reader is let go, so that a failure is no hang.
+        let reader = fs::File::open(&pipe);
+        assert!(ended.is_ok(), "the end waited for the disk");
+        drop(reader);
+        ending.join().unwrap();
     }
 }

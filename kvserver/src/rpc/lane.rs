@@ -444,18 +444,6 @@ fn discard<S: LaneSocket>(lane: &mut Lane, io: &Io<S>) -> io::Result<Pump> {
 struct Nobody;
 
 impl Receiver for Nobody {
-    fn headers(&mut self, _: Fields) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn room(&mut self) -> Option<&mut [u8]> {
-        None
-    }
-
-    fn landed(&mut self, _: usize) -> io::Result<()> {
-        Ok(())
-    }
-
     fn chunk(&mut self, _: &[u8]) -> io::Result<()> {
         Ok(())
     }
@@ -504,14 +492,6 @@ impl Receiver for Head {
         Ok(())
     }
 
-    fn room(&mut self) -> Option<&mut [u8]> {
-        None
-    }
-
-    fn landed(&mut self, _: usize) -> io::Result<()> {
-        Ok(())
-    }
-
     fn chunk(&mut self, _: &[u8]) -> io::Result<()> {
         Err(breach("data without a call"))
     }
@@ -525,18 +505,6 @@ struct Gathered {
 }
 
 impl Receiver for Gathered {
-    fn headers(&mut self, _: Fields) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn room(&mut self) -> Option<&mut [u8]> {
-        None
-    }
-
-    fn landed(&mut self, _: usize) -> io::Result<()> {
-        Ok(())
-    }
-
     fn chunk(&mut self, bytes: &[u8]) -> io::Result<()> {
         if self.bytes.len() + bytes.len() > self.limit {
             self.is_too_long = true;
@@ -548,10 +516,6 @@ impl Receiver for Gathered {
 }
 
 impl Receiver for put::Receiving<'_> {
-    fn headers(&mut self, _: Fields) -> io::Result<()> {
-        Ok(())
-    }
-
     fn room(&mut self) -> Option<&mut [u8]> {
         self.room()
     }

@@ -56,14 +56,6 @@ impl Receiver for Answer {
         Ok(())
     }
 
-    fn room(&mut self) -> Option<&mut [u8]> {
-        None
-    }
-
-    fn landed(&mut self, _: usize) -> io::Result<()> {
-        Ok(())
-    }
-
     fn chunk(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.body.extend_from_slice(bytes);
         Ok(())

@@ -1,0 +1,56 @@
+//! The two files of the registry: a secret that is made once, and a text that is replaced as a whole.
+
+use std::{
+    fs,
+    io::{self, Write},
+    path::Path,
+};
+
+use crate::clock::Clock;
+
+const SECRET_BYTES: usize = 32;
+
+pub(super) fn read_or_make_secret(path: &Path, clock: &dyn Clock) -> io::Result<Vec<u8>> {
+    match fs::read(path) {
+        Ok(secret) => check_secret(secret, path),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let words = (0..SECRET_BYTES / 8).flat_map(|_| clock.random_u64().to_le_bytes());
+            let secret: Vec<u8> = words.collect();
+            write_whole(path, &secret, 0o600)?;
+            Ok(secret)
+        }
+        Err(e) => Err(e),
+    }
+}
+
+pub(super) fn check_secret(secret: Vec<u8>, path: &Path) -> io::Result<Vec<u8>> {
+    if secret.len() >= SECRET_BYTES {
+        return Ok(secret);
+    }
+    let problem = format!(
+        "{}: {} bytes, a secret has at least {SECRET_BYTES}",
+        path.display(),
+        secret.len()
+    );
+    Err(io::Error::new(io::ErrorKind::InvalidData, problem))
+}
+
+/// The old file or the new one, whatever happens: written beside it, synced, renamed.
+pub(super) fn write_whole(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let beside = path.with_extension("new");
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(mode)
+        .open(&beside)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&beside, path)?;
+    let folder = path
+        .parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    fs::File::open(folder)?.sync_all()
+}
