@@ -35,7 +35,7 @@ pub mod v1 {
         missing_docs,
         unreachable_pub,
         clippy::all,
-        reason = "generated from v1/blocks.proto, whose comments document every field"
+        reason = "generated from the .proto files, whose comments document every field"
     )]
     tonic::include_proto!("terrace.v1");
 }

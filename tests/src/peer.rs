@@ -225,6 +225,7 @@ impl v1::blocks_server::Blocks for Handler {
             namespace_key: Bytes::copy_from_slice(shape.key("test", &secret).as_bytes()),
             difference: String::new(),
             max_block_bytes: 64 << 20,
+            local_socket: String::new(),
         }))
     }
 

@@ -254,6 +254,7 @@ impl Blocks {
             key: opened.key,
             difference: opened.difference,
             max_block_bytes: self.limits.max_block_bytes,
+            local_socket: None,
         })
     }
 

@@ -25,6 +25,8 @@ pub struct OpenedNamespace {
     pub difference: Option<String>,
     /// The largest block the node takes.
     pub max_block_bytes: u64,
+    /// Path of the same-host path's socket, on the node's machine.
+    pub local_socket: Option<String>,
 }
 
 impl TryFrom<&v1::OpenNamespaceResponse> for OpenedNamespace {
@@ -36,6 +38,7 @@ impl TryFrom<&v1::OpenNamespaceResponse> for OpenedNamespace {
             key: NamespaceKey::from_bytes(fixed("namespace_key", &wire.namespace_key)?),
             difference: (!wire.difference.is_empty()).then(|| wire.difference.clone()),
             max_block_bytes: wire.max_block_bytes,
+            local_socket: (!wire.local_socket.is_empty()).then(|| wire.local_socket.clone()),
         })
     }
 }
@@ -49,6 +52,7 @@ impl OpenedNamespace {
             namespace_key: copied(self.key.as_bytes()),
             difference: self.difference.unwrap_or_default(),
             max_block_bytes: self.max_block_bytes,
+            local_socket: self.local_socket.unwrap_or_default(),
         }
     }
 }
