@@ -35,7 +35,7 @@ use tokio::{runtime::Handle, sync::Notify};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub(crate) use self::{reads::ReadLimits, removals::MAX_OWED};
-use self::{reads::Reads, removals::Removals};
+use self::{reads::Reads, removals::Removals, writes::Running};
 pub use self::{
     reads::{Landed, Reading, Urgency},
     save::Saved,
@@ -62,7 +62,7 @@ pub struct Mover {
     tasks: TaskTracker,
     stopping: CancellationToken,
     reads: Mutex<Reads>,
-    writing: Mutex<HashMap<(TierKind, BlockKey), usize>>,
+    writing: Mutex<HashMap<(TierKind, BlockKey), Running>>,
     removals: Mutex<Removals>,
     work: Notify,
     /// Tasks hold the mover, and the tiers through it: the folder stays locked until the last is over.

@@ -5,21 +5,25 @@ use std::{
     io,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
 use kvgpu::{Arena, ArenaConfig, HugePages, SlotMut};
 use kvproto::{BlockKey, Chain, Kind, LeaseId, OwnerId, Reason, TierKind};
 use parking_lot::Mutex;
-use tokio::{runtime::Handle, sync::Semaphore};
+use tokio::{
+    runtime::Handle,
+    sync::{Semaphore, oneshot},
+};
 
 use super::{Mover, ReadLimits, Reading, Urgency};
 use crate::{
     blocks::Tiers,
     clock::ManualClock,
     engine::{
-        Below, Engine, EngineConfig, LeaseAsk, LookupQuery, Owner, TenantId, Whereabouts, policy,
+        Below, Engine, EngineConfig, LeaseAsk, LookupQuery, Owner, Target, TenantId, Whereabouts,
+        policy,
     },
     server::DataDir,
     telemetry::Metrics,
@@ -35,11 +39,14 @@ const OWNER: Owner = Owner {
     id: OwnerId([1; 16]),
 };
 
-/// A tier whose reads end one by one, when the test says so.
+/// A tier whose reads, and writes if it is told to, end one by one, when the test says so.
 struct Gated {
     blocks: HashMap<BlockKey, BlockRef>,
     began: Mutex<Vec<BlockKey>>,
     go: Arc<Semaphore>,
+    /// What each write that has begun is going to be answered.
+    writes: Mutex<Vec<oneshot::Sender<WriteOutcome>>>,
+    holds_writes: AtomicBool,
     removals: AtomicUsize,
     fails: Mutex<bool>,
 }
@@ -54,7 +61,15 @@ impl Tier for Gated {
     }
 
     fn write(&self, blocks: Vec<BlockRef>) -> BoxFuture<'static, Vec<WriteOutcome>> {
-        Box::pin(async move { vec![WriteOutcome::Stored; blocks.len()] })
+        if !self.holds_writes.load(Ordering::Relaxed) {
+            return Box::pin(async move { vec![WriteOutcome::Stored; blocks.len()] });
+        }
+        let (answer, outcome) = oneshot::channel();
+        self.writes.lock().push(answer);
+        Box::pin(async move {
+            let outcome = outcome.await.expect("the test answers every write");
+            vec![outcome; blocks.len()]
+        })
     }
 
     fn read(&self, resident: Resident, into: SlotMut) -> BoxFuture<'static, Read> {
@@ -126,6 +141,8 @@ fn world_with(blocks: u32, ram_bytes: u64, change: impl FnOnce(&mut EngineConfig
             .collect(),
         began: Mutex::default(),
         go: Arc::new(Semaphore::new(0)),
+        writes: Mutex::default(),
+        holds_writes: AtomicBool::new(false),
         removals: AtomicUsize::new(0),
         fails: Mutex::new(false),
     });
@@ -196,6 +213,28 @@ impl World {
         });
         self.mover.prefetch(answer.promote);
         answer.lease.unwrap().id
+    }
+
+    /// Starts to write one block, as a put with ack `stored` does, or a demotion.
+    fn write(&self, n: usize) -> oneshot::Receiver<WriteOutcome> {
+        self.tier.holds_writes.store(true, Ordering::Relaxed);
+        let block = self.tier.blocks[&self.keys[n]].clone();
+        self.mover.write(TierKind::Nvme, block)
+    }
+
+    /// Waits until so many writes have begun and everybody who could join them has; answers the last.
+    async fn answer_write(&self, writes: usize, outcome: WriteOutcome) {
+        while self.tier.writes.lock().len() < writes {
+            tokio::task::yield_now().await;
+        }
+        for _ in 0..8 {
+            tokio::task::yield_now().await;
+        }
+        let mut begun = self.tier.writes.lock();
+        assert_eq!(begun.len(), writes, "nobody writes it a second time");
+        let (gone, _) = oneshot::channel();
+        let answer = std::mem::replace(&mut begun[writes - 1], gone);
+        answer.send(outcome).expect("the write waits");
     }
 
     /// Waits until so many reads have begun; which they were.
@@ -287,4 +326,46 @@ async fn leased_reads_beyond_the_overflow_wait_for_readers_to_let_go() {
     world.clock.advance(super::BUSY_PAUSE);
     assert!(waits.await.unwrap().location().is_none());
     assert_eq!(world.engine.stats().overflow_bytes, 0);
+}
+
+#[tokio::test]
+async fn a_write_that_meets_one_of_the_same_block_gets_its_outcome() {
+    let refused = WriteOutcome::Rejected {
+        reason: Reason::Device,
+        retry_after_ms: 7,
+    };
+    for outcome in [WriteOutcome::Stored, refused] {
+        let world = world(1);
+        let (first, second) = (world.write(0), world.write(0));
+        world.answer_write(1, outcome).await;
+        assert_eq!(
+            (first.await.unwrap(), second.await.unwrap()),
+            (outcome, outcome)
+        );
+        assert!(!world.mover.is_writing(TierKind::Nvme, &world.keys[0]));
+    }
+}
+
+#[tokio::test]
+async fn a_block_put_again_is_not_told_that_the_write_before_it_was_invalidated() {
+    let world = world(1);
+    let before = world.write(0);
+    while world.tier.writes.lock().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    let BlockKey {
+        namespace, hash, ..
+    } = world.keys[0];
+    world.engine.invalidate(namespace, Target::Block(hash));
+    let again = world.tier.residents();
+    world.engine.recover(TierKind::Nvme, again, Kind::Kv);
+    let after = world.write(0);
+    world.answer_write(1, WriteOutcome::Stored).await;
+    let invalidated = WriteOutcome::Rejected {
+        reason: Reason::Invalidated,
+        retry_after_ms: 0,
+    };
+    assert_eq!(before.await.unwrap(), invalidated);
+    world.answer_write(2, WriteOutcome::Stored).await;
+    assert_eq!(after.await.unwrap(), WriteOutcome::Stored);
 }

@@ -1,12 +1,22 @@
-//! Writes to the tiers below: one path for callers who wait and for demotion, and the guard that tells an
-//! invalidation what is on its way.
+//! Writes to the tiers below: one path for callers who wait and for demotion, and the book that tells an
+//! invalidation, and the next writer of the same block, what is on its way.
 //!
-//! Errors: outcomes; what a tier refuses is counted by reason. Bounds: the tier's own queue.
+//! ```text
+//!   write_down ─┬─ nobody writes this block ──► leads: tier.write, then the engine ──┬─► outcome
+//!               └─ somebody does ─────────────► joins: waits for that outcome ───────┘
+//!                                                └─ of other bytes, cut short, or invalidated: once more
+//! ```
+//!
+//! Why joining: a put with ack `stored` often meets the demotion of its own block. A tier can only say that
+//! it is busy with it, and the writer would be sent away although its bytes are just arriving.
+//!
+//! Errors: outcomes; what a tier refuses is counted by reason, once per write and not per waiter. Bounds: the
+//! tier's own queue and deadlines; whoever joins waits no longer than the write that leads.
 
-use std::sync::Arc;
+use std::{collections::hash_map::Entry, sync::Arc};
 
 use kvproto::{BlockKey, Reason, TierKind};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use super::Mover;
 use crate::tier::{BlockRef, Tier, WriteOutcome};
@@ -40,14 +50,39 @@ impl Mover {
         self.writing.lock().contains_key(&(tier, *key))
     }
 
-    /// Writes blocks and tells the engine. What was invalidated meanwhile leaves the tier again.
+    /// Writes blocks and tells the engine. What was invalidated meanwhile leaves the tier again; a block
+    /// that is being written already is not written twice.
     pub(super) async fn write_down(
         self: &Arc<Self>,
         tier: &Arc<dyn Tier>,
         blocks: Vec<BlockRef>,
     ) -> Vec<WriteOutcome> {
+        let mut outcomes = vec![GONE; blocks.len()];
+        let mut waiting: Vec<usize> = (0..blocks.len()).collect();
+        while !waiting.is_empty() {
+            let (led, joined) = Led::new(self, tier.kind(), &blocks, &waiting);
+            let led_blocks: Vec<BlockRef> = led.blocks(&blocks);
+            let answers = self.lead(tier, &led_blocks).await;
+            // What is led has ended before others are waited for, so two batches cannot wait for each other.
+            led.end(&answers, &mut outcomes);
+            waiting.clear();
+            for (at, running) in joined {
+                match running.outcome(blocks[at].header().seal).await {
+                    Some(outcome) => outcomes[at] = outcome,
+                    None => waiting.push(at),
+                }
+            }
+        }
+        outcomes
+    }
+
+    /// Writes blocks that nobody else is writing; to be called while they are in the book.
+    async fn lead(
+        self: &Arc<Self>,
+        tier: &Arc<dyn Tier>,
+        blocks: &[BlockRef],
+    ) -> Vec<WriteOutcome> {
         let kind = tier.kind();
-        let _writing = Writing::new(self, kind, &blocks);
         let began = self.engine.moment();
         // Asked only now that an invalidation would see it as being written: either it was forgotten
         // before, and is not written, or it is removed together with this write.
@@ -66,17 +101,13 @@ impl Mover {
             false => tier.write(wanted).await,
         }
         .into_iter();
-        let gone = WriteOutcome::Rejected {
-            reason: Reason::Invalidated,
-            retry_after_ms: 0,
-        };
         let mut outcomes: Vec<WriteOutcome> = present
             .into_iter()
             .map(|present| {
                 if present {
-                    answers.next().unwrap_or(gone)
+                    answers.next().unwrap_or(GONE)
                 } else {
-                    gone
+                    GONE
                 }
             })
             .collect();
@@ -84,7 +115,7 @@ impl Mover {
         for (block, outcome) in blocks.iter().zip(&mut outcomes) {
             if outcome.is_held() && !self.engine.stored(block.key(), kind, began) {
                 outlawed.push(*block.key());
-                *outcome = gone;
+                *outcome = GONE;
             }
             let refused = match outcome {
                 WriteOutcome::Stored | WriteOutcome::Synced => None,
@@ -101,34 +132,94 @@ impl Mover {
     }
 }
 
-/// Blocks on their way to a tier, until it is dropped.
-struct Writing<'a> {
-    mover: &'a Mover,
-    entries: Vec<(TierKind, BlockKey)>,
+/// The answer for a block that was invalidated before it was written, or while it was.
+const GONE: WriteOutcome = WriteOutcome::Rejected {
+    reason: Reason::Invalidated,
+    retry_after_ms: 0,
+};
+
+/// A block on its way to a tier, as the next who wants it there sees it.
+#[derive(Clone)]
+pub(super) struct Running {
+    seal: u64,
+    ended: watch::Receiver<Option<WriteOutcome>>,
 }
 
-impl<'a> Writing<'a> {
-    fn new(mover: &'a Mover, tier: TierKind, blocks: &[BlockRef]) -> Self {
-        let entries: Vec<_> = blocks.iter().map(|block| (tier, *block.key())).collect();
-        let mut writing = mover.writing.lock();
-        for entry in &entries {
-            *writing.entry(*entry).or_insert(0) += 1;
-        }
-        drop(writing);
-        Self { mover, entries }
+impl Running {
+    /// What became of it; `None` when that says nothing about a block with this seal: the write was of other
+    /// bytes, was cut short, or was invalidated, which may have been before the block was put again.
+    async fn outcome(mut self, seal: u64) -> Option<WriteOutcome> {
+        let outcome = *self.ended.wait_for(Option::is_some).await.ok()?;
+        outcome.filter(|outcome| self.seal == seal && *outcome != GONE)
     }
 }
 
-impl Drop for Writing<'_> {
-    fn drop(&mut self) {
-        let mut writing = self.mover.writing.lock();
-        for entry in &self.entries {
-            if let Some(count) = writing.get_mut(entry) {
-                *count -= 1;
-                if *count == 0 {
-                    writing.remove(entry);
+/// Blocks that one call leads to a tier: in the mover's book until it is dropped.
+struct Led<'a> {
+    mover: &'a Mover,
+    tier: TierKind,
+    /// Where each stands in the call, and who tells those that join.
+    entries: Vec<(usize, BlockKey, watch::Sender<Option<WriteOutcome>>)>,
+}
+
+impl<'a> Led<'a> {
+    /// Enters those of `blocks` that nobody writes; the others are for joining.
+    fn new(
+        mover: &'a Mover,
+        tier: TierKind,
+        blocks: &[BlockRef],
+        wanted: &[usize],
+    ) -> (Self, Vec<(usize, Running)>) {
+        let (mut entries, mut joined) = (Vec::new(), Vec::new());
+        let mut writing = mover.writing.lock();
+        for &at in wanted {
+            let header = blocks[at].header();
+            match writing.entry((tier, header.key)) {
+                Entry::Occupied(running) => joined.push((at, running.get().clone())),
+                Entry::Vacant(free) => {
+                    let (teller, ended) = watch::channel(None);
+                    free.insert(Running {
+                        seal: header.seal,
+                        ended,
+                    });
+                    entries.push((at, header.key, teller));
                 }
             }
         }
+        drop(writing);
+        let led = Self {
+            mover,
+            tier,
+            entries,
+        };
+        (led, joined)
+    }
+
+    fn blocks(&self, all: &[BlockRef]) -> Vec<BlockRef> {
+        let entries = self.entries.iter();
+        entries.map(|(at, ..)| all[*at].clone()).collect()
+    }
+
+    /// Leaves the book and tells everybody, `outcomes` of the whole call included.
+    fn end(mut self, answers: &[WriteOutcome], outcomes: &mut [WriteOutcome]) {
+        self.leave();
+        for ((at, _, teller), answer) in self.entries.drain(..).zip(answers) {
+            outcomes[at] = *answer;
+            teller.send_replace(Some(*answer));
+        }
+    }
+
+    fn leave(&self) {
+        let mut writing = self.mover.writing.lock();
+        for (_, key, _) in &self.entries {
+            writing.remove(&(self.tier, *key));
+        }
+    }
+}
+
+impl Drop for Led<'_> {
+    /// A call that is dropped half-way: whoever joined finds its teller gone.
+    fn drop(&mut self) {
+        self.leave();
     }
 }
