@@ -23,6 +23,7 @@ pub mod header;
 mod hex;
 pub mod http2;
 pub mod key;
+pub mod local;
 pub mod namespace;
 pub mod placement;
 pub mod reason;
