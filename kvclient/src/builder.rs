@@ -43,6 +43,7 @@ pub struct ClientBuilder {
     retry: RetryPolicy,
     breaker: BreakerPolicy,
     token: Option<String>,
+    owner: Option<OwnerId>,
     clock: Arc<dyn Clock>,
 }
 
@@ -58,6 +59,7 @@ impl ClientBuilder {
             retry: RetryPolicy::default(),
             breaker: BreakerPolicy::default(),
             token: None,
+            owner: None,
             clock: Arc::new(SystemClock::new()),
         }
     }
@@ -102,6 +104,13 @@ impl ClientBuilder {
     /// Credential, sent as `authorization: Bearer <token>`. The node derives the tenant from it.
     pub fn token(mut self, token: impl Into<String>) -> Self {
         self.token = Some(token.into());
+        self
+    }
+
+    /// To whom its leases belong: clients of one owner, in whatever processes, share them, and the node takes them
+    /// back when the last of their connections has closed. Default: an owner of its own.
+    pub fn owner(mut self, owner: OwnerId) -> Self {
+        self.owner = Some(owner);
         self
     }
 
@@ -156,16 +165,19 @@ impl ClientBuilder {
             &self.clock,
             breaker,
         );
-        let mut owner = [0; 16];
-        owner[..8].copy_from_slice(&self.clock.random_u64().to_le_bytes());
-        owner[8..].copy_from_slice(&self.clock.random_u64().to_le_bytes());
+        let owner = self.owner.unwrap_or_else(|| {
+            let mut owner = [0; 16];
+            owner[..8].copy_from_slice(&self.clock.random_u64().to_le_bytes());
+            owner[8..].copy_from_slice(&self.clock.random_u64().to_le_bytes());
+            OwnerId(owner)
+        });
         let inner = Arc::new(Inner {
             pool,
             lanes: Lanes::new(endpoint, self.lanes),
             clock: self.clock,
             retry: self.retry,
             budget: RetryBudget::new(),
-            owner: OwnerId(owner),
+            owner,
             authorization: authorization.transpose()?,
             boot: AtomicU64::new(0),
             reboots: AtomicU64::new(0),

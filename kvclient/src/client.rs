@@ -16,7 +16,7 @@ use std::{
 
 use bytes::Bytes;
 use kvproto::{
-    BootId, Chain, FieldError, Namespace, Part, Reason, SequenceHash, TierKind,
+    BootId, Chain, FieldError, LeaseId, Namespace, Part, Reason, SequenceHash, TierKind,
     convert::{
         answer::{self, OpenedNamespace, PutResult},
         chain_to_wire, parts_to_wire,
@@ -326,6 +326,12 @@ impl Client {
                 }
             }
         }
+    }
+
+    /// A lease by its id, which another client of this owner ([`ClientBuilder::owner`]) holds and looks after: for
+    /// gets in a process that did not look up. Dropping it gives nothing back.
+    pub fn lease_of_owner(&self, id: LeaseId) -> Lease {
+        Lease::of_owner(&self.inner, self.deadline, id)
     }
 
     /// Prolongs a lease; see [`Lease::renew`].

@@ -63,6 +63,21 @@ impl Lease {
         }
     }
 
+    /// A lease that another client of the same owner looks after: good for gets, and not given back when dropped.
+    /// Its blocks, bytes and time are with whoever took it.
+    pub(crate) fn of_owner(inner: &Arc<Inner>, deadline: Duration, id: LeaseId) -> Self {
+        Self {
+            inner: inner.clone(),
+            deadline,
+            id,
+            boot: BootId(inner.boot.load(Ordering::Relaxed)),
+            ttl: Duration::ZERO,
+            blocks: 0,
+            bytes: 0,
+            held: false,
+        }
+    }
+
     /// Its id at the node.
     #[must_use]
     pub fn id(&self) -> LeaseId {

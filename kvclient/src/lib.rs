@@ -67,5 +67,6 @@ pub use watch::Watch;
 
 pub use kvproto::convert::answer::{BlockEvent, PutResult, WatchEvent};
 pub use kvproto::{
-    Ack, Chain, GetOutcome, Kind, Namespace, Part, PutOutcome, Reason, SequenceHash, TierKind,
+    Ack, BootId, Chain, GetOutcome, Kind, LeaseId, Namespace, NamespaceId, OwnerId, Part,
+    PutOutcome, Reason, SequenceHash, TierKind,
 };
