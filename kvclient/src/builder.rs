@@ -18,6 +18,8 @@ use crate::{
     lane::Lanes,
     lease::{self, MAX_RELEASES},
     link::Tuning,
+    local::Local,
+    path::LocalPath,
     pool::Pool,
     retry::{Breaker, BreakerPolicy, RetryBudget, RetryPolicy},
 };
@@ -39,6 +41,7 @@ pub struct ClientBuilder {
     deadline: Duration,
     connections: usize,
     lanes: usize,
+    local: LocalPath,
     tuning: Tuning,
     retry: RetryPolicy,
     breaker: BreakerPolicy,
@@ -55,6 +58,7 @@ impl ClientBuilder {
             deadline: Duration::from_secs(5),
             connections: 1,
             lanes: 16,
+            local: LocalPath::Auto,
             tuning: Tuning::default(),
             retry: RetryPolicy::default(),
             breaker: BreakerPolicy::default(),
@@ -80,6 +84,12 @@ impl ClientBuilder {
     /// wait, within their deadline. Default 16.
     pub fn lanes(mut self, lanes: usize) -> Self {
         self.lanes = lanes.clamp(1, MAX_LANES);
+        self
+    }
+
+    /// Whether blocks go through shared memory when client and node share a host. Default [`LocalPath::Auto`].
+    pub fn local(mut self, local: LocalPath) -> Self {
+        self.local = local;
         self
     }
 
@@ -174,6 +184,7 @@ impl ClientBuilder {
         let inner = Arc::new(Inner {
             pool,
             lanes: Lanes::new(endpoint, self.lanes),
+            local: Local::new(self.local),
             clock: self.clock,
             retry: self.retry,
             budget: RetryBudget::new(),

@@ -29,6 +29,7 @@ use crate::{
     clock::{Clock, Tick, within},
     error::Error,
     lane::Lanes,
+    local::Local,
     pool::{Checkout, Pool},
     retry::{BreakerState, RetryBudget, RetryPolicy},
     wire::{self, Method},
@@ -38,6 +39,7 @@ use crate::{
 pub(crate) struct Inner {
     pub(crate) pool: Pool,
     pub(crate) lanes: Lanes,
+    pub(crate) local: Local,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) retry: RetryPolicy,
     pub(crate) budget: RetryBudget,

@@ -28,9 +28,10 @@ use crate::{
     builder::ClientBuilder,
     call::{self, Deadline, Inner, Tries},
     error::Error,
-    get::{self, Fetched, GetOptions, Got, Wanted},
+    get::{self, Fetched, GetOptions, Got, Wanted, sink::Destination},
     lease::{Lease, millis},
     namespace::NamespaceHandle,
+    path::PathReport,
     put::{self, PutBlock, PutOptions},
     retry::BreakerState,
     watch::{self, Watch},
@@ -133,6 +134,12 @@ impl Client {
     #[must_use]
     pub fn reboots(&self) -> u64 {
         self.inner.reboots.load(Ordering::Relaxed)
+    }
+
+    /// Which way blocks go, why, and how many went each way.
+    #[must_use]
+    pub fn path(&self) -> PathReport {
+        self.inner.local.report()
     }
 
     /// Whether calls pass.
@@ -253,8 +260,43 @@ impl Client {
         options: impl Into<GetOptions<'o>>,
         buffers: &mut [&mut [u8]],
     ) -> Result<Vec<Got>, Error> {
+        self.get_destinations(namespace, chain, options.into(), buffers)
+            .await
+    }
+
+    /// [`Client::get_into`] for blocks that shall lie in pieces: each block's bytes fill its pieces one
+    /// after the other, which hold at least as much as the block.
+    ///
+    /// ```no_run
+    /// # async fn f(client: kvclient::Client, ns: kvclient::NamespaceHandle, chain: kvclient::Chain) -> Result<(), kvclient::Error> {
+    /// let (mut keys, mut values) = (vec![0; 512 * 1024], vec![0; 512 * 1024]);
+    /// let first = chain.slice(0..1, ns.run_blocks());
+    /// let mut blocks = [vec![&mut keys[..], &mut values[..]]];
+    /// let got = client.get_scattered(&ns, &first, None, &mut blocks).await?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// When the call has no whole answer; then no piece's bytes mean anything.
+    pub async fn get_scattered<'o>(
+        &self,
+        namespace: &NamespaceHandle,
+        chain: &Chain,
+        options: impl Into<GetOptions<'o>>,
+        blocks: &mut [Vec<&mut [u8]>],
+    ) -> Result<Vec<Got>, Error> {
+        self.get_destinations(namespace, chain, options.into(), blocks)
+            .await
+    }
+
+    async fn get_destinations<T: Destination>(
+        &self,
+        namespace: &NamespaceHandle,
+        chain: &Chain,
+        options: GetOptions<'_>,
+        destinations: &mut [T],
+    ) -> Result<Vec<Got>, Error> {
         namespace.check(chain)?;
-        let options = options.into();
         let wanted = Wanted {
             namespace,
             chain,
@@ -263,7 +305,7 @@ impl Client {
         let deadline = self.until();
         let mut reopened = false;
         loop {
-            match get::into_buffers(&self.inner, deadline, &wanted, buffers).await {
+            match get::into_destinations(&self.inner, deadline, &wanted, destinations).await {
                 Ok(got) => return Ok(got),
                 Err(error) => {
                     self.reopen(namespace, error, &mut reopened, deadline)

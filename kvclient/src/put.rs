@@ -15,7 +15,7 @@
 
 use bytes::Bytes;
 use kvproto::{
-    Ack, Announced, BlockHeader, BlockKey, Chain, FieldError, Kind, Part, checksum::Landing,
+    Ack, Announced, BlockHeader, BlockKey, Chain, FieldError, Kind, Part, checksum::PageSummer,
     convert::answer::PutResult, frame, http2::Outgoing, v1,
 };
 
@@ -36,21 +36,55 @@ const PIECE_BYTES: usize = 1 << 20;
 /// Bytes summed in one go before they are sent.
 const SUM_BYTES: usize = 256 << 10;
 
-/// Bytes of a block; either kind is sent from where it lies.
+/// Bytes of a block; every kind is sent from where it lies.
 #[derive(Clone, Debug)]
 pub enum Payload<'a> {
     /// Kept by the payload.
     Shared(Bytes),
     /// Kept by the caller.
     Borrowed(&'a [u8]),
+    /// Kept by the caller in several places; the block is their bytes in this order.
+    Pieces(Vec<&'a [u8]>),
 }
 
 impl Payload<'_> {
-    fn as_slice(&self) -> &[u8] {
+    /// Bytes of the block.
+    #[must_use]
+    pub fn length_bytes(&self) -> usize {
         match self {
-            Self::Shared(bytes) => bytes,
-            Self::Borrowed(bytes) => bytes,
+            Self::Shared(bytes) => bytes.len(),
+            Self::Borrowed(bytes) => bytes.len(),
+            Self::Pieces(pieces) => pieces.iter().map(|piece| piece.len()).sum(),
         }
+    }
+
+    pub(crate) fn reader(&self) -> PayloadReader<'_> {
+        let (first, rest): (&[u8], &[&[u8]]) = match self {
+            Self::Shared(bytes) => (bytes, &[]),
+            Self::Borrowed(bytes) => (bytes, &[]),
+            Self::Pieces(pieces) => (&[], pieces),
+        };
+        PayloadReader { first, rest }
+    }
+}
+
+/// Walks over a payload's bytes, slice by slice.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct PayloadReader<'a> {
+    first: &'a [u8],
+    rest: &'a [&'a [u8]],
+}
+
+impl<'a> PayloadReader<'a> {
+    /// The next bytes, at least one and at most `most` (which is not 0); `None` at the end.
+    pub(crate) fn next(&mut self, most: usize) -> Option<&'a [u8]> {
+        while self.first.is_empty() {
+            let (first, rest) = self.rest.split_first()?;
+            (self.first, self.rest) = (first, rest);
+        }
+        let (now, later) = self.first.split_at(self.first.len().min(most));
+        self.first = later;
+        Some(now)
     }
 }
 
@@ -69,6 +103,12 @@ impl From<Vec<u8>> for Payload<'_> {
 impl<'a> From<&'a [u8]> for Payload<'a> {
     fn from(bytes: &'a [u8]) -> Self {
         Self::Borrowed(bytes)
+    }
+}
+
+impl<'a> From<Vec<&'a [u8]>> for Payload<'a> {
+    fn from(pieces: Vec<&'a [u8]>) -> Self {
+        Self::Pieces(pieces)
     }
 }
 
@@ -130,9 +170,7 @@ pub(crate) async fn put(
     for (i, block) in blocks.iter().enumerate() {
         check(namespace, chain, i, block)?;
     }
-    let sizes = blocks
-        .iter()
-        .map(|block| block.data.as_slice().len() as u64);
+    let sizes = blocks.iter().map(|block| block.data.length_bytes() as u64);
     let ranges = batch::cut(sizes, batch::MAX_CALL_BLOCKS);
     let calls = ranges.into_iter().map(|range| {
         let call = Putting {
@@ -154,7 +192,7 @@ fn check(
     block: &PutBlock<'_>,
 ) -> Result<(), FieldError> {
     let (length, most) = (
-        block.data.as_slice().len() as u64,
+        block.data.length_bytes() as u64,
         namespace.max_block_bytes(),
     );
     let problem = if block.index >= chain.hashes.len() {
@@ -215,7 +253,7 @@ impl Putting<'_> {
                 part: block.part,
             },
             place: self.chain.place(block.index, self.namespace.run_blocks()),
-            length_bytes: block.data.as_slice().len() as u64,
+            length_bytes: block.data.length_bytes() as u64,
         }
     }
 
@@ -231,6 +269,9 @@ impl Putting<'_> {
                 ),
             ));
         }
+        let lengths = self.blocks.iter().map(|b| b.data.length_bytes() as u64);
+        let tally = &self.inner.local.grpc;
+        tally.put(self.blocks.len() as u64, lengths.sum());
         let results = answer.results.iter().map(PutResult::try_from);
         results
             .collect::<Result<_, _>>()
@@ -246,10 +287,12 @@ struct Sending<'a, 'h> {
     start: Option<v1::PutStart>,
     /// The block being sent.
     block: usize,
-    /// Its bytes pushed so far.
+    /// Its length, and how much of it is pushed.
+    length: usize,
     at: usize,
+    bytes: PayloadReader<'a>,
     /// Its pages summed so far, where its header has no sums.
-    landing: Landing,
+    sums: PageSummer,
 }
 
 impl<'a, 'h> Sending<'a, 'h> {
@@ -268,14 +311,16 @@ impl<'a, 'h> Sending<'a, 'h> {
                 kind: putting.options.kind.to_wire().into(),
             }),
             block: 0,
+            length: 0,
             at: 0,
-            landing: Landing::default(),
+            bytes: PayloadReader::default(),
+            sums: PageSummer::default(),
         }
     }
 
     /// The sums of the current block, all of whose bytes are pushed.
-    fn put_sums(&mut self, announced: Announced, data: &[u8], out: &mut Outgoing<'a>) {
-        let sums = std::mem::take(&mut self.landing).finish(data);
+    fn put_sums(&mut self, announced: Announced, out: &mut Outgoing<'a>) {
+        let sums = std::mem::take(&mut self.sums).finish();
         let Announced {
             key,
             place,
@@ -300,9 +345,11 @@ impl<'a> Sender<'a> for Sending<'a, '_> {
         let Some(block) = putting.blocks.get(self.block) else {
             return out.close();
         };
-        let data = block.data.as_slice();
         let known = self.headers[self.block].as_ref();
         let is_known = known.is_some();
+        if self.at == 0 {
+            (self.length, self.bytes) = (block.data.length_bytes(), block.data.reader());
+        }
         if self.at.is_multiple_of(PIECE_BYTES) {
             let header = (self.at == 0).then(|| match known {
                 Some(header) => header.into(),
@@ -313,21 +360,25 @@ impl<'a> Sender<'a> for Sending<'a, '_> {
                 header,
                 ..v1::PutRequest::default()
             };
-            let piece_bytes = PIECE_BYTES.min(data.len() - self.at);
+            let piece_bytes = PIECE_BYTES.min(self.length - self.at);
             out.push(frame::head(&message, piece_bytes));
         }
-        let piece_end = data
-            .len()
-            .min(self.at - self.at % PIECE_BYTES + PIECE_BYTES);
-        let end = piece_end.min(self.at + SUM_BYTES);
-        out.push(&data[self.at..end]);
-        if !is_known {
-            self.landing.landed(end - self.at, data);
-        }
-        self.at = end;
-        if end == data.len() {
+        let piece_end = self.at - self.at % PIECE_BYTES + PIECE_BYTES;
+        let end = self.length.min(piece_end).min(self.at + SUM_BYTES);
+        // Whole pages are summed in one go where they lie in one piece.
+        while self.at < end {
+            let Some(slice) = self.bytes.next(end - self.at) else {
+                break; // a payload is as long as it says
+            };
             if !is_known {
-                self.put_sums(putting.announce(block), data, out);
+                self.sums.update(slice);
+            }
+            out.push(slice);
+            self.at += slice.len();
+        }
+        if self.at == self.length {
+            if !is_known {
+                self.put_sums(putting.announce(block), out);
             }
             (self.block, self.at) = (self.block + 1, 0);
         }

@@ -30,6 +30,11 @@ pub const fn page_count(length_bytes: u64) -> u64 {
     length_bytes.div_ceil(PAGE_BYTES as u64)
 }
 
+/// The sum of one page: up to [`PAGE_BYTES`].
+pub fn page_sum(page: &[u8]) -> u64 {
+    XxHash3_64::oneshot(page)
+}
+
 /// The sum of every page of `bytes`; none for no bytes.
 pub fn page_sums(bytes: &[u8]) -> Vec<u64> {
     bytes.chunks(PAGE_BYTES).map(XxHash3_64::oneshot).collect()

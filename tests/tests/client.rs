@@ -435,3 +435,48 @@ async fn a_client_may_start_before_its_node() {
     let _node = ChildNode::start(&dir, &free.to_string());
     client.with_deadline(PATIENT).stats().await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn blocks_go_out_of_pieces_and_come_back_into_others() {
+    let node = TestNode::start(|_| {}).await;
+    let client = Client::connect(&node.node.endpoint()).await.unwrap();
+    let ns = open(&client).await;
+    let chain = ns.chain(&(0..64).collect::<Vec<u32>>());
+    let data: Vec<Vec<u8>> = [3, 65_536, 300_001, 2 * MIB + 5]
+        .iter()
+        .enumerate()
+        .map(|(i, len)| bytes(i as u8, *len))
+        .collect();
+    let blocks: Vec<_> = data
+        .iter()
+        .enumerate()
+        .map(|(i, d)| PutBlock::new(i, d.chunks(20_011).collect::<Vec<_>>()))
+        .collect();
+    let put = client
+        .put(&ns, &chain, &blocks, PutOptions::default())
+        .await
+        .unwrap();
+    assert!(
+        put.iter().all(|r| r.outcome == PutOutcome::Cached),
+        "{put:?}"
+    );
+    let whole = client.get(&ns, &chain, None).await.unwrap();
+    for (whole, data) in whole.iter().zip(&data) {
+        assert!(whole.bytes.as_deref() == Some(&data[..]));
+    }
+
+    let mut memory: Vec<Vec<u8>> = data.iter().map(|d| vec![0xee; d.len()]).collect();
+    let mut scattered: Vec<Vec<&mut [u8]>> = memory
+        .iter_mut()
+        .map(|m| m.chunks_mut(7_001).collect())
+        .collect();
+    let got = client
+        .get_scattered(&ns, &chain, None, &mut scattered)
+        .await
+        .unwrap();
+    assert!(got.iter().all(kvclient::Got::is_hit), "{got:?}");
+    assert!(memory == data);
+    let path = client.path();
+    assert_eq!(path.local.got_blocks + path.grpc.got_blocks, 8);
+    assert_eq!(path.local.put_blocks + path.grpc.put_blocks, 4);
+}

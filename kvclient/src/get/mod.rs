@@ -1,0 +1,247 @@
+//! Bulk get: from the socket into the caller's memory, checked on the way.
+//!
+//! ```text
+//! request ─cut─► calls ─┬─ lane ──────── frames ─► reading ─┐
+//!                       └─ same host ─── copies ────────────┴─► sink: the caller's memory, summed
+//! ```
+//!
+//! Units: bytes.
+//! Errors: [`Error::Truncated`], [`Error::Answer`] when the stream is not what was asked for; a block
+//! that is missing, expired or corrupt is an outcome.
+//! Why below the codec: tonic would gather a message before anyone sees it, and copy it twice.
+
+mod reading;
+pub(crate) mod sink;
+
+use bytes::Bytes;
+use kvproto::{BlockKey, Chain, FieldError, GetOutcome, Part, TierKind, convert, v1};
+
+use self::{
+    reading::Reading,
+    sink::{Destination, Destinations, Kept, Sink},
+};
+use crate::{
+    batch,
+    call::{Deadline, Inner, Tries},
+    error::Error,
+    lane::Question,
+    lease::Lease,
+    namespace::NamespaceHandle,
+    wire::{self, Method},
+};
+
+const METHOD: Method = Method::GET;
+
+/// How a get is made. `From<Option<&Lease>>` and `From<&Lease>` are the usual ways to have one.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct GetOptions<'a> {
+    /// Under a lease a get never fails by eviction; without one it takes what it finds.
+    pub lease: Option<&'a Lease>,
+    /// Parts of each block, in order; empty means the part {0, 0}.
+    pub parts: &'a [Part],
+}
+
+impl<'a> From<Option<&'a Lease>> for GetOptions<'a> {
+    fn from(lease: Option<&'a Lease>) -> Self {
+        Self { lease, parts: &[] }
+    }
+}
+
+impl<'a> From<&'a Lease> for GetOptions<'a> {
+    fn from(lease: &'a Lease) -> Self {
+        Some(lease).into()
+    }
+}
+
+/// What became of one block (of one part of it) of a get.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Got {
+    /// Hit, or why not.
+    pub outcome: GetOutcome,
+    /// Where a hit came from, if the node says.
+    pub tier: Option<TierKind>,
+    /// Bytes of a hit; its buffer may be longer.
+    pub length_bytes: usize,
+}
+
+impl Got {
+    /// True when the buffer holds the block.
+    #[must_use]
+    pub fn is_hit(&self) -> bool {
+        self.outcome == GetOutcome::Hit
+    }
+}
+
+/// A block handed over by [`crate::Client::get`].
+#[derive(Clone, Debug)]
+pub struct Fetched {
+    /// Hit, or why not.
+    pub outcome: GetOutcome,
+    /// Where a hit came from, if the node says.
+    pub tier: Option<TierKind>,
+    /// The bytes of a hit, verified.
+    pub bytes: Option<Bytes>,
+}
+
+/// One call's worth of a get.
+pub(crate) struct Wanted<'a> {
+    pub(crate) namespace: &'a NamespaceHandle,
+    pub(crate) chain: &'a Chain,
+    pub(crate) options: GetOptions<'a>,
+}
+
+impl Wanted<'_> {
+    fn parts(&self) -> &[Part] {
+        match self.options.parts {
+            [] => &[Part {
+                rank: 0,
+                layer_group: 0,
+            }],
+            parts => parts,
+        }
+    }
+
+    /// Objects asked for: blocks times parts.
+    pub(crate) fn count(&self) -> usize {
+        self.chain.hashes.len() * self.parts().len()
+    }
+
+    fn key(&self, slot: usize) -> BlockKey {
+        let parts = self.parts();
+        BlockKey {
+            namespace: self.namespace.id(),
+            hash: self.chain.hashes[slot / parts.len()],
+            part: parts[slot % parts.len()],
+        }
+    }
+}
+
+/// Gets blocks into the caller's memory, one destination each.
+pub(crate) async fn into_destinations<T: Destination>(
+    inner: &Inner,
+    deadline: Deadline,
+    wanted: &Wanted<'_>,
+    destinations: &mut [T],
+) -> Result<Vec<Got>, Error> {
+    let (count, parts) = (wanted.count(), wanted.parts().len());
+    if destinations.len() != count {
+        return Err(FieldError::new(
+            "buffers",
+            format!(
+                "{} given for {count} blocks; give one each",
+                destinations.len()
+            ),
+        )
+        .into());
+    }
+    let sizes = destinations.chunks(parts).map(|block| {
+        block
+            .iter()
+            .map(|destination| destination.room_bytes() as u64)
+            .sum()
+    });
+    let ranges = batch::cut(sizes, (batch::MAX_CALL_BLOCKS / parts).max(1));
+    if ranges.len() == 1 {
+        return one_call(
+            inner,
+            deadline,
+            wanted,
+            &mut Destinations::new(destinations),
+        )
+        .await;
+    }
+    let mut rest = destinations;
+    let mut calls = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        let (mine, others) = rest.split_at_mut(range.len() * parts);
+        rest = others;
+        let chain = wanted.chain.slice(range, wanted.namespace.run_blocks());
+        calls.push(async move {
+            let wanted = Wanted {
+                namespace: wanted.namespace,
+                chain: &chain,
+                options: wanted.options,
+            };
+            one_call(inner, deadline, &wanted, &mut Destinations::new(mine)).await
+        });
+    }
+    batch::join(calls, inner.parallel).await
+}
+
+/// Gets blocks as the bytes they were read into, copied only where they arrived in several pieces.
+pub(crate) async fn fetch(
+    inner: &Inner,
+    deadline: Deadline,
+    wanted: &Wanted<'_>,
+) -> Result<Vec<Fetched>, Error> {
+    let parts = wanted.parts().len();
+    // Sizes are not known beforehand; the number of blocks alone bounds a call.
+    let blocks = wanted.chain.hashes.len();
+    let ranges = batch::cut(
+        std::iter::repeat_n(0, blocks),
+        (batch::MAX_CALL_BLOCKS / parts).max(1),
+    );
+    let calls = ranges.into_iter().map(|range| async move {
+        let chain = wanted.chain.slice(range, wanted.namespace.run_blocks());
+        let wanted = Wanted {
+            namespace: wanted.namespace,
+            chain: &chain,
+            options: wanted.options,
+        };
+        let mut kept = Kept::new(wanted.count());
+        let got = one_call(inner, deadline, &wanted, &mut kept).await?;
+        let fetched = got.iter().zip(kept.blocks).map(|(got, bytes)| Fetched {
+            outcome: got.outcome,
+            tier: got.tier,
+            bytes: bytes.filter(|_| got.is_hit()),
+        });
+        Ok(fetched.collect())
+    });
+    batch::join(calls.collect(), inner.parallel).await
+}
+
+async fn one_call<S: Sink>(
+    inner: &Inner,
+    deadline: Deadline,
+    wanted: &Wanted<'_>,
+    sink: &mut S,
+) -> Result<Vec<Got>, Error> {
+    let mut tries = Tries::new(inner, METHOD, deadline);
+    loop {
+        let question = wire::encode(&v1::GetRequest {
+            context: Some(inner.context(&tries.request)),
+            namespace_id: Bytes::copy_from_slice(&wanted.namespace.id().0),
+            chain: Some(convert::chain_to_wire(wanted.chain)),
+            parts: convert::parts_to_wire(wanted.options.parts),
+            lease_id: wanted.options.lease.map_or(0, |lease| lease.id().0),
+            piece_bytes: 0,
+        });
+        let sink = &mut *sink;
+        let answer = tries
+            .run(|_checkout, left| async move {
+                let authorization = inner.authorization.as_ref();
+                let mut reading = Reading::new(inner, wanted, sink);
+                let mut asked = Question(&question);
+                let exchange = wire::exchange(
+                    &inner.lanes,
+                    METHOD,
+                    left,
+                    authorization,
+                    &mut asked,
+                    &mut reading,
+                );
+                let outcome = exchange.await;
+                reading.failed.take().map_or(outcome, Err)?;
+                reading.finish()
+            })
+            .await?;
+        if let Ok(answer) = answer {
+            let hits = answer.iter().filter(|got| got.is_hit());
+            let (blocks, bytes) = hits.fold((0, 0), |(n, bytes), got| {
+                (n + 1, bytes + got.length_bytes as u64)
+            });
+            inner.local.grpc.got(blocks, bytes);
+            return Ok(answer);
+        }
+    }
+}
