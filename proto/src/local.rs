@@ -79,7 +79,7 @@ fn prefix(length_bytes: usize) -> Result<u32, LocalFrameError> {
 ///     inbox.room()[0] = byte; // a socket would be asked to fill it
 ///     inbox.filled(1);
 /// }
-/// let reply: v1::LocalReply = inbox.next()?.expect("a whole frame");
+/// let reply: v1::LocalReply = inbox.take()?.expect("a whole frame");
 /// assert_eq!(reply.sequence, 7);
 /// # Ok::<(), kvproto::local::LocalFrameError>(())
 /// ```
@@ -129,7 +129,7 @@ impl Inbox {
     /// # Errors
     ///
     /// [`LocalFrameError`], as soon as it is certain.
-    pub fn next<M: Message + Default>(&mut self) -> Result<Option<M>, LocalFrameError> {
+    pub fn take<M: Message + Default>(&mut self) -> Result<Option<M>, LocalFrameError> {
         match self.frame()? {
             Some(frame) => Ok(Some(M::decode(frame)?)),
             None => Ok(None),
@@ -201,7 +201,7 @@ mod tests {
             for cut in cuts.iter().cycle() {
                 let (now, later) = rest.split_at(rest.len().min(*cut));
                 put(&mut inbox, now);
-                while let Some(message) = inbox.next::<v1::LocalRequest>().unwrap() {
+                while let Some(message) = inbox.take::<v1::LocalRequest>().unwrap() {
                     received.push(message);
                 }
                 rest = later;
@@ -217,7 +217,7 @@ mod tests {
         fn any_bytes_are_messages_or_refused(bytes in vec(any::<u8>(), 0..300)) {
             let mut inbox = Inbox::new();
             put(&mut inbox, &bytes);
-            while let Ok(Some(_)) = inbox.next::<v1::LocalRequest>() {}
+            while let Ok(Some(_)) = inbox.take::<v1::LocalRequest>() {}
         }
     }
 
@@ -225,7 +225,7 @@ mod tests {
     fn a_length_alone_takes_no_memory() {
         let mut inbox = Inbox::new();
         put(&mut inbox, &(MAX_FRAME_BYTES as u32).to_le_bytes());
-        assert_eq!(inbox.next::<v1::LocalReply>(), Ok(None));
+        assert_eq!(inbox.take::<v1::LocalReply>(), Ok(None));
         assert!(inbox.room().len() < 1 << 20);
     }
 
@@ -233,7 +233,7 @@ mod tests {
     fn what_is_too_long_is_refused_at_its_prefix_and_before_it_is_written() {
         let mut inbox = Inbox::new();
         put(&mut inbox, &(MAX_FRAME_BYTES as u32 + 1).to_le_bytes());
-        let refused = inbox.next::<v1::LocalReply>();
+        let refused = inbox.take::<v1::LocalReply>();
         assert_eq!(
             refused,
             Err(LocalFrameError::TooLong {
@@ -261,7 +261,7 @@ mod tests {
         assert!(wire.len() > MAX_FRAME_BYTES - 200 + PREFIX_BYTES);
         let mut inbox = Inbox::new();
         put(&mut inbox, &wire);
-        assert_eq!(inbox.next(), Ok(Some(longest)));
+        assert_eq!(inbox.take(), Ok(Some(longest)));
     }
 
     #[test]
@@ -269,7 +269,7 @@ mod tests {
         let mut inbox = Inbox::new();
         put(&mut inbox, &[2, 0, 0, 0, 0xff, 0xff]);
         assert!(matches!(
-            inbox.next::<v1::LocalRequest>(),
+            inbox.take::<v1::LocalRequest>(),
             Err(LocalFrameError::Undecodable(_))
         ));
     }

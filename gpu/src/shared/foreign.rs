@@ -48,7 +48,7 @@ mod tests {
 
     #[test]
     fn every_length_and_alignment_is_copied_whole_and_no_byte_more() {
-        let source: Vec<u8> = (0..9000_usize).map(|i| (i * 31 >> 3) as u8).collect();
+        let source: Vec<u8> = (0..9000_usize).map(|i| ((i * 31) >> 3) as u8).collect();
         for length in [0, 1, 7, 8, 9, 63, 64, 65, 4096, 8191] {
             for shift in [0, 1, 7, 33] {
                 let mut target = vec![0xa5; shift + length + 16];

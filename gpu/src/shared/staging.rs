@@ -124,7 +124,7 @@ mod tests {
     #[test]
     fn what_the_client_writes_the_node_reads() {
         let (staging, map) = pair();
-        let written: Vec<u8> = (0..70_000_usize).map(|i| (i * 13 >> 2) as u8).collect();
+        let written: Vec<u8> = (0..70_000_usize).map(|i| ((i * 13) >> 2) as u8).collect();
         map.write(12_345, &written).expect("inside");
         let mut read = vec![0; written.len()];
         staging.read(12_345, &mut read).expect("inside");
