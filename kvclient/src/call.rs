@@ -164,16 +164,17 @@ impl<'a> Tries<'a> {
                 deadline_ms: u64::try_from(self.deadline.budget.as_millis()).unwrap_or(u64::MAX),
             },
         };
-        if error.is_endpoint_failure() {
-            admitted.failure(clock);
-        } else {
-            admitted.success();
+        match &error {
+            error if error.is_endpoint_failure() => admitted.failure(clock),
+            // Nobody answered, and nobody has failed to: the next try knows more.
+            Error::Stale { .. } => drop(admitted),
+            _ => admitted.success(),
         }
         if let Some((link, live)) = used {
             match &error {
                 // One lane or stream: the rest may be well, and if it is not, its silence says so. Idle lanes may
                 // be as dead as this one, and cost little to open again.
-                Error::Deadline { .. } | Error::Broken { .. } => {
+                Error::Deadline { .. } | Error::Broken { .. } | Error::Stale { .. } => {
                     inner.lanes.clear();
                     link.suspect(&live);
                 }
@@ -188,10 +189,9 @@ impl<'a> Tries<'a> {
         let inner = self.inner;
         let repeat = self.done;
         self.done += 1;
-        if !error.is_worth_repeating()
-            || self.done >= inner.retry.attempts
-            || inner.pool.breaker.state() != BreakerState::Closed
-        {
+        let may_ask = matches!(error, Error::Stale { .. })
+            || inner.pool.breaker.state() == BreakerState::Closed;
+        if !error.is_worth_repeating() || self.done >= inner.retry.attempts || !may_ask {
             return Err(error);
         }
         let wait = inner.retry.backoff(repeat, inner.clock.random_u64());

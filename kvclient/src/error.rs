@@ -71,6 +71,15 @@ pub enum Error {
         /// What the transport says.
         source: io::Error,
     },
+    /// A connection kept from an earlier call broke before anything of an answer came: most often its peer had
+    /// just closed what was idle. Says nothing against the endpoint; the next try takes a new connection.
+    #[error("{method} went out on a connection that its peer had given up")]
+    Stale {
+        /// Which call.
+        method: &'static str,
+        /// What the transport says.
+        source: io::Error,
+    },
     /// The stream ended in good order, but too early.
     #[error("{method} ended before its answer was whole")]
     Truncated {
@@ -117,6 +126,7 @@ impl Error {
             | Self::BreakerOpen { .. }
             | Self::Deadline { .. }
             | Self::Broken { .. }
+            | Self::Stale { .. }
             | Self::Truncated { .. } => ErrorKind::Unavailable,
             Self::NamespaceChanged { .. } => ErrorKind::Refresh,
             Self::Endpoint { .. } | Self::Request(_) => ErrorKind::FixRequest,
@@ -148,7 +158,10 @@ impl Error {
     /// Whether the same call may be sent again at once (after backoff, within its deadline).
     pub(crate) fn is_worth_repeating(&self) -> bool {
         match self {
-            Self::Connect { .. } | Self::Broken { .. } | Self::Truncated { .. } => true,
+            Self::Connect { .. }
+            | Self::Broken { .. }
+            | Self::Stale { .. }
+            | Self::Truncated { .. } => true,
             Self::Refused { code, reason, .. } => {
                 matches!(code, Code::Unavailable | Code::Aborted)
                     || (*code == Code::ResourceExhausted && *reason == Some(Reason::Overloaded))

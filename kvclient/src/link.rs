@@ -26,14 +26,14 @@ use h2::{Ping, PingPong, client::SendRequest};
 use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::{TcpStream, UnixStream},
+    net::UnixStream,
     sync::{Notify, Semaphore, watch},
     task::JoinHandle,
 };
 
 use crate::{
     clock::{Clock, within},
-    endpoint::Endpoint,
+    endpoint::{self, Endpoint},
     error::Error,
     retry::{Breaker, RetryPolicy},
 };
@@ -326,8 +326,7 @@ impl Link {
     async fn dial(&self, number: u64) -> io::Result<Up> {
         match &self.endpoint {
             Endpoint::Tcp { host, port } => {
-                let io = TcpStream::connect((host.as_str(), *port)).await?;
-                io.set_nodelay(true)?;
+                let io = endpoint::connect_tcp(host, *port).await?;
                 self.handshake(io, number).await
             }
             Endpoint::Unix(path) => {

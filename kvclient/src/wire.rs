@@ -190,7 +190,8 @@ pub(crate) async fn finish(method: Method, body: &mut RecvStream) -> Result<(), 
 /// A call on a lane: `sender` makes its messages, the answer's messages go to `receiver`.
 ///
 /// # Errors
-/// [`Error::Connect`], [`Error::Broken`], [`Error::Refused`]; [`Error::Truncated`] when the answer has no status.
+/// [`Error::Connect`], [`Error::Broken`], [`Error::Stale`], [`Error::Refused`]; [`Error::Truncated`] when the
+/// answer has no status.
 pub(crate) async fn exchange<'b, S: Sender<'b>, R: Receiver>(
     lanes: &Lanes,
     method: Method,
@@ -210,9 +211,12 @@ pub(crate) async fn exchange<'b, S: Sender<'b>, R: Receiver>(
         .lane
         .exchange(&request, sender, receiver)
         .await
-        .map_err(|source| Error::Broken {
-            method: method.name,
-            source,
+        .map_err(|source| {
+            let method = method.name;
+            match guard.lane.was_given_up() {
+                true => Error::Stale { method, source },
+                false => Error::Broken { method, source },
+            }
         })?;
     if !answer.is_early {
         guard.keep();

@@ -1,6 +1,12 @@
 //! The client against a peer made of stock tonic parts that lies, forgets, refuses and falls silent.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use kvclient::{
     BreakerState, Client, ErrorKind, GetOptions, GetOutcome, LookupOptions, Namespace,
@@ -10,6 +16,10 @@ use kvclient::{
 use kvtests::{
     patience::{eventually, until, within_awake},
     peer::{Fault, Peer},
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
 };
 use tonic::Code;
 
@@ -356,6 +366,57 @@ async fn failures_in_a_row_open_the_breaker_in_the_middle_of_a_call() {
         "{refused}"
     );
     assert_eq!(peer.count("Stats"), calls, "an open breaker sends nothing");
+}
+
+/// A way to a peer that closes, when told to, the next connection on which a client says anything.
+async fn hurdle(peer: &Peer) -> (String, Arc<AtomicBool>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (here, there) = (listener.local_addr().unwrap(), peer.address);
+    let is_armed = Arc::new(AtomicBool::new(false));
+    let closes = Arc::clone(&is_armed);
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let closes = Arc::clone(&closes);
+            tokio::spawn(async move {
+                let node = TcpStream::connect(there).await.unwrap();
+                let (mut up, mut down) = (client.into_split(), node.into_split());
+                let asks = async {
+                    let mut bytes = vec![0; 1 << 16];
+                    while let Ok(read @ 1..) = up.0.read(&mut bytes).await {
+                        if closes.swap(false, Ordering::Relaxed) {
+                            return;
+                        }
+                        down.1.write_all(&bytes[..read]).await.unwrap();
+                    }
+                };
+                tokio::select! {
+                    () = asks => {}
+                    _ = tokio::io::copy(&mut down.0, &mut up.1) => {}
+                }
+            });
+        }
+    });
+    (here.to_string(), is_armed)
+}
+
+#[tokio::test]
+async fn a_kept_connection_that_the_node_closes_says_nothing_against_the_node() {
+    let peer = Peer::start().await;
+    let (endpoint, closes) = hurdle(&peer).await;
+    let builder = Client::builder(&endpoint).connections(1);
+    // One failure would do.
+    let breaker = kvclient::BreakerPolicy {
+        failures: 1,
+        open_for: HOUR,
+        open_cap: HOUR,
+    };
+    let client = builder.breaker(breaker).connect().await.unwrap();
+    client.stats().await.unwrap();
+    closes.store(true, Ordering::Relaxed);
+    client.stats().await.unwrap();
+    assert!(!closes.load(Ordering::Relaxed), "the first try met it");
+    assert_eq!(client.breaker(), BreakerState::Closed);
+    assert_eq!(peer.count("Stats"), 2);
 }
 
 #[tokio::test]

@@ -31,7 +31,7 @@ use kvproto::http2::{
 use tokio::net::{TcpStream, UnixStream};
 
 pub(crate) use self::pool::Lanes;
-use crate::endpoint::Endpoint;
+use crate::endpoint::{self, Endpoint};
 
 const LIMITS: LaneLimits = LaneLimits {
     max_headers_bytes: 64 << 10,
@@ -96,23 +96,31 @@ pub(crate) struct Answer {
 pub(crate) struct Lane {
     protocol: http2::Lane,
     io: Io,
+    /// Calls before the present one.
+    calls: u64,
+    /// Something of the present call's answer has come.
+    is_answered: bool,
 }
 
 impl Lane {
     /// Connects and says hello; the node's own settings are read as they come.
     pub(crate) async fn open(endpoint: &Endpoint) -> io::Result<Self> {
         let io = match endpoint {
-            Endpoint::Tcp { host, port } => {
-                let stream = TcpStream::connect((host.as_str(), *port)).await?;
-                stream.set_nodelay(true)?;
-                Io::Tcp(stream)
-            }
+            Endpoint::Tcp { host, port } => Io::Tcp(endpoint::connect_tcp(host, *port).await?),
             Endpoint::Unix(path) => Io::Unix(UnixStream::connect(path).await?),
         };
         Ok(Self {
             protocol: http2::Lane::new(Role::Client, LIMITS),
             io,
+            calls: 0,
+            is_answered: false,
         })
+    }
+
+    /// Whether a call that broke did so before its answer began, on a lane that had served others: its peer may
+    /// have closed it for being idle in the moment in which it was used again.
+    pub(crate) fn was_given_up(&self) -> bool {
+        self.calls > 0 && !self.is_answered
     }
 
     /// Reads what came while the lane was idle; false when it is of no more use.
@@ -133,10 +141,17 @@ impl Lane {
         sender: &mut S,
         receiver: &mut R,
     ) -> io::Result<Answer> {
-        let Self { protocol, io } = self;
+        let Self {
+            protocol,
+            io,
+            calls,
+            is_answered,
+        } = self;
+        *is_answered = false;
         protocol.open(&request.block());
         let mut incoming = Incoming {
             receiver,
+            is_answered,
             status: 0,
             map: HeaderMap::new(),
         };
@@ -165,6 +180,7 @@ impl Lane {
                 Push::Done | Push::Hungry | Push::NoWindow => io.readable().await?,
             }
         }
+        *calls += 1;
         if protocol.has_mail() {
             let _ = protocol.flush(io); // the next call finds out if this lane is of no more use
         }
@@ -196,12 +212,14 @@ impl Request<'_> {
 /// An answer as it comes in.
 struct Incoming<'r, R> {
     receiver: &'r mut R,
+    is_answered: &'r mut bool,
     status: u16,
     map: HeaderMap,
 }
 
 impl<R: Receiver> http2::Receiver for Incoming<'_, R> {
     fn headers(&mut self, fields: Fields) -> io::Result<()> {
+        *self.is_answered = true;
         for (name, value) in fields {
             if name == b":status" {
                 self.status = std::str::from_utf8(&value)

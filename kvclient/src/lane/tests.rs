@@ -6,8 +6,12 @@ use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue, Response};
 use tokio::net::TcpListener;
 
-use super::{Lane, Lanes, Outgoing, Receiver, Request, Sender};
-use crate::endpoint::Endpoint;
+use super::{Io, Lane, Lanes, Outgoing, Question, Receiver, Request, Sender};
+use crate::{
+    endpoint::Endpoint,
+    error::Error,
+    wire::{self, Method},
+};
 
 /// Keeps a body; offers room for every second half, so that both ways of reading are used.
 #[derive(Default)]
@@ -229,6 +233,74 @@ async fn a_lane_whose_peer_leaves_is_replaced() {
             guard.keep();
         }
     }
+}
+
+/// A peer that answers so many calls on each connection, and closes it when it reads the next.
+async fn forgetful(calls: usize) -> Endpoint {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            let mut connection = h2::server::handshake(socket).await.expect("a handshake");
+            for call in 0..=calls {
+                let Some(Ok((_, mut respond))) = connection.accept().await else {
+                    break;
+                };
+                if call == calls {
+                    break;
+                }
+                let mut response = Response::new(());
+                let status = HeaderValue::from_static("0");
+                response.headers_mut().insert("grpc-status", status);
+                respond.send_response(response, true).expect("a stream");
+            }
+        }
+    });
+    format!("127.0.0.1:{port}").parse().expect("an endpoint")
+}
+
+/// The outcome of a call on a lane to this peer.
+async fn ask(lanes: &Lanes) -> Result<(), Error> {
+    let patience = std::time::Duration::from_secs(5);
+    let mut heard = Keeper::default();
+    wire::exchange(
+        lanes,
+        Method::STATS,
+        patience,
+        None,
+        &mut Question(b"x"),
+        &mut heard,
+    )
+    .await
+}
+
+#[tokio::test]
+async fn only_a_lane_that_has_served_before_may_have_been_given_up() {
+    let lanes = Lanes::new(forgetful(2).await, 1);
+    assert!(ask(&lanes).await.is_ok() && ask(&lanes).await.is_ok());
+    let given_up = ask(&lanes).await.expect_err("it is closed");
+    assert!(matches!(given_up, Error::Stale { .. }), "{given_up:?}");
+    assert!(!given_up.is_endpoint_failure() && given_up.is_worth_repeating());
+    assert!(ask(&lanes).await.is_ok(), "a new lane");
+
+    let lanes = Lanes::new(forgetful(0).await, 1);
+    let broken = ask(&lanes).await.expect_err("it is closed");
+    assert!(matches!(broken, Error::Broken { .. }), "{broken:?}");
+    assert!(broken.is_endpoint_failure());
+}
+
+#[tokio::test]
+async fn the_kernel_looks_after_a_silent_lane() {
+    use rustix::net::sockopt;
+    let lane = Lane::open(&echo(PATIENT).await).await.expect("a lane");
+    let Io::Tcp(socket) = &lane.io else {
+        panic!("a lane over TCP");
+    };
+    assert!(sockopt::socket_keepalive(socket).expect("an option"));
+    let idle = sockopt::tcp_keepidle(socket).expect("an option");
+    let interval = sockopt::tcp_keepintvl(socket).expect("an option");
+    let probes = sockopt::tcp_keepcnt(socket).expect("an option");
+    assert!((idle + interval * probes).as_secs() < 30);
 }
 
 #[tokio::test]

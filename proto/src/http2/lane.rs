@@ -149,8 +149,10 @@ pub struct Lane {
     mail: Vec<u8>,
     /// The last push stopped inside a frame of its body.
     is_mid_frame: bool,
-    /// The frame being read; `length` counts what is left of it.
+    /// The frame being read; `length` counts what is left of it, without its padding.
     frame: Option<Head>,
+    /// Bytes at the end of that frame that mean nothing.
+    padding_bytes: usize,
     is_leaving: bool,
 }
 
@@ -219,6 +221,7 @@ impl Lane {
             mail: Vec::new(),
             is_mid_frame: false,
             frame: None,
+            padding_bytes: 0,
             is_leaving: false,
         }
     }
@@ -303,6 +306,12 @@ impl Lane {
     #[must_use]
     pub fn is_mid_frame(&self) -> bool {
         self.is_mid_frame
+    }
+
+    /// Bytes by which the peer's windows have shrunk: of the stream, of the connection.
+    #[cfg(test)]
+    pub(super) fn received_bytes(&self) -> (u64, u64) {
+        (self.stream.received_bytes, self.received_bytes)
     }
 
     fn begin(&mut self, id: u32) {

@@ -7,10 +7,10 @@ use std::{
     rc::Rc,
 };
 
-use proptest::collection::vec;
 use proptest::prelude::{
     Just, ProptestConfig, any, prop_assert, prop_assert_eq, prop_oneof, proptest,
 };
+use proptest::{collection::vec, option::of};
 
 use super::{
     Fields, Lane, LaneLimits, Outgoing, Piece, Pump, Push, Receiver, Role, Socket,
@@ -192,6 +192,43 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// gRPC servers that are not ours may pad what they answer.
+    #[test]
+    fn padding_is_passed_over_and_takes_from_the_windows(
+        pieces in vec((vec(any::<u8>(), 0..3000), of(any::<u8>())), 1..9),
+        steps in vec(prop_oneof![Just(0), 1usize..4000], 0..9),
+        room in 0usize..2000,
+    ) {
+        let (client_end, server_end) = pipe(&steps);
+        let mut client = Lane::new(Role::Client, LIMITS);
+        client.open(&block("path", "/x"));
+        let head = block("status", "200");
+        let (mut answer, mut body, mut flow) = (Vec::new(), Vec::new(), 0);
+        put_frame(&mut answer, Kind::Headers, END_HEADERS, 1, &head);
+        for (at, (piece, padding)) in pieces.iter().enumerate() {
+            let end = if at + 1 == pieces.len() { END_STREAM } else { 0 };
+            let (payload, flags) = match padding {
+                Some(bytes) => {
+                    let zeros = vec![0; usize::from(*bytes)];
+                    ([&[*bytes], &piece[..], &zeros].concat(), end | PADDED)
+                }
+                None => (piece.clone(), end),
+            };
+            put_frame(&mut answer, Kind::Data, flags, 1, &payload);
+            flow += payload.len() as u64;
+            body.extend_from_slice(piece);
+        }
+        server_end.outbound.borrow_mut().extend(answer);
+        let mut got = keeper(room);
+        while client.pump(&client_end, &mut got).expect("a pump") != Pump::Ended {}
+        prop_assert_eq!(got.body, body);
+        prop_assert_eq!(client.received_bytes(), (flow, flow));
+    }
+}
+
 /// What a server says to these bytes behind a preface.
 fn served(bytes: &[u8]) -> io::Result<Vec<Pump>> {
     let (_client, server_end) = pipe(&[]);
@@ -245,7 +282,14 @@ fn what_the_protocol_forbids_is_a_breach() {
                 (Kind::Data, 0, 1, b"x"),
             ],
         ),
-        ("padded DATA", vec![open, (Kind::Data, PADDED, 1, &[0, 1])]),
+        (
+            "DATA shorter than its padding",
+            vec![open, (Kind::Data, PADDED, 1, &[2, 1])],
+        ),
+        (
+            "padded DATA without a length",
+            vec![open, (Kind::Data, PADDED, 1, &[])],
+        ),
         (
             "CONTINUATION alone",
             vec![(Kind::Continuation, END_HEADERS, 1, &head)],

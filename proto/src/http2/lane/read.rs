@@ -75,6 +75,7 @@ impl Lane {
             .frame
             .as_mut()
             .filter(|frame| is_payload && frame.kind == Kind::Data && frame.length > 0)
+            .filter(|frame| !frame.has(PADDED))
             && let Some(room) = receiver.room().filter(|room| !room.is_empty())
         {
             let direct = room.len().min(frame.length).min(self.limits.read_bytes);
@@ -148,20 +149,50 @@ impl Lane {
         if head.stream != self.stream.id || self.stream.has_ended {
             return Err(breach("DATA of another stream"));
         }
-        if head.has(PADDED) {
-            return Err(breach("padded DATA, which a lane never sends"));
-        }
         if head.length > self.limits.max_frame_bytes as usize {
             return Err(breach(format!("DATA frame of {} bytes", head.length)));
         }
+        // Padding takes from the windows as payload does.
         self.stream.received_bytes += head.length as u64;
         Ok(())
     }
 
+    /// Reads how much of a DATA frame is padding: we never send any, a peer that hides lengths does.
+    fn padding(&mut self, mut frame: Head) -> io::Result<bool> {
+        let too_long = || breach("DATA shorter than its padding");
+        frame.length = frame.length.checked_sub(1).ok_or_else(too_long)?;
+        if self.start == self.end {
+            return Ok(false);
+        }
+        let padding_bytes = self.inbox[self.start].into();
+        frame.length = frame
+            .length
+            .checked_sub(padding_bytes)
+            .ok_or_else(too_long)?;
+        frame.flags &= !PADDED;
+        self.start += 1;
+        self.received_bytes += 1;
+        self.padding_bytes = padding_bytes;
+        self.frame = Some(frame);
+        Ok(true)
+    }
+
     fn data<R: Receiver>(&mut self, receiver: &mut R, frame: Head) -> io::Result<bool> {
+        if frame.has(PADDED) {
+            return self.padding(frame);
+        }
         let at_hand = frame.length.min(self.end - self.start);
         if at_hand == 0 && frame.length > 0 {
             return Ok(false);
+        }
+        if frame.length == 0 && self.padding_bytes > 0 {
+            let skipped = self.padding_bytes.min(self.end - self.start);
+            self.start += skipped;
+            self.received_bytes += skipped as u64;
+            self.padding_bytes -= skipped;
+            if self.padding_bytes > 0 {
+                return Ok(false);
+            }
         }
         let bytes = &self.inbox[self.start..self.start + at_hand];
         let (taken, outcome) = match receiver.room().filter(|room| !room.is_empty()) {
@@ -179,11 +210,12 @@ impl Lane {
         self.start += taken;
         self.received_bytes += taken as u64;
         let left = frame.length - taken;
-        self.frame = (left > 0).then_some(Head {
+        let is_over = left == 0 && self.padding_bytes == 0;
+        self.frame = (!is_over).then_some(Head {
             length: left,
             ..frame
         });
-        if left == 0 {
+        if is_over {
             self.stream.has_ended = frame.has(END_STREAM);
             if self.stream.received_bytes >= REFILL_BYTES && !self.stream.has_ended {
                 let more = self.stream.received_bytes as u32;
