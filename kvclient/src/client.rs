@@ -185,6 +185,7 @@ impl Client {
     }
 
     /// The longest prefix of `chain` that is present, with a lease on it unless it is a probe.
+    /// At most [`kvproto::hash::MAX_CHAIN_BLOCKS`] blocks; that page says what to do with more.
     ///
     /// # Errors
     /// [`Error::kind`] says what to do; when it is unavailable, go on as if nothing were present.

@@ -16,7 +16,10 @@ use std::ops::Range;
 use crate::field::FieldError;
 use crate::key::{Place, RunHash, SequenceHash};
 
-/// Most blocks one chain of a request may have.
+/// Most blocks one chain of a request may have: a million tokens in blocks of 16.
+///
+/// Whoever has more asks for the first ones, and for the rest ([`Chain::slice`]) only when all of those are
+/// present. It is not done for the caller, because each of the calls answers a lease of its own.
 pub const MAX_CHAIN_BLOCKS: usize = 65_536;
 
 /// Consecutive blocks of one chain, root side first, with what is needed to place each of them.
@@ -104,12 +107,7 @@ impl Chain {
         let problem = |field, problem: &str| Err(FieldError::new(field, problem));
         match self.hashes.len() {
             0 => return problem("chain.hashes", "is empty; name at least one block"),
-            n if n > MAX_CHAIN_BLOCKS => {
-                return problem(
-                    "chain.hashes",
-                    &format!("has {n} blocks; at most {MAX_CHAIN_BLOCKS} are allowed"),
-                );
-            }
+            n if n > MAX_CHAIN_BLOCKS => return Err(too_long(n)),
             n if self.first_index.checked_add(n as u32).is_none() => {
                 return problem(
                     "chain.first_index",
@@ -141,6 +139,15 @@ impl Chain {
             _ => Ok(()),
         }
     }
+}
+
+/// The refusal of a chain of so many blocks.
+pub(crate) fn too_long(blocks: usize) -> FieldError {
+    let problem = format!(
+        "has {blocks} blocks; at most {MAX_CHAIN_BLOCKS} are allowed in a call: ask for the first of them, then \
+         for the rest as a chain of its own (first_index, run_hash, parent_hash)"
+    );
+    FieldError::new("chain.hashes", problem)
 }
 
 #[cfg(test)]

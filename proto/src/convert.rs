@@ -22,6 +22,7 @@ pub mod request;
 pub use crate::field::FieldError;
 pub use crate::hash::MAX_CHAIN_BLOCKS;
 
+use crate::chain::too_long;
 use crate::checksum::{BlockHeader, page_count};
 use crate::hash::Chain;
 use crate::header::Announced;
@@ -108,12 +109,15 @@ pub fn namespace_id(bytes: &[u8]) -> Result<NamespaceId, FieldError> {
 pub fn chain(wire: Option<v1::Chain>) -> Result<Chain, FieldError> {
     let wire = wire.ok_or_else(|| FieldError::new("chain", "is missing"))?;
     let (hashes, rest) = wire.hashes.as_chunks::<{ SequenceHash::BYTES }>();
-    if !rest.is_empty() || hashes.is_empty() || hashes.len() > MAX_CHAIN_BLOCKS {
+    if !rest.is_empty() || hashes.is_empty() {
         let problem = format!(
             "has {} bytes; 32 for each of 1 to {MAX_CHAIN_BLOCKS} blocks are needed",
             wire.hashes.len()
         );
         return Err(FieldError::new("chain.hashes", problem));
+    }
+    if hashes.len() > MAX_CHAIN_BLOCKS {
+        return Err(too_long(hashes.len()));
     }
     Ok(Chain {
         first_index: wire.first_index,

@@ -1,15 +1,52 @@
 //! What the node refuses: wrong fields, broken rules, too much at once, strangers.
 
 use bytes::Bytes;
-use kvproto::v1::{self, Ack};
+use kvproto::{
+    hash::MAX_CHAIN_BLOCKS,
+    v1::{self, Ack},
+};
 use kvserver::config::MIB;
 use kvtests::{
-    node::{TestNode, filled},
+    node::{RUN_BLOCKS, TestNode, filled},
     patience::eventually,
 };
 use tonic::{Code, Request};
 
 use crate::reason;
+
+#[tokio::test]
+async fn a_chain_of_too_many_blocks_is_refused_with_what_to_do_instead() {
+    let node = TestNode::start(|_| {}).await;
+    let mut client = node.client().await;
+    let whole = client.chain(1, MAX_CHAIN_BLOCKS as u32 + 2);
+    let status = client.lookup(&whole, None).await.unwrap_err();
+    assert_eq!(
+        (status.code(), reason(&status)),
+        (Code::InvalidArgument, "invalid_field")
+    );
+    let refusal = whole.validate(RUN_BLOCKS).unwrap_err();
+    assert_eq!(
+        status.message(),
+        refusal.to_string(),
+        "as our client says it, unasked"
+    );
+    for what in ["chain.hashes: has 65538 blocks", "65536", "parent_hash"] {
+        assert!(status.message().contains(what), "{}", status.message());
+    }
+
+    // What it says works: each part is looked up, and held, by itself.
+    let mut present = Vec::new();
+    for part in [0..MAX_CHAIN_BLOCKS, MAX_CHAIN_BLOCKS..whole.len()] {
+        let part = whole.slice(part, RUN_BLOCKS);
+        let blocks = [filled(1, 100), filled(2, 100)];
+        client.put(&part, &blocks, Ack::Cached).await.unwrap();
+        let found = client.lookup(&part, Some(1000)).await.unwrap();
+        assert_eq!(found.lease.unwrap().blocks, 2);
+        present.push(found.present_blocks);
+    }
+    assert_eq!(present, [2, 2]);
+    node.stop().await;
+}
 
 #[tokio::test]
 async fn a_strict_caller_is_refused_another_shape() {
