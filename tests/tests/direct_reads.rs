@@ -1,5 +1,8 @@
 //! The short way to a block on disk: right where it is known, a detour where it is not, and never a
 //! wrong byte.
+//!
+//! The short way needs a hard limit of open files over 1024 (`ulimit -Hn`); below it each test still reads what
+//! it wrote, the long way, and says what it could not see.
 
 use std::sync::Arc;
 
@@ -12,6 +15,7 @@ use kvserver::{
         nvme::ReadPaths,
     },
 };
+use rustix::process::{Resource, getrlimit};
 
 const KIB: usize = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -24,6 +28,20 @@ async fn open(config: &NvmeConfig) -> NvmeTier {
     )
     .await
     .expect("it opens")
+}
+
+/// Whether reads can go the short way here: not where the hard limit of open files is too low. The tier must
+/// say so then, and what a test expects of positions cannot be seen.
+fn can_read_directly(tier: &NvmeTier) -> bool {
+    let needed = tier.geometry().files_for_direct_reads();
+    let most = getrlimit(Resource::Nofile).maximum;
+    let can = most.is_none_or(|most| most >= needed);
+    let note = tier.status().note;
+    assert_eq!(!can, note.contains("too few open files"), "{note}");
+    if !can {
+        eprintln!("SKIPPED in part: direct reads need {needed} open files, {most:?} are allowed");
+    }
+    can
 }
 
 async fn store(tier: &NvmeTier, blocks: &[BlockRef]) {
@@ -63,11 +81,18 @@ async fn what_was_written_is_read_where_it_lies_also_after_a_restart() {
         let mut config = NvmeConfig::new(dir.path(), 128 * MIB);
         config.direct_io = direct_io;
         let blocks = of_all_lengths();
-        let all_direct = ReadPaths {
-            direct: blocks.len() as u64,
-            ..ReadPaths::default()
-        };
         let tier = open(&config).await;
+        let reads = blocks.len() as u64;
+        let all_one_way = match can_read_directly(&tier) {
+            true => ReadPaths {
+                direct: reads,
+                ..ReadPaths::default()
+            },
+            false => ReadPaths {
+                through_foyer: reads,
+                ..ReadPaths::default()
+            },
+        };
         store(&tier, &blocks).await;
         for restart in [false, true] {
             let tier = match restart {
@@ -81,7 +106,7 @@ async fn what_was_written_is_read_where_it_lies_also_after_a_restart() {
             for block in &blocks {
                 assert!(has(tier, block).await, "{block:?}");
             }
-            assert_eq!(tier.read_paths(), all_direct);
+            assert_eq!(tier.read_paths(), all_one_way);
         }
     }
 }
@@ -119,7 +144,8 @@ async fn positions_follow_what_makes_room_for_other_blocks() {
         reads += u64::from(has(&tier, &older).await);
     }
     let paths = tier.read_paths();
-    assert!(paths.direct * 100 >= reads * 95, "{paths:?} of {reads}");
+    let expected = if can_read_directly(&tier) { reads } else { 0 };
+    assert!(paths.direct * 100 >= expected * 95, "{paths:?} of {reads}");
     let status = tier.status();
     assert!(
         status
@@ -136,6 +162,9 @@ async fn a_wrong_position_is_a_detour() {
     let config = NvmeConfig::new(dir.path(), 64 * MIB);
     for length in [64 * KIB, 512 * KIB] {
         let tier = open(&config).await;
+        if !can_read_directly(&tier) {
+            return; // without positions there are no wrong ones
+        }
         let entry_bytes = tier.geometry().entry_bytes(length as u64) as u32;
         let number = length as u32;
         let blocks: Vec<BlockRef> = (number..number + 8).map(|n| block(n, length)).collect();
@@ -172,5 +201,6 @@ async fn what_is_removed_is_not_found_at_its_position() {
     tier.look().await;
     assert!(has(&tier, &first).await);
     let paths = tier.read_paths();
-    assert_eq!((paths.direct, paths.strayed), (2, 0), "{paths:?}");
+    let direct = if can_read_directly(&tier) { 2 } else { 0 };
+    assert_eq!((paths.direct, paths.strayed), (direct, 0), "{paths:?}");
 }

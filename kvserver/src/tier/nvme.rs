@@ -134,7 +134,7 @@ impl NvmeTier {
         guard: Arc<dyn ReclaimGuard>,
     ) -> Result<Self, NvmeError> {
         let geometry = config.geometry()?;
-        let may_open = allow_open_files(geometry.extents.into());
+        let may_open = allow_open_files(geometry);
         let today = unix_day(&*clock);
         let prepared = tokio::task::spawn_blocking({
             let config = config.clone();
@@ -162,7 +162,9 @@ impl NvmeTier {
             true => Extents::open(&config.dir, geometry, direct, reclaimed.clone()),
             false => Err(io::Error::other("too few open files are allowed")),
         };
+        let mut setup_note = prepared.note;
         let extents = extents.inspect_err(|error| {
+            setup_note.push_str(&format!("; all reads go through foyer: {error}"));
             tracing::warn!(dir = %config.dir.display(), %error, "reads take the long way");
         });
         let dropped = prove(&residency, &store);
@@ -182,7 +184,7 @@ impl NvmeTier {
             read_waiters: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
             direct: prepared.direct,
-            setup_note: prepared.note,
+            setup_note,
             recovered: Recovered {
                 blocks,
                 dropped,

@@ -176,6 +176,9 @@ pub struct Geometry {
     pub extents: u32,
 }
 
+/// Open files left for connections and all else, without which extents are not opened a second time.
+const LEAST_SPARE_FILES: u64 = 1024;
+
 impl Geometry {
     /// Bytes on disk.
     #[must_use]
@@ -188,6 +191,13 @@ impl Geometry {
     pub fn entry_bytes(&self, length_bytes: u64) -> u64 {
         let record_bytes = record::record_bytes(length_bytes);
         (ENTRY_HEADER_BYTES as u64 + record_bytes + ENTRY_KEY_BYTES).div_ceil(PAGE) * PAGE
+    }
+
+    /// Files that the process must be allowed to open for reads that go around foyer: each extent a second
+    /// time, and what the rest of a node needs.
+    #[must_use]
+    pub fn files_for_direct_reads(&self) -> u64 {
+        2 * u64::from(self.extents) + LEAST_SPARE_FILES
     }
 
     /// Whether such a block can be stored at all. foyer drops larger ones without a word.

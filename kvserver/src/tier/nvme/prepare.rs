@@ -15,10 +15,8 @@ use crate::tier::{
     journal::{Entry, Journal, Tail},
 };
 
-/// Open files left for everything else when the limit has to be raised for the extents …
+/// Open files left for everything else when the limit has to be raised for the extents.
 const SPARE_FILES: u64 = 4096;
-/// … and with how few of them ours are opened at all.
-const LEAST_SPARE_FILES: u64 = 1024;
 
 /// What is ready before foyer is built.
 pub(super) struct Prepared {
@@ -111,14 +109,14 @@ pub(super) fn prepare(
 /// Raises the soft limit of open files towards what the extents need: foyer keeps each of them open, and
 /// so do we, for reading. Answers whether there is room for ours; without room for foyer's its own open
 /// fails.
-pub(super) fn allow_open_files(extents: u64) -> bool {
+pub(super) fn allow_open_files(geometry: Geometry) -> bool {
     use rustix::process::{Resource, getrlimit, setrlimit};
-    let wanted = 2 * extents + SPARE_FILES;
+    let wanted = 2 * u64::from(geometry.extents) + SPARE_FILES;
     let mut limit = getrlimit(Resource::Nofile);
     if limit.current.is_some_and(|current| current < wanted) {
         limit.current = Some(limit.maximum.map_or(wanted, |most| most.min(wanted)));
         let _ = setrlimit(Resource::Nofile, limit);
     }
     let limit = getrlimit(Resource::Nofile).current;
-    limit.is_none_or(|most| most >= 2 * extents + LEAST_SPARE_FILES)
+    limit.is_none_or(|most| most >= geometry.files_for_direct_reads())
 }
