@@ -21,7 +21,7 @@ use self::value::{any, at_least, capacity, non_empty, within};
 pub use self::{
     load::{Action, LoadError, Loaded, load},
     machine::{Chosen, choose},
-    value::{Capacity, LogFormat, NvmeAdmission, Setting, UnixSocket},
+    value::{Capacity, LogFormat, NvmeAdmission, Setting, SocketMode, UnixSocket},
 };
 
 /// One KiB in bytes.
@@ -153,6 +153,10 @@ settings! {
     listen: SocketAddr = SocketAddr::from(([127, 0, 0, 1], 7070)), any();
     /// Unix socket of the gRPC service: "auto" (terrace.sock in data_dir), "off" or a path.
     unix_socket: UnixSocket = UnixSocket::Auto, any();
+    /// Unix socket of the same-host path: "auto" (local.sock in data_dir), "off" or a path. Only Linux has it.
+    local_socket: UnixSocket = UnixSocket::Auto, any();
+    /// File mode of that socket. While it is for its user alone, only that user and root are let in.
+    local_socket_mode: SocketMode = SocketMode(0o600), any();
     /// Address of the HTTP console (metrics, health), or "off". Port 0: one that is free.
     http_listen: Option<SocketAddr> = Some(SocketAddr::from(([127, 0, 0, 1], 7071))), any();
 
@@ -259,6 +263,15 @@ settings! {
     /// Namespaces remembered of all tenants together.
     max_namespaces_total: usize = 65_536, within(1, 1_048_576);
 
+    /// Connections over the same-host path at once, a thread each; more are refused.
+    local_max_connections: usize = 256, within(1, 65_536);
+    /// The most memory that one client is granted to hand in blocks through, 0 for none: it puts over gRPC then.
+    local_staging_bytes: u64 = 64 * MIB, within(0, 64 * GIB);
+    /// That of all clients together; beside ram_bytes, and only as far as it is written to.
+    local_staging_total_bytes: u64 = GIB, within(0, 64 * TIB);
+    /// How long a reader without a lease may read blocks where they lie, before their slots may be used anew.
+    local_hold: Duration = Duration::from_secs(10), within(Duration::from_millis(10), Duration::from_secs(600));
+
     /// Log format: "human", "json" or "off".
     log_format: LogFormat = LogFormat::Human, any();
     /// Which log lines: a level ("info") or directives ("info,kvserver::rpc=debug").
@@ -352,11 +365,13 @@ impl Config {
     /// Where the Unix socket goes, if there is to be one.
     #[must_use]
     pub fn unix_socket_path(&self) -> Option<PathBuf> {
-        match &self.unix_socket {
-            UnixSocket::Auto => Some(self.data_dir.join("terrace.sock")),
-            UnixSocket::Off => None,
-            UnixSocket::Path(path) => Some(path.clone()),
-        }
+        self.unix_socket.path(&self.data_dir, "terrace.sock")
+    }
+
+    /// Where the socket of the same-host path goes, if there is to be one.
+    #[must_use]
+    pub fn local_socket_path(&self) -> Option<PathBuf> {
+        self.local_socket.path(&self.data_dir, "local.sock")
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   rpc      gRPC: decode, one call, encode        console  HTTP: metrics, health
+//!   local    the same calls for clients of this machine, through shared memory
 //!    │
 //!   blocks   lookup, get, put, invalidate, watch; the mover between tiers
 //!    │
@@ -20,6 +21,7 @@ pub mod config;
 mod console;
 pub mod engine;
 pub mod error;
+mod local;
 pub mod process;
 mod rpc;
 mod server;

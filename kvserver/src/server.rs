@@ -1,7 +1,7 @@
 //! One node: everything built, wired, and taken down in order.
 //!
 //! ```text
-//! start     data folder locked ─► arena ─► engine ─► tiers (their blocks join the index) ─► mover ─► rpc, console
+//! start     data folder locked ─► arena ─► engine ─► tiers (their blocks join the index) ─► mover ─► local, rpc, console
 //! shutdown  calls refused, running ones finish ─► mover's work finishes ─► RAM-only blocks saved ─► tiers close ─► console
 //! ```
 //!
@@ -28,12 +28,14 @@ use crate::{
         BlockLimits, Blocks, Tiers,
         mover::{Mover, ReadLimits, Saved},
         namespaces::{Bounds, Namespaces},
+        owners::Owners,
         tenants::{Tenants, TenantsError},
     },
     clock::{Clock, SystemClock},
-    config::{Chosen, Config, ConfigError, NvmeAdmission, choose},
+    config::{Chosen, Config, ConfigError, NvmeAdmission, UnixSocket, choose},
     console::{Console, ConsoleError},
     engine::{Demotion, Engine, EngineConfig, EngineConfigError, KindBudget, policy},
+    local::{Local, LocalError},
     rpc::{Rpc, RpcError},
     telemetry::Metrics,
     tier::{
@@ -94,6 +96,9 @@ pub enum NodeError {
     /// The gRPC service.
     #[error(transparent)]
     Rpc(#[from] RpcError),
+    /// The same-host path.
+    #[error(transparent)]
+    Local(#[from] LocalError),
     /// The console.
     #[error(transparent)]
     Console(#[from] ConsoleError),
@@ -109,9 +114,11 @@ pub struct Node {
     blocks: Arc<Blocks>,
     mover: Arc<Mover>,
     rpc: Option<Rpc>,
+    local: Option<Local>,
     console: Option<Console>,
     grpc_address: SocketAddr,
     unix_socket: Option<PathBuf>,
+    local_socket: Option<PathBuf>,
     http_address: Option<SocketAddr>,
     clock: Arc<dyn Clock>,
     background: Background,
@@ -123,6 +130,7 @@ struct Parts {
     blocks: Arc<Blocks>,
     mover: Arc<Mover>,
     rpc: Rpc,
+    local: Option<Local>,
     console: Option<Console>,
 }
 
@@ -157,12 +165,14 @@ impl Node {
         Ok(Self {
             grpc_address: parts.rpc.address(),
             unix_socket: parts.rpc.unix_socket().map(Path::to_owned),
+            local_socket: parts.local.as_ref().map(|local| local.path().to_owned()),
             http_address: parts.console.as_ref().map(Console::address),
             config,
             chosen: parts.chosen,
             blocks: parts.blocks,
             mover: parts.mover,
             rpc: Some(parts.rpc),
+            local: parts.local,
             console: parts.console,
             clock,
             background,
@@ -205,6 +215,12 @@ impl Node {
         self.unix_socket.as_deref()
     }
 
+    /// Path of the same-host path's socket.
+    #[must_use]
+    pub fn local_path(&self) -> Option<&Path> {
+        self.local_socket.as_deref()
+    }
+
     /// Address of the console.
     #[must_use]
     pub fn http_addr(&self) -> Option<SocketAddr> {
@@ -214,7 +230,7 @@ impl Node {
     /// Refuses new calls, lets the running ones and queued writes finish, writes what is only in RAM to NVMe as far
     /// as time and wear allow, closes the tiers. What is not done after `deadline` is cut. Answers what was kept.
     pub async fn shutdown(mut self, deadline: Duration) -> Saved {
-        let (rpc, console) = (self.rpc.take(), self.console.take());
+        let (rpc, local, console) = (self.rpc.take(), self.local.take(), self.console.take());
         let (mover, clock, tiers) = (
             Arc::clone(&self.mover),
             Arc::clone(&self.clock),
@@ -226,9 +242,15 @@ impl Node {
             if let Some(console) = &console {
                 console.draining();
             }
+            let local = tokio::task::spawn_blocking(move || {
+                if let Some(local) = local {
+                    local.shutdown(deadline);
+                }
+            });
             if let Some(rpc) = rpc {
                 rpc.shutdown(deadline).await;
             }
+            let _ = local.await; // a panic there was logged there
             let left = deadline
                 .saturating_sub(clock.now().since(started))
                 .max(LAST_MOMENT);
@@ -286,6 +308,9 @@ impl Drop for Node {
     fn drop(&mut self) {
         if let Some(rpc) = &self.rpc {
             rpc.cut();
+        }
+        if let Some(local) = &self.local {
+            local.cut();
         }
     }
 }
@@ -371,18 +396,28 @@ async fn build(
         },
         boot_id,
     );
-    let rpc = Rpc::start(
+    let owners = Arc::new(Owners::new(Arc::clone(&blocks)));
+    let local = start_local(&config, &blocks, &owners, &metrics, &clock)?;
+    let started = Rpc::start(
         &config,
         socket_path(&config),
         Arc::clone(&blocks),
+        owners,
         metrics,
         clock,
-    )
-    .await?;
+    );
+    let rpc = match started.await {
+        Ok(rpc) => rpc,
+        Err(error) => {
+            local.inspect(Local::cut);
+            return Err(error.into());
+        }
+    };
     let console = match config.http_listen {
         Some(address) => match Console::start(address, rpc.address(), Arc::clone(&blocks)).await {
             Ok(console) => Some(console),
             Err(error) => {
+                local.inspect(Local::cut);
                 rpc.shutdown(Duration::ZERO).await;
                 return Err(error.into());
             }
@@ -394,6 +429,7 @@ async fn build(
         blocks,
         mover,
         rpc,
+        local,
         console,
     })
 }
@@ -482,12 +518,55 @@ async fn open_tiers(
     tiers
 }
 
-/// The socket's path, or none when the automatic one is longer than the system allows.
+/// Opens the same-host path and has callers told of it. A kernel without what it needs costs the path and nothing else.
+fn start_local(
+    config: &Config,
+    blocks: &Arc<Blocks>,
+    owners: &Arc<Owners>,
+    metrics: &Arc<Metrics>,
+    clock: &Arc<dyn Clock>,
+) -> Result<Option<Local>, NodeError> {
+    let path = config.local_socket_path();
+    let Some(path) = fitting(path, &config.local_socket, "--local-socket") else {
+        return Ok(None);
+    };
+    if !blocks.arena().stats().write_sealed {
+        tracing::warn!("no same-host path: this kernel cannot seal memory against new writers");
+        return Ok(None);
+    }
+    let path = std::path::absolute(&path).unwrap_or(path);
+    let Some(told) = path.to_str().map(str::to_owned) else {
+        tracing::warn!(path = %path.display(), "no same-host path: its name is no UTF-8; choose another with --local-socket");
+        return Ok(None);
+    };
+    let local = Local::start(
+        config,
+        path,
+        Arc::clone(blocks),
+        Arc::clone(owners),
+        Arc::clone(metrics),
+        Arc::clone(clock),
+    )?;
+    blocks.set_local_socket(told);
+    Ok(Some(local))
+}
+
+/// The Unix socket's path, if it is to be one.
 fn socket_path(config: &Config) -> Option<PathBuf> {
-    let path = config.unix_socket_path()?;
-    let automatic = config.unix_socket == crate::config::UnixSocket::Auto;
-    if automatic && path.as_os_str().len() > SOCKET_PATH_BYTES {
-        tracing::warn!(path = %path.display(), "no Unix socket: its path is too long; choose one with --unix-socket");
+    fitting(
+        config.unix_socket_path(),
+        &config.unix_socket,
+        "--unix-socket",
+    )
+}
+
+/// None when an automatic path is longer than the system allows.
+fn fitting(path: Option<PathBuf>, setting: &UnixSocket, flag: &str) -> Option<PathBuf> {
+    // The same-host path's socket is made under a name one byte longer.
+    const MOST_BYTES: usize = SOCKET_PATH_BYTES - 1;
+    let path = path?;
+    if *setting == UnixSocket::Auto && path.as_os_str().len() > MOST_BYTES {
+        tracing::warn!(path = %path.display(), "no such socket: its path is too long; choose one with {flag}");
         return None;
     }
     Some(path)

@@ -20,12 +20,13 @@ pub mod invalidate;
 pub mod lookup;
 pub mod mover;
 pub mod namespaces;
+pub(crate) mod owners;
 pub mod put;
 pub mod stats;
 pub mod tenants;
 pub mod watch;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use kvgpu::Arena;
 use kvproto::{
@@ -158,6 +159,8 @@ pub struct Blocks {
     pub(crate) limits: BlockLimits,
     pub(crate) started: Tick,
     boot_id: BootId,
+    /// Where the same-host path is, once it is there.
+    local_socket: OnceLock<String>,
 }
 
 impl Blocks {
@@ -191,6 +194,7 @@ impl Blocks {
             limits,
             started,
             boot_id,
+            local_socket: OnceLock::new(),
         })
     }
 
@@ -234,6 +238,12 @@ impl Blocks {
         }
     }
 
+    /// From now on, callers are told where the same-host path is.
+    pub(crate) fn set_local_socket(&self, path: String) {
+        // A second path would be a second node.
+        let _ = self.local_socket.set(path);
+    }
+
     /// Opens a namespace for a tenant.
     ///
     /// # Errors
@@ -254,7 +264,7 @@ impl Blocks {
             key: opened.key,
             difference: opened.difference,
             max_block_bytes: self.limits.max_block_bytes,
-            local_socket: None,
+            local_socket: self.local_socket.get().cloned(),
         })
     }
 

@@ -265,6 +265,16 @@ impl PutSession {
         Ok(())
     }
 
+    /// So many bytes of the current block will never come, because they would go nowhere.
+    ///
+    /// # Errors
+    /// As [`PutSession::data`].
+    pub fn skip(&mut self, bytes: usize) -> Result<(), BlocksError> {
+        self.count(bytes)?;
+        self.complete_if_whole();
+        Ok(())
+    }
+
     /// The current block's sums, behind its data.
     ///
     /// # Errors
@@ -283,8 +293,14 @@ impl PutSession {
         Ok(())
     }
 
-    /// Counts bytes of the current block.
+    /// Takes note of bytes of the current block that came in.
     fn received(&mut self, bytes: usize) -> Result<(), BlocksError> {
+        self.count(bytes)?;
+        self.blocks.metrics.put_bytes.inc_by(bytes as u64);
+        Ok(())
+    }
+
+    fn count(&mut self, bytes: usize) -> Result<(), BlocksError> {
         let Some(filling) = &mut self.filling else {
             return Err(FieldError::new("data", "came before any header").into());
         };
@@ -297,7 +313,6 @@ impl PutSession {
             return Err(FieldError::new("data", problem).into());
         }
         filling.received_bytes = received_bytes;
-        self.blocks.metrics.put_bytes.inc_by(bytes as u64);
         Ok(())
     }
 

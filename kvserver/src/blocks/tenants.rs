@@ -103,15 +103,30 @@ impl Tenants {
     /// The tenant of an `authorization` header; `None` when the credential is missing or wrong.
     #[must_use]
     pub fn authenticate(&self, authorization: Option<&[u8]>) -> Option<TenantId> {
-        let Some(by_token) = &self.by_token else {
+        if self.by_token.is_none() {
             return Some(TenantId(0));
-        };
+        }
         let text = std::str::from_utf8(authorization?).ok()?;
         let (scheme, token) = text.split_once(' ')?;
         if !scheme.eq_ignore_ascii_case("bearer") {
             return None;
         }
-        by_token.get(token.trim()).copied()
+        self.tenant_of(token.trim())
+    }
+
+    /// The tenant of a bare token; `None` when it is none of them.
+    #[must_use]
+    pub fn tenant_of(&self, token: &str) -> Option<TenantId> {
+        match &self.by_token {
+            Some(by_token) => by_token.get(token).copied(),
+            None => Some(TenantId(0)),
+        }
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.names.len()
     }
 
     /// The tenant of this name.

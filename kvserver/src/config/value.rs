@@ -1,6 +1,11 @@
 //! Kinds of settings: how each is written, read and bounded.
 
-use std::{fmt::Debug, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    fmt::Debug,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use super::{ConfigError, GIB, KIB, MIB};
 
@@ -64,6 +69,29 @@ pub enum UnixSocket {
     Off,
     /// Here.
     Path(PathBuf),
+}
+
+impl UnixSocket {
+    /// Where it is, with its automatic name in `data_dir`.
+    pub(super) fn path(&self, data_dir: &Path, name: &str) -> Option<PathBuf> {
+        match self {
+            Self::Auto => Some(data_dir.join(name)),
+            Self::Off => None,
+            Self::Path(path) => Some(path.clone()),
+        }
+    }
+}
+
+/// Who may connect to a socket, as the file system says it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketMode(pub u32);
+
+impl SocketMode {
+    /// Whether somebody else than the file's user and root may connect.
+    #[must_use]
+    pub fn opens_to_others(self) -> bool {
+        self.0 & 0o022 != 0
+    }
 }
 
 macro_rules! count {
@@ -221,6 +249,19 @@ impl Setting for UnixSocket {
             Self::Off => "off".to_owned(),
             Self::Path(path) => path.display().to_string(),
         }
+    }
+}
+
+impl Setting for SocketMode {
+    fn parse(text: &str) -> Result<Self, String> {
+        let digits = text.strip_prefix("0o").unwrap_or(text);
+        match u32::from_str_radix(digits, 8) {
+            Ok(mode) if mode <= 0o777 && mode & 0o600 == 0o600 => Ok(Self(mode)),
+            _ => Err("expected an octal file mode such as \"0600\" or \"0660\"".to_owned()),
+        }
+    }
+    fn show(&self) -> String {
+        format!("{:04o}", self.0)
     }
 }
 

@@ -16,6 +16,7 @@ use std::{
     time::Duration,
 };
 
+use kvgpu::DomainId;
 use kvproto::{BlockKey, LeaseId, NamespaceId, OwnerId, Part, Reason, SequenceHash};
 
 use crate::clock::Tick;
@@ -23,6 +24,14 @@ use crate::clock::Tick;
 /// A tenant of this node, as the credential says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TenantId(pub u32);
+
+impl TenantId {
+    /// The trust domain of the arena in which a tenant's blocks lie: processes of one tenant may map each other's.
+    #[must_use]
+    pub const fn domain(self) -> DomainId {
+        DomainId(self.0)
+    }
+}
 
 /// Who holds a lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -103,7 +112,15 @@ struct Lease {
 #[derive(Default)]
 struct Holdings {
     bytes: u64,
+    /// Of readers without a lease.
+    held_bytes: u64,
     leases: HashSet<LeaseId>,
+}
+
+impl Holdings {
+    fn is_empty(&self) -> bool {
+        self.leases.is_empty() && self.held_bytes == 0
+    }
 }
 
 /// Limits of the table.
@@ -138,8 +155,62 @@ impl LeaseTable {
         if self.leases.len() >= self.limits.max_leases {
             return Err(Reason::Overloaded);
         }
-        let held = self.owners.get(owner).map_or(0, |holdings| holdings.bytes);
-        Ok(self.limits.bytes_per_owner.saturating_sub(held))
+        Ok(self.bytes_left(owner))
+    }
+
+    fn bytes_left(&self, owner: &Owner) -> u64 {
+        let drawn = self.owners.get(owner);
+        let drawn = drawn.map_or(0, |holdings| holdings.bytes + holdings.held_bytes);
+        self.limits.bytes_per_owner.saturating_sub(drawn)
+    }
+
+    /// Draws on the owner's budget without a lease; false when it does not reach.
+    pub(super) fn hold(&mut self, owner: Owner, bytes: u64) -> bool {
+        let fits = bytes <= self.bytes_left(&owner);
+        if fits {
+            self.owners.entry(owner).or_default().held_bytes += bytes;
+        }
+        fits
+    }
+
+    /// Gives back what was drawn.
+    pub(super) fn let_go(&mut self, owner: &Owner, bytes: u64) {
+        if let Some(holdings) = self.owners.get_mut(owner) {
+            holdings.held_bytes = holdings.held_bytes.saturating_sub(bytes);
+            if holdings.is_empty() {
+                self.owners.remove(owner);
+            }
+        }
+    }
+
+    /// How many of these consecutive hashes, from the first on, lie in all these parts under a living lease of
+    /// this owner.
+    pub(super) fn covers(
+        &self,
+        id: LeaseId,
+        owner: &Owner,
+        now: Tick,
+        asked: (NamespaceId, &[SequenceHash], &[Part]),
+    ) -> usize {
+        let (namespace, hashes, parts) = asked;
+        if !self.is_alive(id, owner, now) {
+            return 0;
+        }
+        let covered = &self.leases[&id].covered;
+        let Some(first) = hashes.first() else {
+            return 0;
+        };
+        if covered.namespace != namespace || !parts.iter().all(|part| covered.parts.contains(part))
+        {
+            return 0;
+        }
+        let Some(at) = covered.hashes.iter().position(|hash| hash == first) else {
+            return 0;
+        };
+        let pairs = covered.hashes[at..].iter().zip(hashes);
+        pairs
+            .take_while(|(covered, asked)| covered == asked)
+            .count()
     }
 
     /// The lease that an earlier ask with this key got, if it is alive and was for the same; it lives on for at
@@ -291,7 +362,7 @@ impl LeaseTable {
         if let Some(holdings) = self.owners.get_mut(&lease.owner) {
             holdings.bytes -= lease.bytes;
             holdings.leases.remove(&id);
-            if holdings.leases.is_empty() {
+            if holdings.is_empty() {
                 self.owners.remove(&lease.owner);
             }
         }

@@ -318,6 +318,22 @@ impl Engine {
         Some(Cover::new(&covered))
     }
 
+    /// How many blocks of a chain, from its first on, lie in all these parts under a living lease of this owner.
+    #[must_use]
+    pub fn covers(
+        &self,
+        id: LeaseId,
+        owner: Owner,
+        namespace: NamespaceId,
+        chain: &Chain,
+        parts: &[Part],
+    ) -> usize {
+        let asked = (namespace, &chain.hashes[..], parts);
+        self.leases
+            .lock()
+            .covers(id, &owner, self.clock.now(), asked)
+    }
+
     /// Gives a lease back; false when it was gone already or is not this owner's.
     pub fn release(&self, id: LeaseId, owner: Owner) -> bool {
         let covered = self.leases.lock().release(id, &owner);

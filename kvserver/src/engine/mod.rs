@@ -26,6 +26,7 @@ mod budget;
 mod config;
 mod events;
 mod fence;
+mod hold;
 mod index;
 mod invalidate;
 mod lease;
@@ -56,6 +57,7 @@ use tokio::sync::broadcast;
 pub use budget::{KindBudget, slot_bytes};
 pub use config::{Demotion, EngineConfig, EngineConfigError};
 pub use events::{BlockEvent, Change};
+pub use hold::Hold;
 pub use index::TierSet;
 pub use invalidate::{Invalidated, Target};
 pub use lease::{Cover, LeaseGrant, Owner, TenantId};
@@ -160,6 +162,8 @@ pub struct Engine {
     overflow: Overflow,
     /// Bytes pinned by leases, each block once. Changed under the block's shard lock.
     pinned_bytes: AtomicU64,
+    /// Bytes that readers keep without a lease.
+    held_bytes: AtomicU64,
     twins: AtomicU64,
     lookups: Counts,
     gets: Counts,
@@ -193,6 +197,7 @@ impl Engine {
             events: Events::new(config.event_ring),
             overflow: Overflow::new(config.overflow_bytes),
             pinned_bytes: AtomicU64::new(0),
+            held_bytes: AtomicU64::new(0),
             twins: AtomicU64::new(0),
             lookups: Counts::default(),
             gets: Counts::default(),

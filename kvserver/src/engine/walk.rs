@@ -195,7 +195,7 @@ impl Engine {
         walk: &mut Walk,
     ) -> usize {
         let parts = window.parts.len();
-        let pinned_now = self.pinned_bytes.load(Ordering::Relaxed);
+        let pinned_now = self.pinned_bytes.load(Ordering::Relaxed) + self.held_bytes();
         let over = pinned_now.saturating_sub(self.config.lease_bytes_total);
         // What this window may pin that nobody else does.
         let mut spare = sight.fresh_bytes.saturating_sub(over);

@@ -9,7 +9,7 @@
 //! A connection lives on one thread with a runtime of its own: its calls, its socket and its timers wake
 //! nobody else, which is most of a small call's latency. Deadlines ([`deadline`]) hold for every
 //! call, whether its caller names one or not; owners of leases are counted per connection
-//! ([`owners`]); [`status`] alone makes a status.
+//! (`blocks::owners`); [`status`] alone makes a status.
 //! Units: bytes, milliseconds. Errors: [`RpcError`] at start; afterwards every failure is a status.
 //! Why hyper and not tonic's server: it lets a connection's end release leases at once and a stream be
 //! cut from outside, and it has no router between the socket and the method.
@@ -48,9 +48,9 @@ use tonic_health::{
 };
 
 pub(crate) use self::status::kind as error_kind;
-use self::{blocks::BlocksRpc, deadline::DeadlineLimits, listen::Listeners, owners::Owners};
+use self::{blocks::BlocksRpc, deadline::DeadlineLimits, listen::Listeners};
 use crate::{
-    blocks::Blocks,
+    blocks::{Blocks, owners::Owners},
     clock::Clock,
     config::Config,
     engine::TenantId,
@@ -120,7 +120,7 @@ pub(crate) struct Shared {
     pub(crate) blocks: Arc<Blocks>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) clock: Arc<dyn Clock>,
-    pub(crate) owners: Owners,
+    pub(crate) owners: Arc<Owners>,
     pub(crate) limits: CallLimits,
     pub(crate) transport: Transport,
     pub(crate) generated: BlocksServer<BlocksRpc>,
@@ -224,6 +224,7 @@ impl Rpc {
         config: &Config,
         unix_socket: Option<PathBuf>,
         blocks: Arc<Blocks>,
+        owners: Arc<Owners>,
         metrics: Arc<Metrics>,
         clock: Arc<dyn Clock>,
     ) -> Result<Self, RpcError> {
@@ -253,7 +254,7 @@ impl Rpc {
             generated: BlocksServer::new(BlocksRpc)
                 .max_decoding_message_size(limits.max_message_bytes),
             health: HealthServer::new(HealthService::from_health_reporter(health.clone())),
-            owners: Owners::new(Arc::clone(&blocks)),
+            owners,
             blocks,
             metrics,
             clock,

@@ -1,15 +1,4 @@
-//! Who holds leases over which connections.
-//!
-//! ```text
-//! owner A ── connection 1, connection 2        last one closed ──► A's leases are released at once
-//! (none)  ── connection 3 is its own owner     closed          ──► its leases are released at once
-//! ```
-//!
-//! A lease belongs to {tenant, owner id}; without an owner id, to the connection. The count changes
-//! under one lock, and the release happens under it too: an owner that comes back in that very moment
-//! waits for the release and loses nothing it looked up afterwards.
-
-use std::{collections::HashMap, sync::Arc};
+//! One gRPC connection's share in the table of owners: whom it speaks for.
 
 use kvproto::{OwnerId, Reason};
 use parking_lot::Mutex;
@@ -17,43 +6,12 @@ use tonic::Status;
 
 use super::status;
 use crate::{
-    blocks::Blocks,
+    blocks::owners::Owners,
     engine::{Owner, TenantId},
 };
 
 /// Owners that one connection may speak for.
 const OWNERS_PER_CONNECTION: usize = 64;
-
-/// Connections per owner, over all connections of the node.
-pub(crate) struct Owners {
-    blocks: Arc<Blocks>,
-    connections: Mutex<HashMap<Owner, usize>>,
-}
-
-impl Owners {
-    pub(crate) fn new(blocks: Arc<Blocks>) -> Self {
-        Self {
-            blocks,
-            connections: Mutex::new(HashMap::new()),
-        }
-    }
-
-    fn join(&self, owner: Owner) {
-        *self.connections.lock().entry(owner).or_insert(0) += 1;
-    }
-
-    fn leave(&self, owner: Owner) {
-        let mut connections = self.connections.lock();
-        let Some(count) = connections.get_mut(&owner) else {
-            return;
-        };
-        *count -= 1;
-        if *count == 0 {
-            connections.remove(&owner);
-            self.blocks.release_owner(owner);
-        }
-    }
-}
 
 /// One connection's share in [`Owners`].
 pub(crate) struct Connection {

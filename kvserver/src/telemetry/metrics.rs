@@ -11,6 +11,7 @@
 
 mod count;
 mod labels;
+mod local;
 mod make;
 pub mod names;
 mod snapshot;
@@ -25,7 +26,8 @@ use prometheus::{
 use self::make::Make;
 pub use self::{
     count::GetTally,
-    labels::{Method, Source},
+    labels::{LocalCall, Method, Source},
+    local::LocalMetrics,
     names::NAMES,
     snapshot::{Snapshot, TierFigures, samples},
 };
@@ -79,6 +81,8 @@ pub struct Metrics {
     leased_bytes: IntGauge,
     lease_overflow_bytes: IntGauge,
     namespaces: IntGauge,
+    /// The same-host path's.
+    pub local: LocalMetrics,
 }
 
 impl Metrics {
@@ -221,6 +225,7 @@ impl Metrics {
                 "Bytes of leased blocks in ordinary memory for want of a slot.",
             ),
             namespaces: r.gauge(names::NAMESPACES, "Namespaces known."),
+            local: LocalMetrics::new(&r),
             registry,
             scraping: parking_lot::Mutex::new(()),
         })

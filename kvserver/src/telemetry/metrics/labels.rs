@@ -117,3 +117,48 @@ impl Method {
         }
     }
 }
+
+/// A call over the same-host path; the label of its calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the calls of local.proto, by name")]
+pub enum LocalCall {
+    Attach,
+    Map,
+    Lookup,
+    Get,
+    Put,
+    Renew,
+    Release,
+    Nothing,
+    Malformed,
+}
+
+impl LocalCall {
+    pub(super) const ALL: [Self; 9] = [
+        Self::Attach,
+        Self::Map,
+        Self::Lookup,
+        Self::Get,
+        Self::Put,
+        Self::Renew,
+        Self::Release,
+        Self::Nothing,
+        Self::Malformed,
+    ];
+
+    /// The label.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Attach => "attach",
+            Self::Map => "map",
+            Self::Lookup => "lookup",
+            Self::Get => "get",
+            Self::Put => "put",
+            Self::Renew => "renew",
+            Self::Release => "release",
+            Self::Nothing => "nothing",
+            Self::Malformed => "malformed",
+        }
+    }
+}

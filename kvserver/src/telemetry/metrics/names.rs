@@ -38,6 +38,15 @@ pub const NAMES: &[&str] = &[
     LEASED_BYTES,
     LEASE_OVERFLOW_BYTES,
     NAMESPACES,
+    LOCAL_CONNECTIONS,
+    LOCAL_CALLS,
+    LOCAL_CALL_SECONDS,
+    LOCAL_GET_BYTES,
+    LOCAL_PUT_BYTES,
+    LOCAL_HOLDS,
+    LOCAL_HELD_BYTES,
+    LOCAL_HOLDS_EXPIRED,
+    LOCAL_STAGING_BYTES,
 ];
 /// Always 1; the version is the label.
 pub const BUILD_INFO: &str = "terrace_build_info";
@@ -107,3 +116,21 @@ pub const LEASED_BYTES: &str = "terrace_leased_bytes";
 pub const LEASE_OVERFLOW_BYTES: &str = "terrace_lease_overflow_bytes";
 /// Namespaces known.
 pub const NAMESPACES: &str = "terrace_namespaces";
+/// Connections over the same-host path.
+pub const LOCAL_CONNECTIONS: &str = "terrace_local_connections";
+/// Calls over the same-host path, by call and result (ok, or the reason of the refusal).
+pub const LOCAL_CALLS: &str = "terrace_local_calls_total";
+/// Time from a same-host call's last byte read to its answer's last byte written.
+pub const LOCAL_CALL_SECONDS: &str = "terrace_local_call_seconds";
+/// Bytes of blocks whose place was told over the same-host path.
+pub const LOCAL_GET_BYTES: &str = "terrace_local_get_bytes_total";
+/// Bytes copied from the staging memory of same-host clients.
+pub const LOCAL_PUT_BYTES: &str = "terrace_local_put_bytes_total";
+/// Gets without a lease whose blocks same-host readers keep where they lie.
+pub const LOCAL_HOLDS: &str = "terrace_local_holds";
+/// Bytes that same-host readers keep without a lease.
+pub const LOCAL_HELD_BYTES: &str = "terrace_local_held_bytes";
+/// Holds that ended by time, not by their reader's word.
+pub const LOCAL_HOLDS_EXPIRED: &str = "terrace_local_holds_expired_total";
+/// Bytes of staging memory granted to same-host clients.
+pub const LOCAL_STAGING_BYTES: &str = "terrace_local_staging_bytes";

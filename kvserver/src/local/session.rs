@@ -1,0 +1,300 @@
+//! One connection: its calls, one at a time, from its Attach to its end.
+
+use std::{
+    io,
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use kvproto::{
+    FieldError, Reason,
+    convert::request::{self, Context},
+    local::LocalFrameError,
+    v1::{self, local_reply::Answer, local_request::Call},
+};
+
+use super::{
+    Refused, Shared,
+    attach::{Attached, attach},
+    holds::Holds,
+    map::map,
+    socket::{Received, Socket, Stopped, refusal},
+};
+use crate::{clock::Tick, engine::Owner, telemetry::metrics::LocalCall};
+
+/// A connection that does not attach within this time is closed: it holds a thread.
+const ATTACH_TIME: Duration = Duration::from_secs(5);
+
+/// A connection's state; dropping it gives back all that the connection held.
+pub(super) struct Session {
+    pub(super) shared: Arc<Shared>,
+    stream: Arc<UnixStream>,
+    socket: Option<Socket>,
+    /// What was found of the peer's user.
+    admitted: Option<Refused>,
+    pub(super) holds: Holds,
+    attached: Option<Attached>,
+}
+
+/// An answer and the descriptors that go with it.
+type Answered = Result<(Answer, Vec<OwnedFd>), Refused>;
+
+impl Session {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        stream: Arc<UnixStream>,
+        admitted: Result<(), Refused>,
+    ) -> Self {
+        Self {
+            holds: Holds::new(Arc::clone(&shared.metrics), shared.limits.hold),
+            shared,
+            stream,
+            socket: None,
+            admitted: admitted.err(),
+            attached: None,
+        }
+    }
+
+    /// Serves the connection until it ends; on the thread that will serve it.
+    pub(super) fn run(&mut self) -> io::Result<()> {
+        let clock = Arc::clone(&self.shared.clock);
+        let born = clock.now();
+        self.socket = Some(Socket::new(
+            Arc::clone(&self.stream),
+            self.shared.limits.hold,
+        )?);
+        loop {
+            let now = clock.now();
+            self.holds.expire(now);
+            let time = match self.attached {
+                Some(_) => self.holds.time_left(now),
+                None => match ATTACH_TIME.saturating_sub(now.since(born)) {
+                    Duration::ZERO => return Ok(()),
+                    left => Some(left),
+                },
+            };
+            let Some(socket) = &mut self.socket else {
+                return Ok(());
+            };
+            match socket.receive(time)? {
+                Received::Request(request) => {
+                    if !self.serve(request)? {
+                        return Ok(());
+                    }
+                }
+                Received::Quiet => {}
+                Received::Closed => return Ok(()),
+                Received::Malformed(error) => return self.malformed(&error),
+            }
+        }
+    }
+
+    /// Answers one request; false when the connection is over with it.
+    fn serve(&mut self, request: v1::LocalRequest) -> io::Result<bool> {
+        let started = self.shared.clock.now();
+        let v1::LocalRequest {
+            sequence,
+            timeout_ms,
+            done,
+            call,
+        } = request;
+        self.holds.done(&done);
+        self.holds.expire(started);
+        let name = name(call.as_ref());
+        let deadline = started.after(self.time(timeout_ms));
+        let (mut refused, mut closes, mut fds) = (None, false, Vec::new());
+        let mut reply = match self.call(call, deadline) {
+            Ok((answer, with)) => {
+                fds = with;
+                v1::LocalReply {
+                    sequence,
+                    answer: Some(answer),
+                }
+            }
+            Err(why) => {
+                (refused, closes) = (Some(why.reason), why.closes);
+                refusal(sequence, why)
+            }
+        };
+        let Some(socket) = &mut self.socket else {
+            return Ok(false);
+        };
+        if let Err(error) = socket.put(&reply) {
+            if let Some(Answer::Got(got)) = &reply.answer {
+                self.holds.done(&[got.hold]);
+            }
+            let why = Refused::new(
+                Reason::TooLarge,
+                format!("the answer would be {error}; ask for less"),
+            );
+            refused = Some(why.reason);
+            fds.clear();
+            reply = refusal(sequence, why);
+            socket.put(&reply).map_err(io::Error::other)?;
+        }
+        socket.send(&fds)?;
+        let seconds = self.shared.clock.now().since(started).as_secs_f64();
+        self.shared.metrics.local.call(name, refused, seconds);
+        Ok(!closes)
+    }
+
+    fn malformed(&mut self, error: &LocalFrameError) -> io::Result<()> {
+        let reason = match error {
+            LocalFrameError::TooLong { .. } => Reason::TooLarge,
+            LocalFrameError::Undecodable(_) => Reason::InvalidField,
+        };
+        self.shared
+            .metrics
+            .local
+            .call(LocalCall::Malformed, Some(reason), 0.0);
+        let Some(socket) = &mut self.socket else {
+            return Ok(());
+        };
+        let reply = refusal(0, Refused::new(reason, error.to_string()));
+        socket.put(&reply).map_err(io::Error::other)?;
+        socket.send(&[])
+    }
+
+    fn call(&mut self, call: Option<Call>, deadline: Tick) -> Answered {
+        if self.shared.draining.load(Ordering::Relaxed) {
+            let problem = "this node is stopping; try again later";
+            return Err(Refused::new(Reason::Draining, problem).closing());
+        }
+        let Some(call) = call else {
+            return Err(FieldError::new("call", "is missing, or of a later version").into());
+        };
+        if let Call::Attach(asked) = &call {
+            return self.attach(asked).map_err(Refused::closing);
+        }
+        let domain = self.attached()?.domain();
+        let plain = |answer| Ok((answer, Vec::new()));
+        match call {
+            Call::Attach(_) => unreachable!("answered above"),
+            Call::Map(asked) => {
+                let (mapped, fds) = map(&self.shared, domain, &asked)?;
+                Ok((Answer::Mapped(mapped), fds))
+            }
+            Call::Lookup(asked) => plain(Answer::Lookup(self.lookup(asked)?)),
+            Call::Get(asked) => plain(Answer::Got(self.get(asked, deadline)?)),
+            Call::Put(asked) => plain(Answer::Put(self.put(asked, deadline)?)),
+            Call::Renew(asked) => plain(Answer::Renew(self.renew(asked)?)),
+            Call::Release(asked) => plain(Answer::Release(self.release(asked)?)),
+            Call::Nothing(nothing) => plain(Answer::Nothing(nothing)),
+        }
+    }
+
+    fn attach(&mut self, asked: &v1::LocalAttach) -> Answered {
+        if let Some(refused) = self.admitted.take() {
+            return Err(refused);
+        }
+        if self.attached.is_some() {
+            return Err(FieldError::new("attach", "came a second time on one connection").into());
+        }
+        let (attached, answer, fds) = attach(&self.shared, asked)?;
+        self.attached = Some(attached);
+        Ok((Answer::Attached(answer), fds))
+    }
+
+    fn lookup(&self, wire: v1::LookupRequest) -> Result<v1::LookupResponse, Refused> {
+        let asked = request::Lookup::try_from(wire)?;
+        let owner = self.owner(&asked.context)?;
+        let blocks = &self.shared.blocks;
+        let found = blocks.lookup(owner, &asked)?;
+        Ok(found.into_wire(&blocks.answer_context()))
+    }
+
+    fn renew(&self, wire: v1::RenewRequest) -> Result<v1::RenewResponse, Refused> {
+        let asked = request::Renew::try_from(wire)?;
+        let owner = self.owner(&asked.context)?;
+        let blocks = &self.shared.blocks;
+        let ttl_ms = blocks.renew(owner, asked.lease, asked.ttl_ms);
+        Ok(v1::RenewResponse {
+            context: Some((&blocks.answer_context()).into()),
+            renewed: ttl_ms.is_some(),
+            ttl_ms: ttl_ms.unwrap_or(0),
+        })
+    }
+
+    fn release(&self, wire: v1::ReleaseRequest) -> Result<v1::ReleaseResponse, Refused> {
+        let asked = request::Release::try_from(wire)?;
+        let owner = self.owner(&asked.context)?;
+        let blocks = &self.shared.blocks;
+        let released = blocks.release(owner, asked.lease);
+        Ok(v1::ReleaseResponse {
+            context: Some((&blocks.answer_context()).into()),
+            released,
+        })
+    }
+
+    /// Whom the connection speaks for.
+    pub(super) fn attached(&self) -> Result<&Attached, Refused> {
+        self.attached.as_ref().ok_or_else(|| {
+            let problem = "attach: has to be a connection's first call";
+            Refused::new(Reason::Unauthenticated, problem).closing()
+        })
+    }
+
+    /// The owner that a call acts for: the attachment's, and no other.
+    pub(super) fn owner(&self, context: &Context) -> Result<Owner, Refused> {
+        let owner = self.attached()?.owner;
+        match context.owner_id {
+            Some(named) if named != owner.id => {
+                let problem = "is another than this connection's owner";
+                Err(FieldError::new("context.owner_id", problem).into())
+            }
+            _ => Ok(owner),
+        }
+    }
+
+    /// How long a call may take.
+    fn time(&self, timeout_ms: u32) -> Duration {
+        let limits = &self.shared.limits;
+        match timeout_ms {
+            0 => limits.call_deadline,
+            asked => Duration::from_millis(asked.into()).min(limits.call_max_deadline),
+        }
+    }
+
+    /// Refuses what is past its deadline.
+    pub(super) fn check_time(&self, deadline: Tick) -> Result<(), Refused> {
+        match deadline > self.shared.clock.now() {
+            true => Ok(()),
+            false => Err(too_late()),
+        }
+    }
+
+    /// Waits for what is not here at once.
+    pub(super) fn wait<F: Future>(&self, work: F, deadline: Tick) -> Result<F::Output, Refused> {
+        let gone = || Refused::new(Reason::Draining, "the connection is over").closing();
+        let Some(socket) = &self.socket else {
+            return Err(gone());
+        };
+        let Shared { clock, cut, .. } = &*self.shared;
+        socket
+            .wait(work, deadline, &**clock, cut)
+            .map_err(|stopped| match stopped {
+                Stopped::Late => too_late(),
+                Stopped::Gone => gone(),
+            })
+    }
+}
+
+fn too_late() -> Refused {
+    let problem = "the deadline passed before the answer was whole";
+    Refused::new(Reason::Deadline, problem)
+}
+
+fn name(call: Option<&Call>) -> LocalCall {
+    match call {
+        Some(Call::Attach(_)) => LocalCall::Attach,
+        Some(Call::Map(_)) => LocalCall::Map,
+        Some(Call::Lookup(_)) => LocalCall::Lookup,
+        Some(Call::Get(_)) => LocalCall::Get,
+        Some(Call::Put(_)) => LocalCall::Put,
+        Some(Call::Renew(_)) => LocalCall::Renew,
+        Some(Call::Release(_)) => LocalCall::Release,
+        Some(Call::Nothing(_)) => LocalCall::Nothing,
+        None => LocalCall::Malformed,
+    }
+}

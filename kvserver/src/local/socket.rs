@@ -1,0 +1,280 @@
+//! One connection's bytes: frames in, frames and descriptors out, and waiting without losing sight of the peer.
+//!
+//! ```text
+//! waiting for a call     blocked in the kernel, until the next hold ends
+//! waiting for a disk     parked; every GLANCE it looks whether the peer is still there, or the node cuts
+//! writing an answer      blocked, at most as long as a hold lasts; then the peer counts as gone
+//! ```
+
+use std::{
+    io::{self, IoSlice, Read},
+    mem::MaybeUninit,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, Wake, Waker},
+    thread::{self, Thread},
+    time::Duration,
+};
+
+use kvproto::{
+    local::{self, Inbox, LocalFrameError, MAX_SEGMENTS_PER_MAP},
+    v1,
+};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+
+use super::Refused;
+use crate::clock::{Clock, Tick};
+
+/// How often a thread that waits for a disk looks whether anybody still waits for it.
+const GLANCE: Duration = Duration::from_millis(50);
+
+/// Shortest wait: the kernel takes zero for "without end".
+const LEAST_WAIT: Duration = Duration::from_millis(1);
+
+/// The most descriptors that one answer carries: two per segment.
+const MAX_FDS: usize = 2 * MAX_SEGMENTS_PER_MAP;
+
+/// What came in.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "taken apart at once, and nearly always a request"
+)]
+pub(super) enum Received {
+    Request(v1::LocalRequest),
+    /// Nothing, until the time was up.
+    Quiet,
+    Malformed(LocalFrameError),
+    Closed,
+}
+
+/// Why something was not waited for.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Stopped {
+    /// The deadline passed.
+    Late,
+    /// Nobody waits for it any more.
+    Gone,
+}
+
+pub(super) struct Socket {
+    stream: Arc<UnixStream>,
+    inbox: Inbox,
+    out: Vec<u8>,
+    /// What the kernel was told last.
+    read_timeout: Option<Duration>,
+    waker: Waker,
+}
+
+struct Unpark(Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+impl Socket {
+    /// To be made by the thread that will use it.
+    pub(super) fn new(stream: Arc<UnixStream>, write_timeout: Duration) -> io::Result<Self> {
+        stream.set_write_timeout(Some(write_timeout.max(LEAST_WAIT)))?;
+        Ok(Self {
+            stream,
+            inbox: Inbox::new(),
+            out: Vec::new(),
+            read_timeout: None,
+            waker: Waker::from(Arc::new(Unpark(thread::current()))),
+        })
+    }
+
+    /// The next request. `Quiet` comes within `time`, perhaps early; never without a `time`, unless one was set before.
+    pub(super) fn receive(&mut self, time: Option<Duration>) -> io::Result<Received> {
+        loop {
+            match self.inbox.take() {
+                Ok(Some(request)) => return Ok(Received::Request(request)),
+                Ok(None) => {}
+                Err(error) => return Ok(Received::Malformed(error)),
+            }
+            // A wait that ends too early is only tried again, so the kernel is told anew only of a nearer end.
+            if let Some(time) = time.map(|time| time.max(LEAST_WAIT))
+                && self.read_timeout.is_none_or(|told| time < told)
+            {
+                self.stream.set_read_timeout(Some(time))?;
+                self.read_timeout = Some(time);
+            }
+            match (&*self.stream).read(self.inbox.room()) {
+                Ok(0) => return Ok(Received::Closed),
+                Ok(bytes) => self.inbox.filled(bytes),
+                Err(error) => match error.kind() {
+                    io::ErrorKind::Interrupted => {}
+                    io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+                        // Whoever waits longer than was told is told anew.
+                        if time.is_none_or(|time| self.read_timeout.is_some_and(|told| told < time))
+                        {
+                            self.stream.set_read_timeout(None)?;
+                            self.read_timeout = None;
+                        }
+                        return Ok(Received::Quiet);
+                    }
+                    io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
+                        return Ok(Received::Closed);
+                    }
+                    _ => return Err(error),
+                },
+            }
+        }
+    }
+
+    /// Makes `reply` the frame that is sent next.
+    pub(super) fn put(&mut self, reply: &v1::LocalReply) -> Result<(), LocalFrameError> {
+        self.out.clear();
+        local::encode(reply, &mut self.out)
+    }
+
+    /// Sends the frame, and `fds` with its first byte.
+    pub(super) fn send(&mut self, fds: &[OwnedFd]) -> io::Result<()> {
+        let mut rest = &self.out[..];
+        let mut sent = 0;
+        while !rest.is_empty() {
+            let now = if sent == 0 { fds } else { &[] };
+            match send_some(&self.stream, rest, now) {
+                Ok(bytes) => {
+                    rest = &rest[bytes..];
+                    sent += bytes;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if self.out.capacity() > KEPT_BYTES {
+            self.out = Vec::new();
+        }
+        Ok(())
+    }
+
+    /// Waits for `work`, but not beyond `deadline`, nor for a peer that is gone, nor when the node cuts.
+    pub(super) fn wait<F: Future>(
+        &self,
+        work: F,
+        deadline: Tick,
+        clock: &dyn Clock,
+        cut: &AtomicBool,
+    ) -> Result<F::Output, Stopped> {
+        let mut work = pin!(work);
+        let mut context = Context::from_waker(&self.waker);
+        loop {
+            if let Poll::Ready(output) = work.as_mut().poll(&mut context) {
+                return Ok(output);
+            }
+            let left = deadline.since(clock.now());
+            if left.is_zero() {
+                return Err(Stopped::Late);
+            }
+            thread::park_timeout(left.min(GLANCE));
+            if cut.load(Ordering::Relaxed) || self.is_gone() {
+                return Err(Stopped::Gone);
+            }
+        }
+    }
+
+    /// Whether the peer has closed. What else it may have sent stays where it is.
+    fn is_gone(&self) -> bool {
+        let mut byte = [0_u8; 1];
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        match rustix::net::recv(&*self.stream, &mut byte, flags) {
+            Ok((_, bytes)) => bytes == 0,
+            Err(error) => !matches!(error, rustix::io::Errno::AGAIN | rustix::io::Errno::INTR),
+        }
+    }
+}
+
+/// An answer's buffer that is kept for the next; larger ones are rare and given back.
+const KEPT_BYTES: usize = 256 << 10;
+
+fn send_some(stream: &UnixStream, bytes: &[u8], fds: &[OwnedFd]) -> io::Result<usize> {
+    if fds.is_empty() {
+        return Ok(rustix::net::send(stream, bytes, SendFlags::NOSIGNAL)?);
+    }
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    if !ancillary.push(SendAncillaryMessage::ScmRights(&borrowed)) {
+        return Err(io::Error::other("too many descriptors for one answer"));
+    }
+    let bytes = [IoSlice::new(bytes)];
+    let sent = rustix::net::sendmsg(stream, &bytes, &mut ancillary, SendFlags::NOSIGNAL)?;
+    Ok(sent)
+}
+
+/// A refusal as the wire has it.
+pub(super) fn refusal(sequence: u64, refused: Refused) -> v1::LocalReply {
+    v1::LocalReply {
+        sequence,
+        answer: Some(v1::local_reply::Answer::Refused(v1::LocalRefusal {
+            reason: refused.reason.to_wire() as i32,
+            message: refused.message,
+        })),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::SystemClock;
+
+    fn pair() -> (Socket, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (
+            Socket::new(Arc::new(ours), Duration::from_secs(1)).unwrap(),
+            theirs,
+        )
+    }
+
+    fn wait<F: Future>(socket: &Socket, work: F, time: Duration) -> Result<F::Output, Stopped> {
+        let clock = SystemClock::new();
+        let deadline = clock.now().after(time);
+        socket.wait(work, deadline, &clock, &AtomicBool::new(false))
+    }
+
+    #[test]
+    fn work_that_another_thread_ends_wakes_the_one_who_waits() {
+        let (socket, _theirs) = pair();
+        let (answer, answered) = tokio::sync::oneshot::channel();
+        let other = thread::spawn(move || answer.send(7).unwrap());
+        let waited = wait(&socket, answered, Duration::from_secs(30));
+        assert_eq!(waited, Ok(Ok(7)));
+        other.join().unwrap();
+    }
+
+    #[test]
+    fn a_peer_that_closes_is_not_waited_for() {
+        let (socket, theirs) = pair();
+        drop(theirs);
+        let never = std::future::pending::<()>();
+        let waited = wait(&socket, never, Duration::from_secs(30));
+        assert_eq!(waited, Err(Stopped::Gone));
+    }
+
+    #[test]
+    fn the_deadline_ends_a_wait_for_a_living_peer() {
+        let (socket, _theirs) = pair();
+        let never = std::future::pending::<()>();
+        assert_eq!(wait(&socket, never, Duration::ZERO), Err(Stopped::Late));
+    }
+
+    #[test]
+    fn a_quiet_peer_is_told_apart_from_one_that_left() {
+        let (mut socket, theirs) = pair();
+        let quiet = socket.receive(Some(Duration::from_millis(5))).unwrap();
+        assert!(matches!(quiet, Received::Quiet));
+        drop(theirs);
+        let closed = socket.receive(Some(Duration::from_secs(30))).unwrap();
+        assert!(matches!(closed, Received::Closed));
+    }
+}
