@@ -19,13 +19,16 @@ pub(crate) const MAX_CALL_BLOCKS: usize = 512;
 /// Most payload bytes in one get or put, where they are known beforehand; a larger block goes alone.
 pub(crate) const MAX_CALL_BYTES: u64 = 64 << 20;
 
-/// Cuts items of `sizes` bytes so that each piece keeps both limits; a single item always fits.
-pub(crate) fn cut(sizes: impl Iterator<Item = u64>, max_items: usize) -> Vec<Range<usize>> {
+/// Cuts items of `sizes` bytes into pieces of at most so many items and bytes; a single item always fits.
+pub(crate) fn cut(
+    sizes: impl Iterator<Item = u64>,
+    max_items: usize,
+    max_bytes: u64,
+) -> Vec<Range<usize>> {
     let mut ranges = Vec::with_capacity(1);
     let (mut start, mut end, mut bytes) = (0, 0, 0_u64);
     for size in sizes {
-        if end > start && (end - start >= max_items || bytes.saturating_add(size) > MAX_CALL_BYTES)
-        {
+        if end > start && (end - start >= max_items || bytes.saturating_add(size) > max_bytes) {
             ranges.push(start..end);
             (start, bytes) = (end, 0);
         }
@@ -59,9 +62,9 @@ mod tests {
     #[test]
     fn every_item_is_in_exactly_one_piece_and_pieces_keep_the_limits() {
         let sizes = [1 << 20, 70 << 20, 3 << 20, 63 << 20, 1, 1, 1, 1];
-        let ranges = cut(sizes.iter().copied(), 3);
+        let ranges = cut(sizes.iter().copied(), 3, MAX_CALL_BYTES);
         assert_eq!(ranges, [0..1, 1..2, 2..3, 3..6, 6..8]);
-        assert_eq!(cut(std::iter::empty(), 3), []);
+        assert_eq!(cut(std::iter::empty(), 3, MAX_CALL_BYTES), []);
     }
 
     #[tokio::test]

@@ -159,7 +159,8 @@ impl ClientBuilder {
             // Reading it again gives the error again.
             Err(text) => text.parse()?,
         };
-        let authorization = self.token.map(|token| {
+        let token = self.token;
+        let authorization = token.as_ref().map(|token| {
             let mut value = HeaderValue::try_from(format!("Bearer {token}")).map_err(|_| {
                 kvproto::FieldError::new("token", "has characters that no header may hold")
             })?;
@@ -184,7 +185,7 @@ impl ClientBuilder {
         let inner = Arc::new(Inner {
             pool,
             lanes: Lanes::new(endpoint, self.lanes),
-            local: Local::new(self.local),
+            local: Local::new(self.local, token, owner, self.lanes),
             clock: self.clock,
             retry: self.retry,
             budget: RetryBudget::new(),

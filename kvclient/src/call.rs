@@ -83,6 +83,7 @@ impl Inner {
         let before = self.boot.swap(boot, Ordering::Relaxed);
         if before != boot && before != 0 {
             self.reboots.fetch_add(1, Ordering::Relaxed);
+            self.local.rebooted();
             tracing::info!(
                 boot_id = boot,
                 "the node was restarted; its leases are void"
@@ -106,6 +107,11 @@ impl Deadline {
             budget,
             at: clock.now().after(budget),
         }
+    }
+
+    /// Time that is left of it at `now`.
+    pub(crate) fn left(&self, now: Tick) -> Duration {
+        self.at.since(now)
     }
 }
 

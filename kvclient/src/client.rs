@@ -30,6 +30,7 @@ use crate::{
     error::Error,
     get::{self, Fetched, GetOptions, Got, Wanted, sink::Destination},
     lease::{Lease, millis},
+    local,
     namespace::NamespaceHandle,
     path::PathReport,
     put::{self, PutBlock, PutOptions},
@@ -181,6 +182,7 @@ impl Client {
         self.inner.heard(answer.context.as_ref());
         let opened =
             OpenedNamespace::try_from(&answer).map_err(|problem| wire::answer(method, problem))?;
+        self.inner.local.told(opened.local_socket.as_deref());
         Ok(NamespaceHandle::new(spec.clone(), opened))
     }
 
@@ -204,17 +206,15 @@ impl Client {
         });
         let mut reopened = false;
         let answer: v1::LookupResponse = loop {
-            let answer = call::unary(&self.inner, Method::LOOKUP, deadline, |context| {
-                v1::LookupRequest {
-                    context: Some(context),
-                    namespace_id: Bytes::copy_from_slice(&namespace.id().0),
-                    chain: Some(chain_to_wire(chain)),
-                    parts: parts_to_wire(&options.parts),
-                    probe: options.probe,
-                    lease_ttl_ms: millis(options.lease_ttl),
-                    idempotency_key: idempotency
-                        .map_or_else(Bytes::new, |key| Bytes::copy_from_slice(&key)),
-                }
+            let answer = local::unary(&self.inner, deadline, |context| v1::LookupRequest {
+                context: Some(context),
+                namespace_id: Bytes::copy_from_slice(&namespace.id().0),
+                chain: Some(chain_to_wire(chain)),
+                parts: parts_to_wire(&options.parts),
+                probe: options.probe,
+                lease_ttl_ms: millis(options.lease_ttl),
+                idempotency_key: idempotency
+                    .map_or_else(Bytes::new, |key| Bytes::copy_from_slice(&key)),
             });
             match answer.await {
                 Ok(answer) => break answer,
@@ -525,4 +525,23 @@ pub fn split_buffers(memory: &mut [u8], block_bytes: usize) -> Result<Vec<&mut [
         ));
     }
     Ok(memory.chunks_exact_mut(block_bytes).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Engines spawn calls on runtimes of many threads.
+    #[test]
+    fn every_call_may_move_between_threads() {
+        fn sent<T: Send>(_: impl FnOnce() -> T) {}
+        let client = || -> &'static Client { unreachable!() };
+        let ns = || -> &'static NamespaceHandle { unreachable!() };
+        let chain = || -> &'static Chain { unreachable!() };
+        sent(|| client().get_into(ns(), chain(), None, &mut []));
+        sent(|| client().get_scattered(ns(), chain(), None, &mut []));
+        sent(|| client().get(ns(), chain(), None));
+        sent(|| client().put(ns(), chain(), &[], PutOptions::default()));
+        sent(|| async { client().lookup(ns(), chain(), &LookupOptions::default()).await });
+    }
 }

@@ -20,9 +20,9 @@ use kvproto::{BootId, LeaseId, convert::answer, v1};
 use tokio::sync::mpsc;
 
 use crate::{
-    call::{self, Deadline, Inner},
+    call::{Deadline, Inner},
     error::Error,
-    wire::Method,
+    local,
 };
 
 /// Releases waiting in the background.
@@ -116,12 +116,10 @@ impl Lease {
         let (lease_id, ttl_ms) = (self.id.0, millis(ttl));
         let deadline = Deadline::after(&*self.inner.clock, self.deadline);
         let answer: v1::RenewResponse =
-            call::unary(&self.inner, Method::RENEW, deadline, |context| {
-                v1::RenewRequest {
-                    context: Some(context),
-                    lease_id,
-                    ttl_ms,
-                }
+            local::unary(&self.inner, deadline, |context| v1::RenewRequest {
+                context: Some(context),
+                lease_id,
+                ttl_ms,
             })
             .await?;
         self.inner.heard(answer.context.as_ref());
@@ -169,11 +167,9 @@ pub(crate) fn millis(ttl: Duration) -> u32 {
 
 async fn release(inner: &Inner, budget: Duration, id: LeaseId) -> Result<bool, Error> {
     let deadline = Deadline::after(&*inner.clock, budget);
-    let answer: v1::ReleaseResponse = call::unary(inner, Method::RELEASE, deadline, |context| {
-        v1::ReleaseRequest {
-            context: Some(context),
-            lease_id: id.0,
-        }
+    let answer: v1::ReleaseResponse = local::unary(inner, deadline, |context| v1::ReleaseRequest {
+        context: Some(context),
+        lease_id: id.0,
     })
     .await?;
     inner.heard(answer.context.as_ref());

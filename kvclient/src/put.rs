@@ -24,6 +24,7 @@ use crate::{
     call::{Deadline, Inner, Tries},
     error::Error,
     lane::Sender,
+    local,
     namespace::NamespaceHandle,
     wire::{self, Method, Whole},
 };
@@ -171,7 +172,8 @@ pub(crate) async fn put(
         check(namespace, chain, i, block)?;
     }
     let sizes = blocks.iter().map(|block| block.data.length_bytes() as u64);
-    let ranges = batch::cut(sizes, batch::MAX_CALL_BLOCKS);
+    let most = inner.local.put_bytes().unwrap_or(batch::MAX_CALL_BYTES);
+    let ranges = batch::cut(sizes, batch::MAX_CALL_BLOCKS, most);
     let calls = ranges.into_iter().map(|range| {
         let call = Putting {
             inner,
@@ -212,16 +214,19 @@ fn check(
 }
 
 /// One call's worth of a put.
-struct Putting<'a> {
-    inner: &'a Inner,
-    namespace: &'a NamespaceHandle,
+pub(crate) struct Putting<'a> {
+    pub(crate) inner: &'a Inner,
+    pub(crate) namespace: &'a NamespaceHandle,
     chain: &'a Chain,
-    blocks: &'a [PutBlock<'a>],
-    options: PutOptions,
+    pub(crate) blocks: &'a [PutBlock<'a>],
+    pub(crate) options: PutOptions,
 }
 
 impl Putting<'_> {
     async fn run(&self, deadline: Deadline) -> Result<Vec<PutResult>, Error> {
+        if let Some(results) = local::put(self, deadline).await {
+            return Ok(results);
+        }
         let mut tries = Tries::new(self.inner, METHOD, deadline);
         // Made on the first try that comes to a block's end, kept for the next.
         let mut headers = vec![None; self.blocks.len()];
@@ -240,12 +245,15 @@ impl Putting<'_> {
                 })
                 .await?;
             if let Ok(answer) = answer {
+                let lengths = self.blocks.iter().map(|b| b.data.length_bytes() as u64);
+                let tally = &self.inner.local.grpc;
+                tally.put(self.blocks.len() as u64, lengths.sum());
                 return self.results(answer);
             }
         }
     }
 
-    fn announce(&self, block: &PutBlock<'_>) -> Announced {
+    pub(crate) fn announce(&self, block: &PutBlock<'_>) -> Announced {
         Announced {
             key: BlockKey {
                 namespace: self.namespace.id(),
@@ -257,7 +265,7 @@ impl Putting<'_> {
         }
     }
 
-    fn results(&self, answer: v1::PutResponse) -> Result<Vec<PutResult>, Error> {
+    pub(crate) fn results(&self, answer: v1::PutResponse) -> Result<Vec<PutResult>, Error> {
         self.inner.heard(answer.context.as_ref());
         if answer.results.len() != self.blocks.len() {
             return Err(wire::answer(
@@ -269,9 +277,6 @@ impl Putting<'_> {
                 ),
             ));
         }
-        let lengths = self.blocks.iter().map(|b| b.data.length_bytes() as u64);
-        let tally = &self.inner.local.grpc;
-        tally.put(self.blocks.len() as u64, lengths.sum());
         let results = answer.results.iter().map(PutResult::try_from);
         results
             .collect::<Result<_, _>>()

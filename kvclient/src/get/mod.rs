@@ -18,7 +18,7 @@ use kvproto::{BlockKey, Chain, FieldError, GetOutcome, Part, TierKind, convert, 
 
 use self::{
     reading::Reading,
-    sink::{Destination, Destinations, Kept, Sink},
+    sink::{Behind, Destination, Destinations, Kept, Sink},
 };
 use crate::{
     batch,
@@ -26,6 +26,7 @@ use crate::{
     error::Error,
     lane::Question,
     lease::Lease,
+    local,
     namespace::NamespaceHandle,
     wire::{self, Method},
 };
@@ -65,6 +66,15 @@ pub struct Got {
 }
 
 impl Got {
+    /// No bytes, and why.
+    pub(crate) fn not(outcome: GetOutcome) -> Self {
+        Self {
+            outcome,
+            tier: None,
+            length_bytes: 0,
+        }
+    }
+
     /// True when the buffer holds the block.
     #[must_use]
     pub fn is_hit(&self) -> bool {
@@ -106,7 +116,7 @@ impl Wanted<'_> {
         self.chain.hashes.len() * self.parts().len()
     }
 
-    fn key(&self, slot: usize) -> BlockKey {
+    pub(crate) fn key(&self, slot: usize) -> BlockKey {
         let parts = self.parts();
         BlockKey {
             namespace: self.namespace.id(),
@@ -140,7 +150,11 @@ pub(crate) async fn into_destinations<T: Destination>(
             .map(|destination| destination.room_bytes() as u64)
             .sum()
     });
-    let ranges = batch::cut(sizes, (batch::MAX_CALL_BLOCKS / parts).max(1));
+    let ranges = batch::cut(
+        sizes,
+        (batch::MAX_CALL_BLOCKS / parts).max(1),
+        batch::MAX_CALL_BYTES,
+    );
     if ranges.len() == 1 {
         return one_call(
             inner,
@@ -180,6 +194,7 @@ pub(crate) async fn fetch(
     let ranges = batch::cut(
         std::iter::repeat_n(0, blocks),
         (batch::MAX_CALL_BLOCKS / parts).max(1),
+        batch::MAX_CALL_BYTES,
     );
     let calls = ranges.into_iter().map(|range| async move {
         let chain = wanted.chain.slice(range, wanted.namespace.run_blocks());
@@ -200,7 +215,51 @@ pub(crate) async fn fetch(
     batch::join(calls.collect(), inner.parallel).await
 }
 
+/// One call: over the same-host path what can be had there, the rest over gRPC.
 async fn one_call<S: Sink>(
+    inner: &Inner,
+    deadline: Deadline,
+    wanted: &Wanted<'_>,
+    sink: &mut S,
+) -> Result<Vec<Got>, Error> {
+    let Some(got) = local::get(inner, deadline, wanted, sink).await? else {
+        return over_grpc(inner, deadline, wanted, sink).await;
+    };
+    let parts = wanted.parts().len();
+    let mut whole = Vec::with_capacity(got.len());
+    // Neighbours that must go over gRPC go in one call.
+    for run in got
+        .chunks(parts)
+        .collect::<Vec<_>>()
+        .chunk_by(|a, b| is_whole(a) == is_whole(b))
+    {
+        if run.iter().all(|block| is_whole(block)) {
+            whole.extend(run.iter().flat_map(|block| block.iter().flatten()));
+            continue;
+        }
+        let first = whole.len() / parts;
+        let blocks = first..first + run.len();
+        let chain = wanted.chain.slice(blocks, wanted.namespace.run_blocks());
+        let wanted = Wanted {
+            namespace: wanted.namespace,
+            chain: &chain,
+            options: wanted.options,
+        };
+        let mut behind = Behind {
+            sink: &mut *sink,
+            first: whole.len(),
+        };
+        whole.extend(over_grpc(inner, deadline, &wanted, &mut behind).await?);
+    }
+    Ok(whole)
+}
+
+/// Whether all parts of a block have their answer.
+fn is_whole(block: &[Option<Got>]) -> bool {
+    block.iter().all(Option::is_some)
+}
+
+async fn over_grpc<S: Sink>(
     inner: &Inner,
     deadline: Deadline,
     wanted: &Wanted<'_>,

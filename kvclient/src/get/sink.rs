@@ -172,6 +172,34 @@ impl<T: Destination> Sink for Destinations<'_, T> {
     }
 }
 
+/// The objects of a sink from `first` on, for a call that asks for those alone.
+pub(crate) struct Behind<'a, S> {
+    pub(crate) sink: &'a mut S,
+    pub(crate) first: usize,
+}
+
+impl<S: Sink> Sink for Behind<'_, S> {
+    fn open(&mut self, slot: usize, length_bytes: usize) -> Result<(), FieldError> {
+        self.sink.open(self.first + slot, length_bytes)
+    }
+
+    fn room(&mut self, slot: usize) -> &mut [u8] {
+        self.sink.room(self.first + slot)
+    }
+
+    fn landed(&mut self, slot: usize, bytes: usize) {
+        self.sink.landed(self.first + slot, bytes);
+    }
+
+    fn close(&mut self, slot: usize) -> Vec<u64> {
+        self.sink.close(self.first + slot)
+    }
+
+    fn spoil(&mut self, slot: usize) {
+        self.sink.spoil(self.first + slot);
+    }
+}
+
 /// Buffers made for blocks whose length nobody knew.
 #[derive(Default)]
 pub(crate) struct Kept {

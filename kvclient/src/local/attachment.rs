@@ -1,0 +1,241 @@
+//! One attachment to a node: its connections, its staging memory, and the node's segments as mapped here.
+//!
+//! ```text
+//! open ─► Attach ─► Attachment ─┬─ idle links, the last used first; more join as calls need them
+//!                               ├─ staging   one for all links
+//!                               └─ segments  mapped when first met, kept
+//! ```
+//!
+//! Units: links, bytes.
+//! Errors: [`LocalError`].
+//! Why links are given back late: what a node holds for a get without a lease it holds for the connection, so
+//! the link that asked says when it is done. A link that stays idle says so by itself, soon.
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use kvgpu::{ReadSegment, StagingMap};
+use kvproto::{
+    local::{MAX_SEGMENTS_PER_MAP, VERSION},
+    v1::{self, local_reply::Answer, local_request::Call},
+};
+use parking_lot::Mutex;
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+use super::{error::LocalError, link::Link, staging::Staging};
+use crate::clock::{Clock, within};
+
+/// Staging memory asked for; the node may grant less.
+const STAGING_BYTES: u64 = 64 << 20;
+
+/// How long a link with holds to let go may stay idle before it says so.
+const FLUSH_AFTER: Duration = Duration::from_millis(100);
+/// How long that may take.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Who attaches where.
+#[derive(Clone)]
+pub(super) struct Caller {
+    pub(super) socket: PathBuf,
+    pub(super) token: String,
+    pub(super) owner: Bytes,
+    /// The life of the node that must answer; 0: any.
+    pub(super) boot: u64,
+}
+
+impl Caller {
+    fn attach(&self, join: Bytes, staging_bytes: u64) -> Call {
+        Call::Attach(v1::LocalAttach {
+            version: VERSION,
+            token: self.token.clone(),
+            owner_id: self.owner.clone(),
+            boot_id: self.boot,
+            join,
+            staging_bytes,
+        })
+    }
+}
+
+/// An attachment; ends with its last link.
+pub(super) struct Attachment {
+    caller: Caller,
+    id: Bytes,
+    pub(super) boot: u64,
+    pub(super) staging: Option<Staging>,
+    segments: Mutex<HashMap<u32, Arc<ReadSegment>>>,
+    idle: Mutex<Vec<Link>>,
+    permits: Semaphore,
+    is_flushing: AtomicBool,
+    clock: Arc<dyn Clock>,
+    runtime: tokio::runtime::Handle,
+}
+
+/// A link for one call. Dropped without [`Turn::keep`], it closes.
+pub(super) struct Turn<'a> {
+    pub(super) link: Link,
+    _permit: SemaphorePermit<'a>,
+}
+
+impl Attachment {
+    /// Connects and attaches.
+    pub(super) async fn open(
+        caller: Caller,
+        links: usize,
+        patience: Duration,
+        clock: Arc<dyn Clock>,
+        runtime: tokio::runtime::Handle,
+    ) -> Result<Self, LocalError> {
+        let mut link = Link::open(&caller.socket).await?;
+        let call = caller.attach(Bytes::new(), STAGING_BYTES);
+        let (answer, mut fds) = link.call(call, patience).await?;
+        let attached = attached(answer)?;
+        if caller.boot != 0 && attached.boot_id != caller.boot {
+            return Err(LocalError::answer("another node answers at this socket"));
+        }
+        let staging = match (attached.staging_bytes, fds.pop()) {
+            (0, None) => None,
+            (1.., Some(fd)) if fds.is_empty() => Some(Staging::new(StagingMap::map(fd)?)),
+            _ => return Err(LocalError::answer("staging memory and descriptors differ")),
+        };
+        let caller = Caller {
+            boot: attached.boot_id,
+            ..caller
+        };
+        Ok(Self {
+            boot: attached.boot_id,
+            caller,
+            id: attached.attachment,
+            staging,
+            segments: Mutex::default(),
+            idle: Mutex::new(vec![link]),
+            permits: Semaphore::new(links.max(1)),
+            is_flushing: AtomicBool::new(false),
+            clock,
+            runtime,
+        })
+    }
+
+    pub(super) fn socket(&self) -> &Path {
+        &self.caller.socket
+    }
+
+    /// A link that is ready for a call.
+    pub(super) async fn turn(&self, patience: Duration) -> Result<Turn<'_>, LocalError> {
+        let permit = self
+            .permits
+            .acquire()
+            .await
+            .expect("nobody closes the semaphore");
+        let link = loop {
+            let idle = self.idle.lock().pop();
+            match idle {
+                Some(link) if link.is_usable() => break link,
+                Some(_) => {}
+                None => {
+                    let mut link = Link::open(&self.caller.socket).await?;
+                    let call = self.caller.attach(self.id.clone(), 0);
+                    let (answer, _) = link.call(call, patience).await?;
+                    attached(answer)?;
+                    break link;
+                }
+            }
+        };
+        Ok(Turn {
+            link,
+            _permit: permit,
+        })
+    }
+
+    /// The call of `turn` ended in good order: its link may carry another.
+    pub(super) fn keep(self: &Arc<Self>, turn: Turn<'_>) {
+        let owes = !turn.link.done.is_empty();
+        self.idle.lock().push(turn.link);
+        if owes && !self.is_flushing.swap(true, Ordering::AcqRel) {
+            self.runtime
+                .spawn(flush(Arc::downgrade(self), self.clock.sleep(FLUSH_AFTER)));
+        }
+    }
+
+    /// The segments named, mapped; those that the node does not show are missing.
+    pub(super) async fn segments(
+        &self,
+        link: &mut Link,
+        names: &[u32],
+        patience: Duration,
+    ) -> Result<HashMap<u32, Arc<ReadSegment>>, LocalError> {
+        let mut missing: Vec<u32> = {
+            let known = self.segments.lock();
+            let unknown = names.iter().filter(|name| !known.contains_key(name));
+            unknown.copied().collect()
+        };
+        missing.sort_unstable();
+        missing.dedup();
+        for segments in missing.chunks(MAX_SEGMENTS_PER_MAP) {
+            let call = Call::Map(v1::LocalMap {
+                segments: segments.to_vec(),
+            });
+            let (answer, fds) = link.call(call, patience).await?;
+            let Answer::Mapped(mapped) = answer else {
+                return Err(LocalError::answer("no answer to a map"));
+            };
+            if fds.len() != 2 * mapped.segments.len() {
+                return Err(LocalError::answer("not two descriptors for each segment"));
+            }
+            let mut fds = fds.into_iter();
+            for segment in mapped.segments {
+                let (Some(data), Some(generations)) = (fds.next(), fds.next()) else {
+                    break; // counted above
+                };
+                let memory = Arc::new(ReadSegment::map(data, generations)?);
+                self.segments.lock().insert(segment.segment, memory);
+            }
+        }
+        let known = self.segments.lock();
+        let named = names
+            .iter()
+            .filter_map(|name| Some((*name, known.get(name)?.clone())));
+        Ok(named.collect())
+    }
+}
+
+fn attached(answer: Answer) -> Result<v1::LocalAttached, LocalError> {
+    match answer {
+        Answer::Attached(attached) => Ok(attached),
+        _ => Err(LocalError::answer("no answer to an attach")),
+    }
+}
+
+/// Lets idle links say what they are done with.
+async fn flush(attachment: Weak<Attachment>, nap: impl Future<Output = ()>) {
+    nap.await;
+    let Some(attachment) = attachment.upgrade() else {
+        return;
+    };
+    attachment.is_flushing.store(false, Ordering::Release);
+    loop {
+        let owing = {
+            let mut idle = attachment.idle.lock();
+            let at = idle.iter().position(|link| !link.done.is_empty());
+            at.map(|at| idle.remove(at))
+        };
+        let Some(mut link) = owing else {
+            return;
+        };
+        let clock = &*attachment.clock;
+        let call = link.call(Call::Nothing(v1::LocalNothing {}), FLUSH_PATIENCE);
+        let answer = within(clock, clock.now().after(FLUSH_PATIENCE), call).await;
+        // A link that did not answer closes, which lets go as well.
+        if matches!(answer, Some(Ok(_))) {
+            // Below those that were used since.
+            attachment.idle.lock().insert(0, link);
+        }
+    }
+}

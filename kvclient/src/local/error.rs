@@ -1,0 +1,60 @@
+//! Why a call did not go over the same-host path.
+//!
+//! The caller never sees these: the call goes over gRPC, which answers or says why not. They end up in
+//! [`crate::PathReport::why_grpc`].
+
+use std::io;
+
+use kvgpu::SharedError;
+use kvproto::{FieldError, Reason, local::LocalFrameError};
+
+/// Why there is no answer over the same-host path.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LocalError {
+    /// The socket failed, or the node closed it.
+    #[error("{step}: {source}")]
+    Io {
+        step: &'static str,
+        source: io::Error,
+    },
+    /// The call's share of its time was up.
+    #[error("no answer within {waited_ms} ms")]
+    Silent { waited_ms: u64 },
+    /// The node said no, in good order.
+    #[error("refused ({}): {message}", reason.map_or("no reason", Reason::as_str))]
+    Refused {
+        reason: Option<Reason>,
+        message: String,
+    },
+    /// A request too long for a frame: not sent.
+    #[error("the request is too long for the same-host path")]
+    TooLong,
+    /// Bytes that are no frame.
+    #[error(transparent)]
+    Frame(LocalFrameError),
+    /// A frame that is not the answer to what was asked.
+    #[error("an answer that cannot be used: {problem}")]
+    Answer { problem: String },
+    /// Memory that cannot be mapped.
+    #[error(transparent)]
+    Memory(#[from] SharedError),
+    /// The destination is at fault, not the path.
+    #[error(transparent)]
+    Field(#[from] FieldError),
+}
+
+impl LocalError {
+    pub(crate) fn answer(problem: impl ToString) -> Self {
+        Self::Answer {
+            problem: problem.to_string(),
+        }
+    }
+
+    /// Whether the connection is as good as before: the node answered, or was not asked.
+    pub(crate) fn is_harmless(&self) -> bool {
+        matches!(
+            self,
+            Self::Refused { .. } | Self::TooLong | Self::Field { .. }
+        )
+    }
+}

@@ -1,0 +1,175 @@
+//! One connection of the same-host path: frames over a Unix socket, descriptors beside them.
+//!
+//! ```text
+//! call ─► [length][LocalRequest] ──────────────────────────────► node
+//!      ◄─ [length][LocalReply], SCM_RIGHTS with its first byte ◄─
+//! ```
+//!
+//! One call at a time, on the caller's own task. A link whose call failed, or was dropped half way, is not used
+//! again: closing it lets go of everything that the node held for it.
+//!
+//! Units: bytes.
+//! Errors: [`LocalError`]. Deadlines are the caller's.
+
+use std::{
+    io::{self, IoSliceMut},
+    mem::MaybeUninit,
+    os::fd::OwnedFd,
+    path::Path,
+    time::Duration,
+};
+
+use kvproto::{
+    Reason,
+    local::{self, Inbox, LocalFrameError, MAX_SEGMENTS_PER_MAP},
+    v1::{self, local_reply::Answer, local_request::Call},
+};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
+use tokio::{io::Interest, net::UnixStream};
+
+use super::error::LocalError;
+use crate::lease::millis;
+
+/// Descriptors of the longest answer: two for each segment of a map.
+const MAX_FDS: usize = 2 * MAX_SEGMENTS_PER_MAP;
+
+/// A connection on which one call at a time is made.
+pub(super) struct Link {
+    stream: UnixStream,
+    inbox: Inbox,
+    /// Came with the bytes in the inbox.
+    fds: Vec<OwnedFd>,
+    out: Vec<u8>,
+    sequence: u64,
+    /// Holds to be let go with the next call.
+    pub(super) done: Vec<u64>,
+}
+
+impl Link {
+    /// Connects; nobody is attached yet.
+    pub(super) async fn open(socket: &Path) -> Result<Self, LocalError> {
+        let stream = UnixStream::connect(socket)
+            .await
+            .map_err(|source| LocalError::Io {
+                step: "connect",
+                source,
+            })?;
+        Ok(Self {
+            stream,
+            inbox: Inbox::new(),
+            fds: Vec::new(),
+            out: Vec::new(),
+            sequence: 0,
+            done: Vec::new(),
+        })
+    }
+
+    /// Whether an idle link is still open, and silent, as it must be.
+    pub(super) fn is_usable(&self) -> bool {
+        let peeked = self.stream.try_read(&mut [0]);
+        matches!(peeked, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+    }
+
+    /// One call, and the descriptors that came with its answer.
+    pub(super) async fn call(
+        &mut self,
+        call: Call,
+        timeout: Duration,
+    ) -> Result<(Answer, Vec<OwnedFd>), LocalError> {
+        self.sequence += 1;
+        let request = v1::LocalRequest {
+            sequence: self.sequence,
+            timeout_ms: millis(timeout).max(1),
+            done: std::mem::take(&mut self.done),
+            call: Some(call),
+        };
+        self.out.clear();
+        local::encode(&request, &mut self.out).map_err(|error| match error {
+            LocalFrameError::TooLong { .. } => LocalError::TooLong,
+            other => LocalError::Frame(other),
+        })?;
+        self.send().await.map_err(|source| LocalError::Io {
+            step: "send",
+            source,
+        })?;
+        let reply = self.receive().await?;
+        if reply.sequence != self.sequence {
+            return Err(LocalError::answer(format!(
+                "answer {} to call {}",
+                reply.sequence, self.sequence
+            )));
+        }
+        let fds = std::mem::take(&mut self.fds);
+        match reply.answer {
+            Some(Answer::Refused(refusal)) => Err(LocalError::Refused {
+                reason: Reason::from_wire(refusal.reason),
+                message: refusal.message,
+            }),
+            Some(answer) => Ok((answer, fds)),
+            None => Err(LocalError::answer("it is empty")),
+        }
+    }
+
+    async fn send(&mut self) -> io::Result<()> {
+        let mut sent = 0;
+        while sent < self.out.len() {
+            match self.stream.try_write(&self.out[sent..]) {
+                Ok(bytes) => sent += bytes,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.stream.writable().await?;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    async fn receive(&mut self) -> Result<v1::LocalReply, LocalError> {
+        loop {
+            if let Some(reply) = self.inbox.take().map_err(LocalError::Frame)? {
+                return Ok(reply);
+            }
+            let Self {
+                stream, inbox, fds, ..
+            } = self;
+            let read = stream
+                .async_io(Interest::READABLE, || fill(stream, inbox, fds))
+                .await;
+            if let Err(source) = read {
+                return Err(LocalError::Io {
+                    step: "receive",
+                    source,
+                });
+            }
+        }
+    }
+}
+
+/// Reads what is there, with the descriptors that came along.
+fn fill(stream: &UnixStream, inbox: &mut Inbox, fds: &mut Vec<OwnedFd>) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let room = IoSliceMut::new(inbox.room());
+    let read = recvmsg(
+        stream,
+        &mut [room],
+        &mut control,
+        RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
+    )?;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            fds.extend(rights);
+        }
+    }
+    if read.bytes == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    if read.flags.contains(ReturnFlags::CTRUNC) || fds.len() > MAX_FDS {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "more descriptors than were asked for, or than this process may open",
+        ));
+    }
+    inbox.filled(read.bytes);
+    Ok(())
+}

@@ -1,0 +1,236 @@
+//! Get: from the node's memory into the caller's with one copy, and proof that it was the right one.
+//!
+//! ```text
+//! ask ─► where each block lies ─► per block, first of the prefix first:
+//!            generation as told? ─► 64 KiB: copy, then sum where it was copied to ─► … ─► generation again
+//!                 └─ no: expired                                    sums as the writer's? ── no: corrupt
+//! ```
+//!
+//! The sums are made from the destination, so they cover the copy. The generation is read again behind the
+//! last byte: the node raises it before it writes a byte of the slot's next tenant. So a process that was
+//! stopped in the middle and goes on after its lease is over finds out before anybody uses a byte.
+//!
+//! Units: bytes.
+//! Errors: [`LocalError`]; a block that is gone, expired or corrupt is an outcome.
+
+use bytes::Bytes;
+use kvgpu::ReadSegment;
+use kvproto::{
+    BlockHeader, FieldError, GetOutcome, TierKind,
+    checksum::PAGE_BYTES,
+    convert,
+    v1::{self, local_reply::Answer, local_request::Call},
+};
+
+use super::{Local, Way, attachment::Turn, error::LocalError};
+use crate::{
+    call::{Deadline, Inner},
+    error::Error,
+    get::{Got, Wanted, sink::Sink},
+};
+
+/// Bytes copied in a row before the caller's other tasks, and its deadline, are looked at.
+const TURN_BYTES: usize = 8 << 20;
+
+/// Gets what can be had over the same-host path: one answer for each object asked for, `None` for those that
+/// lie where they cannot be mapped. `Ok(None)`: all of it is to be had over gRPC.
+///
+/// # Errors
+/// [`Error::Request`] when a block does not fit its buffer.
+pub(crate) async fn get<S: Sink>(
+    inner: &Inner,
+    deadline: Deadline,
+    wanted: &Wanted<'_>,
+    sink: &mut S,
+) -> Result<Option<Vec<Option<Got>>>, Error> {
+    let Some(way) = Local::way(inner, deadline).await else {
+        return Ok(None);
+    };
+    let got = way.run(async |turn| way.read(turn, wanted, sink).await);
+    match got.await {
+        Some(Ok(got)) => Ok(Some(got)),
+        Some(Err(LocalError::Field(problem))) => Err(problem.into()),
+        _ => Ok(None),
+    }
+}
+
+/// A block that is there, by the node's word.
+struct Found {
+    header: BlockHeader,
+    tier: Option<TierKind>,
+    place: v1::LocalPlace,
+}
+
+/// What the node says of a block.
+enum Said {
+    Found(Found),
+    /// There, but nowhere that can be mapped.
+    Elsewhere,
+    Not(GetOutcome),
+}
+
+impl Way<'_> {
+    async fn read<S: Sink>(
+        &self,
+        turn: &mut Turn<'_>,
+        wanted: &Wanted<'_>,
+        sink: &mut S,
+    ) -> Result<Vec<Option<Got>>, LocalError> {
+        let asked = Call::Get(v1::GetRequest {
+            context: Some(self.inner.context(&self.inner.unique())),
+            namespace_id: Bytes::copy_from_slice(&wanted.namespace.id().0),
+            chain: Some(convert::chain_to_wire(wanted.chain)),
+            parts: convert::parts_to_wire(wanted.options.parts),
+            lease_id: wanted.options.lease.map_or(0, |lease| lease.id().0),
+            piece_bytes: 0,
+        });
+        let (answer, _) = turn.link.call(asked, self.left()).await?;
+        let Answer::Got(answer) = answer else {
+            return Err(LocalError::answer("no answer to a get"));
+        };
+        self.inner.heard(answer.context.as_ref());
+        if answer.blocks.len() != wanted.count() {
+            return Err(LocalError::answer(format!(
+                "{} blocks, asked for {}",
+                answer.blocks.len(),
+                wanted.count()
+            )));
+        }
+        let said: Vec<Said> = answer
+            .blocks
+            .into_iter()
+            .enumerate()
+            .map(|(slot, block)| judge(wanted, slot, block))
+            .collect::<Result<_, _>>()?;
+        let named: Vec<u32> = said.iter().filter_map(Said::segment).collect();
+        let segments = self
+            .attachment
+            .segments(&mut turn.link, &named, self.left())
+            .await?;
+
+        let mut got = Vec::with_capacity(said.len());
+        let (mut hits, mut hit_bytes, mut in_turn) = (0, 0, 0);
+        for (slot, said) in said.into_iter().enumerate() {
+            let found = match said {
+                Said::Found(found) => found,
+                Said::Elsewhere => {
+                    got.push(None);
+                    continue;
+                }
+                Said::Not(outcome) => {
+                    got.push(Some(Got::not(outcome)));
+                    continue;
+                }
+            };
+            let Some(segment) = segments.get(&found.place.segment) else {
+                got.push(None);
+                continue;
+            };
+            let length_bytes = found.header.length_bytes as usize;
+            if in_turn + length_bytes > TURN_BYTES && in_turn > 0 {
+                tokio::task::yield_now().await;
+                in_turn = 0;
+            }
+            in_turn += length_bytes;
+            let outcome = copy(segment, &found, slot, sink)?;
+            if outcome != GetOutcome::Hit {
+                tracing::warn!(key = %found.header.key, %outcome, "a block changed while it was read, or lies wrong");
+                sink.spoil(slot);
+                got.push(Some(Got::not(outcome)));
+                continue;
+            }
+            (hits, hit_bytes) = (hits + 1, hit_bytes + found.header.length_bytes);
+            got.push(Some(Got {
+                outcome,
+                tier: found.tier,
+                length_bytes,
+            }));
+        }
+        if answer.hold != 0 {
+            turn.link.done.push(answer.hold);
+        }
+        self.inner.local.local.got(hits, hit_bytes);
+        Ok(got)
+    }
+}
+
+impl Said {
+    fn segment(&self) -> Option<u32> {
+        match self {
+            Self::Found(found) => Some(found.place.segment),
+            _ => None,
+        }
+    }
+}
+
+fn judge(wanted: &Wanted<'_>, slot: usize, block: v1::LocalBlock) -> Result<Said, LocalError> {
+    let outcome = GetOutcome::from_wire(block.outcome)
+        .ok_or_else(|| LocalError::answer(format!("outcome {} is not known", block.outcome)))?;
+    if outcome != GetOutcome::Hit {
+        return Ok(Said::Not(outcome));
+    }
+    let Some(place) = block.place else {
+        return Ok(Said::Elsewhere);
+    };
+    let key = wanted.key(slot);
+    let header = block
+        .header
+        .and_then(|header| convert::header(&header, wanted.namespace.header_rules()).ok())
+        .filter(|header| header.key == key && header.check_seal());
+    let Some(header) = header else {
+        tracing::warn!(%key, "block does not match its checksums and was dropped");
+        return Ok(Said::Not(GetOutcome::Corrupt));
+    };
+    Ok(Said::Found(Found {
+        header,
+        tier: TierKind::from_wire(block.tier),
+        place,
+    }))
+}
+
+/// Copies a block to where it belongs. Anything but a hit: what lies there now is not the block.
+fn copy<S: Sink>(
+    segment: &ReadSegment,
+    found: &Found,
+    slot: usize,
+    sink: &mut S,
+) -> Result<GetOutcome, LocalError> {
+    let Found { header, place, .. } = found;
+    let is_there = || segment.generation(place.offset) == Some(place.generation);
+    if !is_there() {
+        return Ok(GetOutcome::Expired);
+    }
+    let length = usize::try_from(header.length_bytes).unwrap_or(usize::MAX);
+    sink.open(slot, length)?;
+    let mut at = 0;
+    while at < length {
+        let room = sink.room(slot);
+        let take = room
+            .len()
+            .min(length - at)
+            .min(PAGE_BYTES - at % PAGE_BYTES);
+        let from = place.offset.saturating_add(at as u64);
+        segment
+            .copy(from, &mut room[..take])
+            .map_err(LocalError::answer)?;
+        sink.landed(slot, take);
+        at += take;
+    }
+    let sums = sink.close(slot);
+    Ok(if !is_there() {
+        GetOutcome::Expired
+    } else if header.check(&sums).is_err() {
+        GetOutcome::Corrupt
+    } else {
+        GetOutcome::Hit
+    })
+}
+
+impl From<LocalError> for Error {
+    fn from(error: LocalError) -> Self {
+        match error {
+            LocalError::Field(problem) => problem.into(),
+            other => FieldError::new("local", other.to_string()).into(),
+        }
+    }
+}
