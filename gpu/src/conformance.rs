@@ -11,6 +11,7 @@ macro_rules! ensure {
     };
 }
 
+mod engine;
 mod paged;
 mod transfer;
 
@@ -43,7 +44,7 @@ struct Bench {
 
 /// Runs the whole suite. Takes a few tens of megabytes of device and host memory.
 pub fn run(device: &Arc<dyn Device>) -> Vec<Check> {
-    let checks: [(&'static str, Test); 13] = [
+    let checks: [(&'static str, Test); 18] = [
         ("a device names and sizes itself", transfer::names_itself),
         (
             "new memory is zero and counted",
@@ -92,6 +93,26 @@ pub fn run(device: &Arc<dyn Device>) -> Vec<Check> {
         (
             "page-locked slots save and load pages",
             paged::page_locked_round_trip,
+        ),
+        (
+            "adopted memory is its owner's, and is neither freed nor counted",
+            engine::adopted_memory_is_its_owners,
+        ),
+        (
+            "what is not the device's is not adopted, and overlaps are found by address",
+            engine::adoption_is_checked,
+        ),
+        (
+            "our streams wait for an engine's, and it for ours",
+            engine::streams_wait_for_each_other,
+        ),
+        (
+            "gather and scatter keep to every vLLM order of one adopted tensor",
+            engine::every_vllm_order,
+        ),
+        (
+            "layers of several shapes share their blocks",
+            engine::shapes_share_blocks,
         ),
     ];
     let config = ArenaConfig {

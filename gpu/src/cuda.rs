@@ -17,6 +17,7 @@
 //! device (`DeviceSpan::check`), host memory is owned by the stream's queue or by a `Pending` until the
 //! event is done, and a stream is waited for before any of that is dropped.
 
+mod engine;
 mod queue;
 mod shape;
 
@@ -28,7 +29,7 @@ use cudarc::driver::{CudaContext, DriverError, result, sys};
 
 use crate::arena::SegmentInfo;
 use crate::device::{
-    Device, DeviceError, DeviceInfo, DeviceKind, DeviceMemory, DeviceSpan, NoCuda, PageLock,
+    Device, DeviceError, DeviceInfo, DeviceKind, DeviceMemory, EngineStream, NoCuda, PageLock,
     Stream, next_device,
 };
 use queue::Queue;
@@ -37,7 +38,7 @@ use shape::WORDS;
 /// The kernels, as the driver takes them.
 const KERNELS: &str = include_str!("kernels/kv.ptx");
 /// Every symbol of the driver that this file or cudarc under it calls.
-const SYMBOLS: [&str; 34] = [
+const SYMBOLS: [&str; 35] = [
     "cuCtxGetCurrent",
     "cuCtxSetCurrent",
     "cuCtxSynchronize",
@@ -68,6 +69,7 @@ const SYMBOLS: [&str; 34] = [
     "cuMemsetD8_v2",
     "cuModuleGetFunction",
     "cuModuleLoadData",
+    "cuPointerGetAttribute",
     "cuStreamCreate",
     "cuStreamDestroy_v2",
     "cuStreamSynchronize",
@@ -187,24 +189,6 @@ impl CudaDevice {
             }),
         })
     }
-
-    /// Takes device memory that another library owns, such as an engine's KV cache.
-    ///
-    /// # Safety
-    /// `address..address + bytes` is memory of this GPU, and stays allocated and at this address until
-    /// the last handle, and every operation that uses one, is gone.
-    pub unsafe fn adopt(&self, address: u64, bytes: usize) -> DeviceMemory {
-        let allocation = Allocation {
-            address,
-            owned: false,
-            shared: Arc::clone(&self.shared),
-        };
-        DeviceMemory {
-            device: self.shared.device,
-            bytes,
-            backing: Arc::new(allocation),
-        }
-    }
 }
 
 impl Shared {
@@ -263,6 +247,23 @@ impl Device for CudaDevice {
             .map_err(failed("clearing device memory"))?;
         Ok(DeviceMemory {
             device: self.shared.device,
+            address: allocation.address,
+            bytes,
+            backing: Arc::new(allocation),
+        })
+    }
+
+    unsafe fn adopt(&self, address: u64, bytes: usize) -> Result<DeviceMemory, DeviceError> {
+        // The promise is the caller's; this finds the honest mistakes, an address of the host or another GPU's.
+        engine::check_address(&self.shared, self.info.ordinal, address)?;
+        let allocation = Allocation {
+            address,
+            owned: false,
+            shared: Arc::clone(&self.shared),
+        };
+        Ok(DeviceMemory {
+            device: self.shared.device,
+            address,
             bytes,
             backing: Arc::new(allocation),
         })
@@ -304,6 +305,13 @@ impl Device for CudaDevice {
             .map_err(failed("making a stream"))?;
         Ok(Box::new(Queue::new(Arc::clone(&self.shared), stream)))
     }
+
+    unsafe fn adopt_stream(&self, handle: u64) -> Result<Box<dyn EngineStream>, DeviceError> {
+        Ok(Box::new(engine::Borrowed::new(
+            Arc::clone(&self.shared),
+            handle,
+        )))
+    }
 }
 
 impl fmt::Debug for CudaDevice {
@@ -343,14 +351,4 @@ impl Drop for Locked {
             self.shared.context.record_err(gone.result());
         }
     }
-}
-
-/// The device address of a span.
-fn address(span: &DeviceSpan) -> u64 {
-    let allocation: &Allocation = span
-        .memory
-        .backing
-        .downcast_ref()
-        .expect("memory of this device is an `Allocation`");
-    allocation.address + span.offset as u64
 }

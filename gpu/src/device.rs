@@ -1,10 +1,15 @@
 //! Devices: memory of their own, and streams that move bytes to and from it.
 //!
 //! ```text
-//!   Device ── alloc ──► DeviceMemory ── span ──► DeviceSpan
+//!   Device ── alloc, adopt ──► DeviceMemory ── span ──► DeviceSpan
 //!     │  └─── page_lock(segment) ──► PageLock     (arena memory the device can reach directly)
-//!     └────── stream ──► Stream ── upload · download · copy · gather · scatter ──► Event
+//!     ├────── stream ──► Stream ── upload · download · copy · gather · scatter ──► Event
+//!     └────── adopt_stream ──► EngineStream ── record · wait_for ──► Event
 //! ```
+//!
+//! An engine has memory and a stream of its own, which other libraries made. Both are adopted by their numbers:
+//! [`Device::adopt`] and [`Device::adopt_stream`]. Our streams then wait for what the engine has enqueued
+//! ([`EngineStream::record`]) and the engine's for ours ([`EngineStream::wait_for`]), without a thread waiting.
 //!
 //! Work is enqueued and done later: an operation returns an [`Event`] and keeps what it needs (device
 //! memory, source bytes) alive until it is done. A download owns its slot meanwhile and hands it back
@@ -80,6 +85,18 @@ pub trait Device: Send + Sync + fmt::Debug + 'static {
     /// [`DeviceError::OutOfMemory`], which leaves the device as it was.
     fn alloc(&self, bytes: usize) -> Result<DeviceMemory, DeviceError>;
 
+    /// Takes memory of this device that another library owns, such as a tensor of an engine's KV cache, by its
+    /// address. It is neither freed nor counted here.
+    ///
+    /// # Safety
+    /// `address..address + bytes` is memory of this device and stays allocated, at this address, until the last
+    /// handle of it is gone, those of enqueued operations included. The owner may use it meanwhile; what it does
+    /// at the same time as an operation here makes the bytes of either a mixture, and is no other harm.
+    ///
+    /// # Errors
+    /// [`DeviceError::Foreign`] where the device knows that the address is not its own; the driver failed.
+    unsafe fn adopt(&self, address: u64, bytes: usize) -> Result<DeviceMemory, DeviceError>;
+
     /// Locks a segment's pages, so that transfers to and from its slots are direct and do not wait for
     /// a copy by the processor. Undone when the answer is dropped.
     ///
@@ -92,6 +109,33 @@ pub trait Device: Send + Sync + fmt::Debug + 'static {
     /// # Errors
     /// The driver failed.
     fn stream(&self) -> Result<Box<dyn Stream>, DeviceError>;
+
+    /// A stream that another library made, by the number under which it is known: for CUDA a `CUstream`, 0 for
+    /// the default stream (PyTorch: `torch.cuda.current_stream().cuda_stream`). On the host device 0 is the
+    /// calling thread, which is what an engine on the processor computes on, and others are [`Stream::handle`].
+    ///
+    /// # Safety
+    /// The stream is one of this device and exists until the answer is dropped.
+    ///
+    /// # Errors
+    /// [`DeviceError::Foreign`] where the device knows that there is no such stream.
+    unsafe fn adopt_stream(&self, handle: u64) -> Result<Box<dyn EngineStream>, DeviceError>;
+}
+
+/// A stream of somebody else, which can be waited for and made to wait.
+pub trait EngineStream: Send + Sync + fmt::Debug {
+    /// The moment at which everything is done that the stream has been given so far.
+    ///
+    /// # Errors
+    /// The driver failed.
+    fn record(&self) -> Result<Event, DeviceError>;
+
+    /// Lets nothing that is given to the stream later start before `event` is done. The host device's stream 0
+    /// is a thread, so there this waits.
+    ///
+    /// # Errors
+    /// An event of another device, or the driver failed.
+    fn wait_for(&self, event: &Event) -> Result<(), DeviceError>;
 }
 
 /// A queue of work for a device; see the module.
@@ -145,6 +189,9 @@ pub trait Stream: Send + Sync + fmt::Debug {
     /// # Errors
     /// An event of another device, or the driver failed.
     fn wait_for(&self, event: &Event) -> Result<(), DeviceError>;
+
+    /// The number by which other libraries know this stream; see [`Device::adopt_stream`].
+    fn handle(&self) -> u64;
 
     /// Waits until nothing is left to do.
     ///

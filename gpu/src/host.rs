@@ -7,22 +7,26 @@
 //! It can be told to misbehave: [`HostDevice::hold`] lets nothing be done until [`HostDevice::release`],
 //! [`HostDevice::fail_after`] makes an operation fail as a device would, and its memory is bounded.
 //!
-//! No `unsafe`: device memory is a table of vectors under one lock, as if there were one copy engine.
+//! Device memory is a table under one lock, as if there were one copy engine. It holds vectors, and what was
+//! adopted from others (an engine's tensors in ordinary memory), which those may change while it is copied:
+//! that is done as between two processes, by `shared::foreign`.
 
+mod memory;
 mod queue;
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use parking_lot::{Condvar, Mutex};
 
 use crate::arena::SegmentInfo;
 use crate::device::{
-    Device, DeviceError, DeviceInfo, DeviceKind, DeviceMemory, DeviceSpan, PageLock, Stream,
+    Device, DeviceError, DeviceInfo, DeviceKind, DeviceMemory, EngineStream, PageLock, Stream,
     next_device,
 };
-use queue::HostStream;
+use memory::{Allocation, Memory};
+use queue::{Borrowed, HostStream, Queue};
 
 /// Device memory of [`HostDevice::default`].
 pub const HOST_DEVICE_BYTES: u64 = 1 << 30;
@@ -40,13 +44,14 @@ struct Shared {
     faults: Mutex<Faults>,
     changed: Condvar,
     locked: Mutex<HashSet<u32>>,
+    streams: Mutex<Streams>,
 }
 
+/// Streams by their handles, which begin at 1: 0 is the calling thread.
 #[derive(Default)]
-struct Memory {
-    next: u64,
-    free_bytes: u64,
-    allocations: HashMap<u64, Vec<u8>>,
+struct Streams {
+    last: u64,
+    by_handle: HashMap<u64, Weak<Queue>>,
 }
 
 #[derive(Default)]
@@ -73,13 +78,11 @@ impl HostDevice {
         };
         let shared = Shared {
             device: next_device(),
-            memory: Mutex::new(Memory {
-                free_bytes: memory_bytes,
-                ..Memory::default()
-            }),
+            memory: Mutex::new(Memory::new(memory_bytes)),
             faults: Mutex::default(),
             changed: Condvar::new(),
             locked: Mutex::default(),
+            streams: Mutex::default(),
         };
         Self {
             info,
@@ -102,6 +105,15 @@ impl HostDevice {
     pub fn fail_after(&self, operations: u64) {
         self.shared.faults.lock().fail_after = Some(operations);
     }
+
+    fn memory(&self, id: u64, address: u64, bytes: usize) -> DeviceMemory {
+        DeviceMemory {
+            device: self.shared.device,
+            address,
+            bytes,
+            backing: Arc::new(Allocation::new(id, Arc::clone(&self.shared))),
+        }
+    }
 }
 
 impl Device for HostDevice {
@@ -110,31 +122,19 @@ impl Device for HostDevice {
     }
 
     fn free_bytes(&self) -> Result<u64, DeviceError> {
-        Ok(self.shared.memory.lock().free_bytes)
+        Ok(self.shared.memory.lock().free_bytes())
     }
 
     fn alloc(&self, bytes: usize) -> Result<DeviceMemory, DeviceError> {
-        let asked_bytes = bytes.max(1) as u64;
-        let mut memory = self.shared.memory.lock();
-        if asked_bytes > memory.free_bytes {
-            return Err(DeviceError::OutOfMemory {
-                asked_bytes,
-                free_bytes: memory.free_bytes,
-            });
-        }
-        memory.free_bytes -= asked_bytes;
-        let id = memory.next;
-        memory.next += 1;
-        memory.allocations.insert(id, vec![0; asked_bytes as usize]);
-        let backing = Arc::new(Allocation {
-            id,
-            shared: Arc::clone(&self.shared),
-        });
-        Ok(DeviceMemory {
-            device: self.shared.device,
-            bytes: asked_bytes as usize,
-            backing,
-        })
+        let bytes = bytes.max(1);
+        let (id, address) = self.shared.memory.lock().alloc(bytes)?;
+        Ok(self.memory(id, address, bytes))
+    }
+
+    unsafe fn adopt(&self, address: u64, bytes: usize) -> Result<DeviceMemory, DeviceError> {
+        // SAFETY: the caller promises what is asked for; the handle made below is what keeps it in the table.
+        let id = unsafe { self.shared.memory.lock().adopt(address, bytes) }?;
+        Ok(self.memory(id, address, bytes))
     }
 
     fn page_lock(&self, segment: &SegmentInfo) -> Result<PageLock, DeviceError> {
@@ -156,6 +156,18 @@ impl Device for HostDevice {
     fn stream(&self) -> Result<Box<dyn Stream>, DeviceError> {
         HostStream::start(&self.shared).map(|stream| Box::new(stream) as Box<dyn Stream>)
     }
+
+    unsafe fn adopt_stream(&self, handle: u64) -> Result<Box<dyn EngineStream>, DeviceError> {
+        let queue = match handle {
+            0 => None,
+            _ => {
+                let streams = self.shared.streams.lock();
+                let queue = streams.by_handle.get(&handle).and_then(Weak::upgrade);
+                Some(queue.ok_or(DeviceError::Foreign { field: "handle" })?)
+            }
+        };
+        Ok(Box::new(Borrowed::new(self.shared.device, queue)))
+    }
 }
 
 impl fmt::Debug for Shared {
@@ -163,20 +175,6 @@ impl fmt::Debug for Shared {
         f.debug_struct("Shared")
             .field("device", &self.device)
             .finish_non_exhaustive()
-    }
-}
-
-struct Allocation {
-    id: u64,
-    shared: Arc<Shared>,
-}
-
-impl Drop for Allocation {
-    fn drop(&mut self) {
-        let mut memory = self.shared.memory.lock();
-        if let Some(bytes) = memory.allocations.remove(&self.id) {
-            memory.free_bytes += bytes.len() as u64;
-        }
     }
 }
 
@@ -189,51 +187,6 @@ struct Locked {
 impl Drop for Locked {
     fn drop(&mut self) {
         self.shared.locked.lock().remove(&self.number);
-    }
-}
-
-/// Where a span lies in the table.
-#[derive(Clone, Copy)]
-struct Place {
-    id: u64,
-    offset: usize,
-}
-
-fn place(span: &DeviceSpan, offset: u64) -> Place {
-    let allocation: &Allocation = span
-        .memory
-        .backing
-        .downcast_ref()
-        .expect("memory of this device is an `Allocation`");
-    Place {
-        id: allocation.id,
-        offset: span.offset + offset as usize,
-    }
-}
-
-impl Memory {
-    fn bytes(&mut self, at: Place, length: usize) -> &mut [u8] {
-        let allocation = self
-            .allocations
-            .get_mut(&at.id)
-            .expect("operations keep their memory");
-        &mut allocation[at.offset..at.offset + length]
-    }
-
-    fn copy(&mut self, from: Place, to: Place, length: usize) {
-        if from.id == to.id {
-            let all = self
-                .allocations
-                .get_mut(&from.id)
-                .expect("operations keep their memory");
-            return all.copy_within(from.offset..from.offset + length, to.offset);
-        }
-        let [Some(source), Some(target)] = self.allocations.get_disjoint_mut([&from.id, &to.id])
-        else {
-            unreachable!("operations keep their memory");
-        };
-        target[to.offset..to.offset + length]
-            .copy_from_slice(&source[from.offset..from.offset + length]);
     }
 }
 

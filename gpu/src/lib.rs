@@ -33,8 +33,8 @@ pub use copy::copy;
 #[cfg(feature = "cuda")]
 pub use cuda::CudaDevice;
 pub use device::{
-    Device, DeviceError, DeviceInfo, DeviceKind, DeviceMemory, DevicePreference, DeviceSpan, Event,
-    NoCuda, Opened, PageLock, PagedKv, Pending, Refused, Stream, open,
+    Device, DeviceError, DeviceInfo, DeviceKind, DeviceMemory, DevicePreference, DeviceSpan,
+    EngineStream, Event, NoCuda, Opened, PageLock, PagedKv, Pending, Refused, Stream, open,
 };
 pub use host::HostDevice;
 pub use layout::{Arrangement, KvLayout, KvOrder, KvStrides, LayoutError};

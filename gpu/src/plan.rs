@@ -6,7 +6,8 @@
 //! ```
 //!
 //! A plan is a batch: all its blocks lie one behind the other, are moved by one kernel and one transfer,
-//! and each is a contiguous stretch that Terrace stores as one block. Gather reads the pages, scatter
+//! and each is a contiguous stretch that Terrace stores as one block. Blocks may also lie further apart
+//! ([`CopyPlan::spaced`]), where layers of another shape fill the rest of each. Gather reads the pages, scatter
 //! writes them; the plan is the same. It is checked once, when it is made, so that a device need only
 //! check that the memory given is as long as the plan says.
 
@@ -18,6 +19,8 @@ pub struct CopyPlan {
     layout: KvLayout,
     pages: Vec<u32>,
     pages_per_block: u32,
+    /// Bytes from a block to the next.
+    block_stride: u64,
 }
 
 /// Bytes that lie together on both sides.
@@ -75,7 +78,25 @@ impl CopyPlan {
             layout,
             pages,
             pages_per_block,
+            block_stride: layout.page_bytes_all_layers() * u64::from(pages_per_block),
         })
+    }
+
+    /// The same with `stride_bytes` from the start of a block to that of the next.
+    ///
+    /// # Errors
+    /// Names the field: blocks that would overlap, or exceed the address space.
+    pub fn spaced(mut self, stride_bytes: u64) -> Result<Self, LayoutError> {
+        let fits = stride_bytes >= self.block_bytes()
+            && stride_bytes
+                .checked_mul(self.blocks() as u64)
+                .is_some_and(|all| all <= i64::MAX as u64);
+        if !fits {
+            let problem = format!("{stride_bytes} between blocks of {}", self.block_bytes());
+            return Err(LayoutError::new("stride_bytes", problem));
+        }
+        self.block_stride = stride_bytes;
+        Ok(self)
     }
 
     /// The layout it is for.
@@ -103,9 +124,14 @@ impl CopyPlan {
         self.layout.page_bytes_all_layers() * u64::from(self.pages_per_block)
     }
 
-    /// Bytes of all blocks.
+    /// Bytes from the start of a block to that of the next.
+    pub fn block_stride(&self) -> u64 {
+        self.block_stride
+    }
+
+    /// Bytes from the start of the first block to the end of the last.
     pub fn total_bytes(&self) -> u64 {
-        self.block_bytes() * self.blocks() as u64
+        self.block_stride * (self.blocks() as u64 - 1) + self.block_bytes()
     }
 
     /// Whether the plan can scatter: a page written from two places would end as a mixture.
@@ -140,8 +166,8 @@ impl CopyPlan {
             }
         };
         let (layout, strides) = (&self.layout, self.layout.strides());
-        let mut block = 0;
-        for pages in self.pages.chunks(self.pages_per_block as usize) {
+        for (i, pages) in self.pages.chunks(self.pages_per_block as usize).enumerate() {
+            let mut block = i as u64 * self.block_stride;
             for layer in 0..layout.layers {
                 for half in 0..u64::from(layout.kv) {
                     for page in pages {
@@ -240,6 +266,20 @@ mod tests {
                 assert_eq!(end, plan.total_bytes());
             }
         }
+    }
+
+    #[test]
+    fn spaced_blocks_leave_room_and_never_overlap() {
+        let plan = CopyPlan::new(LAYOUT, vec![3, 5], 1).unwrap();
+        let (block, runs) = (plan.block_bytes(), plan.runs());
+        let wide = plan.clone().spaced(block + 100).unwrap();
+        assert_eq!(wide.total_bytes(), 2 * block + 100);
+        for (run, near) in wide.runs().iter().zip(&runs) {
+            let shift = if near.block >= block { 100 } else { 0 };
+            assert_eq!(run.block, near.block + shift);
+            assert_eq!((run.paged, run.length), (near.paged, near.length));
+        }
+        assert_eq!(plan.spaced(block - 1).unwrap_err().field, "stride_bytes");
     }
 
     #[test]

@@ -19,7 +19,7 @@
 //! Units: bytes. Errors: [`SharedError`] while mapping, [`OutOfBounds`] afterwards; nothing here panics on
 //! numbers that came from another process.
 
-mod foreign;
+pub(crate) mod foreign;
 mod mapped;
 mod read;
 mod staging;

@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use super::{Bench, Outcome};
 use crate::device::{DeviceError, PagedKv};
-use crate::layout::{Arrangement, KvLayout, KvOrder};
+use crate::layout::{Arrangement, KvLayout, KvOrder, KvStrides};
 use crate::pinned::PinnedArena;
 use crate::plan::CopyPlan;
 
@@ -36,7 +36,33 @@ fn layouts() -> Vec<KvLayout> {
             }
         }
     }
+    layouts.extend(strided());
     layouts
+}
+
+/// Padded pages, heads outside of pages, K and V outermost with a gap: of no named arrangement.
+fn strided() -> [KvLayout; 3] {
+    let strided = |kv, heads, head_size, [to_v, page, token, head]: [u64; 4]| KvLayout {
+        layers: 3,
+        kv,
+        pages: 20,
+        page_tokens: 6,
+        heads,
+        head_size,
+        dtype_bytes: 2,
+        order: KvOrder::Nhd,
+        arrangement: Arrangement::Strided(KvStrides {
+            kv: to_v,
+            page,
+            token,
+            head,
+        }),
+    };
+    [
+        strided(1, 4, 64, [0, 6 * 4 * 128 + 256, 4 * 128, 128]),
+        strided(1, 4, 8, [0, 6 * 16, 16, 20 * 6 * 16]),
+        strided(2, 3, 3, [20 * 110 + 7, 110, 6, 36]),
+    ]
 }
 
 const PAGES: [u32; 12] = [7, 3, 4, 5, 19, 0, 1, 2, 11, 10, 9, 16];
@@ -53,7 +79,19 @@ fn rows(layout: &KvLayout, pages: &[u32], per_block: usize, mut row: impl FnMut(
                 for page in pages.iter().map(|page| *page as usize) {
                     for token in 0..tokens {
                         for head in 0..heads {
+                            if let Arrangement::Strided(strides) = layout.arrangement {
+                                let steps = [half as u64, page as u64, token as u64, head as u64];
+                                let strides =
+                                    [strides.kv, strides.page, strides.token, strides.head];
+                                let within: u64 =
+                                    steps.iter().zip(strides).map(|(i, step)| i * step).sum();
+                                let layer = layer as u64 * layout.layer_bytes();
+                                row((layer + within) as usize, block);
+                                block += bytes;
+                                continue;
+                            }
                             let page = match layout.arrangement {
+                                Arrangement::Strided(_) => continue,
                                 Arrangement::KvFirst => (layer * kv + half) * all + page,
                                 Arrangement::PageFirst => (layer * all + page) * kv + half,
                             };

@@ -7,11 +7,11 @@ use std::fmt;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use cudarc::driver::{CudaEvent, CudaStream, result};
+use cudarc::driver::{CudaEvent, CudaStream, result, sys};
 use parking_lot::Mutex;
 
 use super::shape::{Shape, WORDS, word_width};
-use super::{Allocation, Shared, address, failed};
+use super::{Allocation, Shared, failed};
 use crate::device::{
     Completion, DeviceError, DeviceSpan, Event, MAX_QUEUED, PagedKv, Pending, Refused, Stream,
 };
@@ -25,10 +25,33 @@ const WORDS_PER_THREAD: u32 = 4;
 /// What an operation uses until it is done.
 type Kept = Box<dyn Any + Send>;
 
+/// Whoever waits for an event sleeps; the driver's default is to spin.
+pub(super) const WAIT_WITHOUT_SPINNING: sys::CUevent_flags =
+    sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC;
+
 /// The end of one operation.
-struct Moment {
+pub(super) struct Moment {
     event: CudaEvent,
     kept: Mutex<Option<Kept>>,
+}
+
+impl Moment {
+    /// A moment of a stream that keeps nothing.
+    pub(super) fn of(event: CudaEvent) -> Self {
+        Self {
+            event,
+            kept: Mutex::new(None),
+        }
+    }
+
+    /// The driver's event of an event of this device.
+    pub(super) fn event_of(event: &Event) -> &CudaEvent {
+        let completion: &dyn Any = &*event.completion;
+        let moment: &Self = completion
+            .downcast_ref()
+            .expect("events of this device are these");
+        &moment.event
+    }
 }
 
 impl Completion for Moment {
@@ -98,7 +121,7 @@ impl Queue {
         }
         let recorded = launch(&mut state).and_then(|()| {
             self.stream
-                .record_event(None)
+                .record_event(Some(WAIT_WITHOUT_SPINNING))
                 .map_err(failed("recording an event"))
         });
         match recorded {
@@ -131,8 +154,8 @@ impl Queue {
         direction: usize,
     ) -> Result<Event, DeviceError> {
         paged.check(plan, blocks, self.shared.device)?;
-        let bases: Vec<u64> = paged.layers.iter().map(address).collect();
-        let target = address(blocks);
+        let bases: Vec<u64> = paged.layers.iter().map(DeviceSpan::address).collect();
+        let target = blocks.address();
         let width = word_width(plan, bases.iter().copied().chain([target]));
         let shape = Shape::new(plan, WORDS[width]);
         let kernel = self.shared.kernels[width][direction];
@@ -211,7 +234,7 @@ impl fmt::Debug for Queue {
 impl Stream for Queue {
     fn upload(&self, source: Bytes, target: &DeviceSpan) -> Result<Event, DeviceError> {
         target.check("target", self.shared.device, source.len() as u64)?;
-        let to = address(target);
+        let to = target.address();
         let kept = Box::new((source.clone(), target.clone()));
         self.submit(kept, |_| {
             // SAFETY: the span is as long as the source, and both are kept until it is done.
@@ -231,7 +254,7 @@ impl Stream for Queue {
                 error,
             });
         }
-        let from = address(source);
+        let from = source.address();
         let berth = Arc::new(Mutex::new(Some(target)));
         let kept = Box::new((source.clone(), Arc::clone(&berth)));
         let submitted = self.submit(kept, |_| {
@@ -255,7 +278,7 @@ impl Stream for Queue {
         source.check("source", self.shared.device, source.length as u64)?;
         target.check("target", self.shared.device, source.length as u64)?;
         source.check_apart(target)?;
-        let (from, to) = (address(source), address(target));
+        let (from, to) = (source.address(), target.address());
         self.submit(Box::new((source.clone(), target.clone())), |_| {
             // SAFETY: equally long spans that lie apart, kept until it is done.
             unsafe { result::memcpy_dtod_async(to, from, source.length, self.stream.cu_stream()) }
@@ -286,13 +309,13 @@ impl Stream for Queue {
         if event.device != self.shared.device {
             return Err(DeviceError::Foreign { field: "event" });
         }
-        let completion: &dyn Any = &*event.completion;
-        let moment: &Moment = completion
-            .downcast_ref()
-            .expect("events of this device are these");
         self.stream
-            .wait(&moment.event)
+            .wait(Moment::event_of(event))
             .map_err(failed("waiting for an event"))
+    }
+
+    fn handle(&self) -> u64 {
+        self.stream.cu_stream() as u64
     }
 
     fn synchronize(&self) -> Result<(), DeviceError> {

@@ -13,7 +13,7 @@ pub(super) struct Shape {
     pub(super) token_stride: u64,
     pub(super) head_stride: u64,
     pub(super) page_bytes: u64,
-    pub(super) block_bytes: u64,
+    pub(super) block_stride: u64,
     pub(super) kv: u32,
     pub(super) pages_per_block: u32,
     pub(super) heads: u32,
@@ -31,7 +31,7 @@ impl Shape {
             token_stride: strides.token,
             head_stride: strides.head,
             page_bytes: layout.page_bytes(),
-            block_bytes: plan.block_bytes(),
+            block_stride: plan.block_stride(),
             kv: layout.kv,
             pages_per_block: plan.pages_per_block(),
             heads: layout.heads,
@@ -50,9 +50,11 @@ pub(super) fn word_width(plan: &CopyPlan, addresses: impl Iterator<Item = u64> +
     } else {
         layout.row_bytes()
     };
-    // Every stride is a multiple of the unit.
+    let steps = layout.stepped().chain([plan.block_stride()]);
     let fits = |word: &&u64| {
-        unit.is_multiple_of(**word) && addresses.clone().all(|at| at.is_multiple_of(**word))
+        unit.is_multiple_of(**word)
+            && steps.clone().all(|step| step.is_multiple_of(**word))
+            && addresses.clone().all(|at| at.is_multiple_of(**word))
     };
     let word = WORDS.iter().find(fits).expect("one divides everything");
     WORDS

@@ -12,6 +12,8 @@ use crate::plan::CopyPlan;
 #[derive(Clone)]
 pub struct DeviceMemory {
     pub(crate) device: u64,
+    /// The device's own address of the first byte.
+    pub(crate) address: u64,
     pub(crate) bytes: usize,
     pub(crate) backing: Arc<dyn Any + Send + Sync>,
 }
@@ -102,10 +104,15 @@ impl DeviceSpan {
         check_length(field, expected, self.length as u64)
     }
 
+    /// The device's own address of the first byte.
+    pub(crate) fn address(&self) -> u64 {
+        self.memory.address + self.offset as u64
+    }
+
+    /// By address and not by handle, because adopted memory may be adopted twice.
     pub(crate) fn check_apart(&self, other: &Self) -> Result<(), DeviceError> {
-        let apart = !Arc::ptr_eq(&self.memory.backing, &other.memory.backing)
-            || self.offset + self.length <= other.offset
-            || other.offset + other.length <= self.offset;
+        let apart = self.address() + self.length as u64 <= other.address()
+            || other.address() + other.length as u64 <= self.address();
         if apart {
             return Ok(());
         }

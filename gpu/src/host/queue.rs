@@ -8,15 +8,19 @@ use std::thread::JoinHandle;
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
 
-use super::{Memory, Shared, place};
+use super::Shared;
+use super::memory::{Memory, Place};
 use crate::device::{
-    Completion, DeviceError, DeviceSpan, Event, MAX_QUEUED, PagedKv, Pending, Refused, Stream,
+    Completion, DeviceError, DeviceSpan, EngineStream, Event, MAX_QUEUED, PagedKv, Pending,
+    Refused, Stream,
 };
 use crate::plan::CopyPlan;
 use crate::slot::SlotMut;
 
 pub(super) struct HostStream {
     device: u64,
+    handle: u64,
+    shared: Arc<Shared>,
     queue: Arc<Queue>,
     worker: Option<JoinHandle<()>>,
 }
@@ -32,8 +36,15 @@ impl HostStream {
                 step: "starting a stream's thread",
                 problem: source.to_string(),
             })?;
+        let mut streams = shared.streams.lock();
+        streams.last += 1;
+        let handle = streams.last;
+        streams.by_handle.insert(handle, Arc::downgrade(&queue));
+        drop(streams);
         Ok(Self {
             device: shared.device,
+            handle,
+            shared: Arc::clone(shared),
             queue,
             worker: Some(worker),
         })
@@ -60,8 +71,8 @@ impl HostStream {
         let (paged, blocks, runs) = (paged.clone(), blocks.clone(), plan.runs());
         self.enqueue(Box::new(move |memory| {
             for run in &runs {
-                let page = place(&paged.layers[run.layer as usize], run.paged);
-                let block = place(&blocks, run.block);
+                let page = Place::of(&paged.layers[run.layer as usize], run.paged);
+                let block = Place::of(&blocks, run.block);
                 let (from, to) = if to_blocks {
                     (page, block)
                 } else {
@@ -75,6 +86,7 @@ impl HostStream {
 
 impl Drop for HostStream {
     fn drop(&mut self) {
+        self.shared.streams.lock().by_handle.remove(&self.handle);
         self.queue.state.lock().closing = true;
         self.queue.changed.notify_all();
         if let Some(worker) = self.worker.take() {
@@ -98,9 +110,7 @@ impl Stream for HostStream {
         target.check("target", self.device, source.len() as u64)?;
         let target = target.clone();
         self.enqueue(Box::new(move |memory| {
-            memory
-                .bytes(place(&target, 0), target.length)
-                .copy_from_slice(&source);
+            memory.write(Place::of(&target, 0), &source);
         }))
     }
 
@@ -119,7 +129,7 @@ impl Stream for HostStream {
         let theirs = Arc::clone(&berth);
         let work = Box::new(move |memory: &mut Memory| {
             if let Some(target) = &mut *theirs.lock() {
-                target.copy_from_slice(memory.bytes(place(&source, 0), source.length));
+                memory.read(Place::of(&source, 0), target);
             }
         });
         match self.enqueue(work) {
@@ -137,7 +147,7 @@ impl Stream for HostStream {
         source.check_apart(target)?;
         let (source, target) = (source.clone(), target.clone());
         self.enqueue(Box::new(move |memory| {
-            memory.copy(place(&source, 0), place(&target, 0), source.length);
+            memory.copy(Place::of(&source, 0), Place::of(&target, 0), source.length);
         }))
     }
 
@@ -167,9 +177,57 @@ impl Stream for HostStream {
         self.queue.push(Job::Wait(event.clone()))
     }
 
+    fn handle(&self) -> u64 {
+        self.handle
+    }
+
     fn synchronize(&self) -> Result<(), DeviceError> {
         let last = self.queue.state.lock().last.clone();
         last.map_or(Ok(()), |moment| moment.wait())
+    }
+}
+
+/// A stream known by its handle; without a queue the thread that calls, which has done what it was given.
+pub(super) struct Borrowed {
+    device: u64,
+    queue: Option<Arc<Queue>>,
+}
+
+impl Borrowed {
+    pub(super) fn new(device: u64, queue: Option<Arc<Queue>>) -> Self {
+        Self { device, queue }
+    }
+}
+
+impl fmt::Debug for Borrowed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Borrowed")
+            .field("thread", &self.queue.is_none())
+            .finish_non_exhaustive()
+    }
+}
+
+impl EngineStream for Borrowed {
+    fn record(&self) -> Result<Event, DeviceError> {
+        let moment = Arc::new(Moment::default());
+        match &self.queue {
+            Some(queue) => queue.push(Job::Mark(Arc::clone(&moment)))?,
+            None => moment.settle(Ok(())),
+        }
+        Ok(Event {
+            device: self.device,
+            completion: moment,
+        })
+    }
+
+    fn wait_for(&self, event: &Event) -> Result<(), DeviceError> {
+        if event.device != self.device {
+            return Err(DeviceError::Foreign { field: "event" });
+        }
+        match &self.queue {
+            Some(queue) => queue.push(Job::Wait(event.clone())),
+            None => event.wait(),
+        }
     }
 }
 
@@ -182,6 +240,8 @@ enum Job {
     Work(Work, Arc<Moment>),
     /// Something to wait for.
     Wait(Event),
+    /// Nothing to do; a moment to come.
+    Mark(Arc<Moment>),
 }
 
 #[derive(Default)]
@@ -217,7 +277,7 @@ impl Completion for Moment {
 }
 
 #[derive(Default)]
-struct Queue {
+pub(super) struct Queue {
     state: Mutex<QueueState>,
     changed: Condvar,
 }
@@ -235,10 +295,14 @@ struct QueueState {
 impl Queue {
     fn push(&self, job: Job) -> Result<(), DeviceError> {
         let mut state = self.state.lock();
+        if state.closing {
+            // Only an adopted handle can outlive its stream, against its promise.
+            return Err(DeviceError::Foreign { field: "handle" });
+        }
         if state.jobs.len() >= MAX_QUEUED {
             return Err(DeviceError::QueueFull { depth: MAX_QUEUED });
         }
-        if let Job::Work(_, moment) = &job {
+        if let Job::Work(_, moment) | Job::Mark(moment) = &job {
             state.last = Some(Arc::clone(moment));
         }
         state.jobs.push_back(job);
@@ -266,6 +330,7 @@ impl Queue {
                     // Its failure is its own stream's; a GPU goes on here too.
                     let _ = event.wait();
                 }
+                Job::Mark(moment) => moment.settle(failed.map_or(Ok(()), Err)),
                 Job::Work(mut work, moment) => {
                     let outcome = match failed {
                         Some(error) => Err(error),

@@ -26,7 +26,7 @@ typedef struct {
     u64 token_stride;  // bytes, token to token in a page
     u64 head_stride;   // bytes, head to head at a token
     u64 page_bytes;    // bytes of one page of one layer, one of K and V
-    u64 block_bytes;   // bytes of one block
+    u64 block_stride;  // bytes, block to block
     u32 kv;            // 1 or 2
     u32 pages_per_block;
     u32 heads;
@@ -41,7 +41,7 @@ typedef struct {
         u32 block = index / shape.pages_per_block, within = index % shape.pages_per_block;         \
         u8 *page = (u8 *)layers[plane / shape.kv] + (plane % shape.kv) * shape.kv_stride +         \
                    pages[index] * shape.page_stride;                                               \
-        WORD *place = (WORD *)(blocks + block * shape.block_bytes +                                \
+        WORD *place = (WORD *)(blocks + block * shape.block_stride +                               \
                                ((u64)plane * shape.pages_per_block + within) * shape.page_bytes);  \
         u32 step = gridDim.x * blockDim.x;                                                         \
         for (u32 w = blockIdx.x * blockDim.x + threadIdx.x; w < shape.page_words; w += step) {     \

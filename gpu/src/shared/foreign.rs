@@ -12,7 +12,7 @@
 /// # Safety
 /// `from` is mapped readable and `to` writable for `length` bytes; they do not overlap; what of them is this
 /// process's own memory is its caller's alone to write.
-pub(super) unsafe fn copy(to: *mut u8, from: *const u8, length: usize) {
+pub(crate) unsafe fn copy(to: *mut u8, from: *const u8, length: usize) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: reads and writes only what the caller says is mapped; the direction flag is clear by the ABI,
     // and no flags or other registers are touched.

@@ -28,6 +28,7 @@ enum {
     NOT_READY = 600,
     ALREADY_REGISTERED = 712,
     NOT_REGISTERED = 713,
+    DEVICE_ORDINAL = 9,
 };
 
 #define TOTAL_BYTES ((size_t)1 << 30)
@@ -57,6 +58,10 @@ struct Stream { Op *ops; uint64_t done, queued, capacity; };
 
 static void run_until(Stream *stream, uint64_t until);
 
+// The default stream, known as null.
+static Stream default_stream;
+static Stream *known(Stream *stream) { return stream ? stream : &default_stream; }
+
 static void run(Op *op) {
     if (op->kind == COPY) {
         memcpy(op->to, op->from, op->length);
@@ -82,7 +87,7 @@ static void run_until(Stream *stream, uint64_t until) {
 
 static int enqueue(Stream *stream, Op op) {
     if (!current) return INVALID_CONTEXT;
-    if (!stream) return INVALID_VALUE;
+    stream = known(stream);
     pthread_mutex_lock(&lock);
     if (stream->queued == stream->capacity) {
         stream->capacity = stream->capacity ? stream->capacity * 2 : 64;
@@ -114,6 +119,8 @@ int cuCtxSynchronize(void) { return current ? SUCCESS : INVALID_CONTEXT; }
 int cuGetErrorName(int error, const char **name) { *name = "STUB_ERROR"; return SUCCESS; }
 int cuGetErrorString(int error, const char **text) { *text = "the stub says no"; return SUCCESS; }
 
+static void note(uintptr_t start, size_t bytes);
+static void forget(uintptr_t start);
 // Each allocation carries its length in front, 256 bytes wide to keep CUDA's alignment.
 int cuMemAlloc_v2(uintptr_t *address, size_t bytes) {
     if (!current) return INVALID_CONTEXT;
@@ -126,6 +133,9 @@ int cuMemAlloc_v2(uintptr_t *address, size_t bytes) {
     *(size_t *)base = bytes;
     memset(base + 256, 0xdd, bytes);
     *address = (uintptr_t)base + 256;
+    pthread_mutex_lock(&lock);
+    note(*address, bytes);
+    pthread_mutex_unlock(&lock);
     return SUCCESS;
 }
 int cuMemFree_v2(uintptr_t address) {
@@ -133,6 +143,7 @@ int cuMemFree_v2(uintptr_t address) {
     char *base = (char *)address - 256;
     pthread_mutex_lock(&lock);
     used_bytes -= *(size_t *)base;
+    forget(address);
     pthread_mutex_unlock(&lock);
     memset(base + 256, 0xee, *(size_t *)base);
     free(base);
@@ -147,6 +158,37 @@ int cuMemGetInfo_v2(size_t *free_bytes, size_t *total) {
 int cuMemsetD8_v2(uintptr_t address, unsigned char value, size_t bytes) {
     memset((void *)address, value, bytes);
     return SUCCESS;
+}
+
+// As far as the stub knows, an address is its own if it came from it: allocations are 256-aligned and carry
+// their length in front, but a pointer may lie inside one, so they are looked up in a table.
+#define MAX_ALLOCATIONS 4096
+static struct { uintptr_t start; size_t bytes; } allocations[MAX_ALLOCATIONS];
+static void note(uintptr_t start, size_t bytes) {
+    for (int i = 0; i < MAX_ALLOCATIONS; i++)
+        if (!allocations[i].start) {
+            allocations[i].start = start;
+            allocations[i].bytes = bytes;
+            return;
+        }
+}
+static void forget(uintptr_t start) {
+    for (int i = 0; i < MAX_ALLOCATIONS; i++)
+        if (allocations[i].start == start) allocations[i].start = 0;
+}
+int cuPointerGetAttribute(void *value, int attribute, uintptr_t address) {
+    if (!current) return INVALID_CONTEXT;
+    if (attribute != DEVICE_ORDINAL) return INVALID_VALUE;
+    int found = INVALID_VALUE;
+    pthread_mutex_lock(&lock);
+    for (int i = 0; i < MAX_ALLOCATIONS; i++)
+        if (allocations[i].start && address >= allocations[i].start &&
+            address < allocations[i].start + allocations[i].bytes) {
+            *(int *)value = 0;
+            found = SUCCESS;
+        }
+    pthread_mutex_unlock(&lock);
+    return found;
 }
 
 static void *registered[64];
@@ -201,6 +243,7 @@ int cuEventCreate(Event **event, unsigned flags) {
 }
 int cuEventRecord(Event *event, Stream *stream) {
     pthread_mutex_lock(&lock);
+    stream = known(stream);
     *event = (Event){stream, stream->queued};
     pthread_mutex_unlock(&lock);
     return SUCCESS;
