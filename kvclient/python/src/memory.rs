@@ -1,0 +1,321 @@
+//! The engine's memory: whose turn it is at which block, and the slices that go with it.
+//!
+//! ```text
+//!                 ┌ ReadClaim   any number per block       pieces() -> &[u8]
+//! EngineMemory ──►┤
+//!                 └ WriteClaim  one per block, no readers  pieces() -> &mut [u8]
+//!
+//! retire(): waits until no claim is left; then the engine may unmap it
+//! ```
+//!
+//! Units: blocks of the engine, bytes.
+//! Errors: [`ClaimError`]: a block that is not there, named twice, or claimed by another job.
+//! Why claims: Rust's slices promise that nobody writes what they show. Among our own jobs the claims keep that promise.
+//! Against the engine itself the engine keeps it: it must not touch a block between handing it over and its return, which
+//! is what `Cache`'s docstrings demand.
+//!
+//! This is the only file here with `unsafe`.
+#![allow(unsafe_code)]
+
+use std::{
+    collections::{HashMap, HashSet, hash_map::Entry},
+    ops::Range,
+    slice,
+    sync::Arc,
+};
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::layout::{Layout, LayoutError};
+
+/// Why blocks were not handed over.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ClaimError {
+    /// Not there.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// Named twice by one load.
+    #[error("block {block} is named twice")]
+    Twice {
+        /// Which.
+        block: u32,
+    },
+    /// Another job is at it.
+    #[error("block {block} is in the hands of another job")]
+    Busy {
+        /// Which.
+        block: u32,
+    },
+    /// The engine has taken its memory back.
+    #[error("the engine's memory is not known any more")]
+    Retired,
+}
+
+/// Blocks of an engine, at addresses of this process.
+#[derive(Debug)]
+pub struct EngineMemory {
+    layout: Layout,
+    claims: Mutex<Claims>,
+    idle: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Claims {
+    /// Readers per block; [`WRITER`] is a writer.
+    blocks: HashMap<u32, u32>,
+    retired: bool,
+}
+
+const WRITER: u32 = u32::MAX;
+
+impl EngineMemory {
+    /// The memory that `layout` describes.
+    ///
+    /// # Safety
+    /// Until [`EngineMemory::retire`] has returned, every piece of every block is mapped, readable and writable, and
+    /// belongs to one allocation. Nobody else writes a block while there is a [`ReadClaim`] on it, and nobody
+    /// else reads or writes a block while there is a [`WriteClaim`] on it.
+    pub unsafe fn new(layout: Layout) -> Arc<Self> {
+        Arc::new(Self {
+            layout,
+            claims: Mutex::default(),
+            idle: Condvar::new(),
+        })
+    }
+
+    /// Where its blocks lie.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// These blocks, to be read.
+    ///
+    /// # Errors
+    /// When one is not there or being written.
+    pub fn read(self: &Arc<Self>, blocks: &[u32]) -> Result<ReadClaim, ClaimError> {
+        Ok(ReadClaim(self.claim(blocks, false)?))
+    }
+
+    /// These blocks, to be written; all different.
+    ///
+    /// # Errors
+    /// When one is not there, named twice, or claimed already.
+    pub fn write(self: &Arc<Self>, blocks: &[u32]) -> Result<WriteClaim, ClaimError> {
+        let mut seen = HashSet::with_capacity(blocks.len());
+        if let Some(&block) = blocks.iter().find(|block| !seen.insert(**block)) {
+            return Err(ClaimError::Twice { block });
+        }
+        Ok(WriteClaim(self.claim(blocks, true)?))
+    }
+
+    /// Waits until nobody has a claim, and gives no more.
+    pub fn retire(&self) {
+        let mut claims = self.claims.lock();
+        claims.retired = true;
+        while !claims.blocks.is_empty() {
+            self.idle.wait(&mut claims);
+        }
+    }
+
+    fn claim(self: &Arc<Self>, blocks: &[u32], write: bool) -> Result<Claim, ClaimError> {
+        let pieces = blocks
+            .iter()
+            .map(|&block| self.layout.pieces(block))
+            .collect::<Result<_, _>>()?;
+        let mut claims = self.claims.lock();
+        if claims.retired {
+            return Err(ClaimError::Retired);
+        }
+        for (done, &block) in blocks.iter().enumerate() {
+            let free = match claims.blocks.entry(block) {
+                Entry::Vacant(entry) => {
+                    entry.insert(if write { WRITER } else { 1 });
+                    true
+                }
+                Entry::Occupied(mut entry) if !write && *entry.get() < WRITER - 1 => {
+                    *entry.get_mut() += 1;
+                    true
+                }
+                Entry::Occupied(_) => false,
+            };
+            if !free {
+                claims.release(&blocks[..done]);
+                return Err(ClaimError::Busy { block });
+            }
+        }
+        drop(claims);
+        Ok(Claim {
+            memory: self.clone(),
+            blocks: blocks.into(),
+            pieces,
+        })
+    }
+}
+
+impl Claims {
+    fn release(&mut self, blocks: &[u32]) {
+        for &block in blocks {
+            if let Entry::Occupied(mut entry) = self.blocks.entry(block) {
+                match *entry.get() {
+                    WRITER | 1 => drop(entry.remove()),
+                    _ => *entry.get_mut() -= 1,
+                }
+            }
+        }
+    }
+}
+
+/// Blocks of a job, given back when dropped.
+#[derive(Debug)]
+struct Claim {
+    memory: Arc<EngineMemory>,
+    blocks: Box<[u32]>,
+    pieces: Vec<Vec<Range<usize>>>,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let mut claims = self.memory.claims.lock();
+        claims.release(&self.blocks);
+        if claims.blocks.is_empty() {
+            self.memory.idle.notify_all();
+        }
+    }
+}
+
+/// Blocks that nobody writes as long as this lives.
+#[derive(Debug)]
+pub struct ReadClaim(Claim);
+
+impl ReadClaim {
+    /// The engine's ids of them.
+    #[must_use]
+    pub fn blocks(&self) -> &[u32] {
+        &self.0.blocks
+    }
+
+    /// Bytes of each of them.
+    #[must_use]
+    pub fn block_bytes(&self) -> usize {
+        self.0.memory.layout.block_bytes()
+    }
+
+    /// The bytes of those in `range`, each block's pieces in the order of the layers.
+    #[must_use]
+    pub fn pieces(&self, range: Range<usize>) -> Vec<Vec<&[u8]>> {
+        let piece = |piece: &Range<usize>| {
+            let address = std::ptr::with_exposed_provenance::<u8>(piece.start);
+            // SAFETY: mapped and readable until `retire` returns, which waits for this claim; no other job writes it,
+            // because a write claim excludes this one; the engine does not, by the promise of `EngineMemory::new`.
+            // The length fits isize, `Layout::new` has checked. The slice lives no longer than the claim.
+            unsafe { slice::from_raw_parts(address, piece.len()) }
+        };
+        let block = |pieces: &Vec<Range<usize>>| pieces.iter().map(piece).collect();
+        self.0.pieces[range].iter().map(block).collect()
+    }
+}
+
+/// Blocks that nobody else reads or writes as long as this lives.
+#[derive(Debug)]
+pub struct WriteClaim(Claim);
+
+impl WriteClaim {
+    /// The engine's ids of them.
+    #[must_use]
+    pub fn blocks(&self) -> &[u32] {
+        &self.0.blocks
+    }
+
+    /// Bytes of each of them.
+    #[must_use]
+    pub fn block_bytes(&self) -> usize {
+        self.0.memory.layout.block_bytes()
+    }
+
+    /// The memory of those in `range`, each block's pieces in the order of the layers.
+    #[must_use]
+    pub fn pieces(&mut self, range: Range<usize>) -> Vec<Vec<&mut [u8]>> {
+        let piece = |piece: &Range<usize>| {
+            let address = std::ptr::with_exposed_provenance_mut::<u8>(piece.start);
+            // SAFETY: as in `ReadClaim::pieces`, and writable. No two of these slices overlap: the claim's blocks are
+            // all different (`EngineMemory::write`) and no byte of a layout is in two blocks or layers (`Layout::new`).
+            // `&mut self` keeps a second set of them from being made meanwhile.
+            unsafe { slice::from_raw_parts_mut(address, piece.len()) }
+        };
+        let block = |pieces: &Vec<Range<usize>>| pieces.iter().map(piece).collect();
+        self.0.pieces[range].iter().map(block).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::Layer;
+
+    /// Two layers of four blocks of 8 bytes, in one buffer.
+    fn memory(buffer: &mut [u8; 64]) -> Arc<EngineMemory> {
+        let address = buffer.as_mut_ptr().expose_provenance();
+        let layer = |address| Layer {
+            address,
+            blocks: 4,
+            stride_bytes: 8,
+            block_bytes: 8,
+        };
+        let layout = Layout::new(vec![layer(address), layer(address + 32)]).unwrap();
+        // SAFETY: the tests keep the buffer, and look at it only when no claim is left.
+        unsafe { EngineMemory::new(layout) }
+    }
+
+    #[test]
+    fn what_is_written_to_a_block_is_read_from_it() {
+        let mut buffer = [0; 64];
+        let memory = memory(&mut buffer);
+        let mut claim = memory.write(&[2, 0]).unwrap();
+        for (i, piece) in claim.pieces(0..2).into_iter().flatten().enumerate() {
+            piece.fill(i as u8 + 1);
+        }
+        drop(claim);
+        let claim = memory.read(&[0]).unwrap();
+        assert_eq!(claim.pieces(0..1), [[[3; 8], [4; 8]]]);
+        drop(claim);
+        memory.retire();
+        assert_eq!((buffer[16], buffer[48], buffer[8]), (1, 2, 0));
+    }
+
+    #[test]
+    fn a_block_has_readers_or_one_writer() {
+        let mut buffer = [0; 64];
+        let memory = memory(&mut buffer);
+        let (a, b) = (memory.read(&[1, 2, 2]).unwrap(), memory.read(&[2]).unwrap());
+        let busy = memory.write(&[0, 2]).unwrap_err();
+        assert_eq!(busy, ClaimError::Busy { block: 2 });
+        drop(a);
+        assert!(memory.write(&[2]).is_err());
+        drop(b);
+        // Block 0 was given back when 2 could not be had.
+        let writer = memory.write(&[0, 2]).unwrap();
+        assert!(memory.read(&[0]).is_err());
+        drop(writer);
+        assert_eq!(
+            memory.write(&[3, 3]).unwrap_err(),
+            ClaimError::Twice { block: 3 }
+        );
+        assert!(matches!(memory.read(&[4]), Err(ClaimError::Layout(_))));
+    }
+
+    #[test]
+    fn retired_memory_is_given_to_nobody() {
+        let mut buffer = [0; 64];
+        let memory = memory(&mut buffer);
+        let claim = memory.read(&[1]).unwrap();
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| memory.retire());
+            while memory.read(&[0]).is_ok() {
+                std::thread::yield_now();
+            }
+            assert!(!waiting.is_finished());
+            drop(claim);
+        });
+        assert_eq!(memory.read(&[1]).unwrap_err(), ClaimError::Retired);
+    }
+}

@@ -1,0 +1,147 @@
+//! `terrace.Client`.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use parking_lot::RwLock;
+use pyo3::{
+    exceptions::PyConnectionError,
+    prelude::*,
+    types::{PyBytes, PyDict},
+};
+
+use super::convert::{self, wrong};
+use crate::{
+    client::{Error, PlainClient},
+    node::{NodeSettings, Path},
+};
+
+/// A plain, blocking client of one namespace.
+#[pyclass(module = "terrace", frozen)]
+pub(super) struct Client(RwLock<PlainClient>);
+
+fn raised(error: Error) -> PyErr {
+    if error.is_unavailable() {
+        return PyConnectionError::new_err(error.to_string());
+    }
+    wrong(error)
+}
+
+#[pymethods]
+impl Client {
+    #[new]
+    #[pyo3(signature = (
+        endpoint = "127.0.0.1:7070", namespace = None, *, block_tokens = 16, token = None, local = "auto",
+        strict = false, timeout_ms = 5000
+    ))]
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "Python's keyword arguments; one struct of settings on our side"
+    )]
+    fn new(
+        py: Python<'_>,
+        endpoint: &str,
+        namespace: Option<&Bound<'_, PyAny>>,
+        block_tokens: u32,
+        token: Option<String>,
+        local: &str,
+        strict: bool,
+        timeout_ms: u64,
+    ) -> PyResult<Self> {
+        let label = pyo3::types::PyString::new(py, "python");
+        let namespace = namespace.unwrap_or(label.as_any());
+        let spec = convert::label_or_namespace(namespace, block_tokens)?;
+        let node = NodeSettings {
+            endpoint: endpoint.to_owned(),
+            owner: None,
+            token,
+            local: local.to_owned(),
+            strict,
+        };
+        let deadline = Duration::from_millis(timeout_ms);
+        py.detach(|| PlainClient::connect(&node, &spec, deadline))
+            .map(|client| Self(RwLock::new(client)))
+            .map_err(raised)
+    }
+
+    #[getter]
+    fn block_tokens(&self) -> u32 {
+        self.0.read().block_tokens()
+    }
+
+    #[getter]
+    fn difference(&self) -> Option<String> {
+        self.0.read().difference().map(str::to_owned)
+    }
+
+    #[pyo3(signature = (tokens, blocks, *, first = 0))]
+    fn put(
+        &self,
+        py: Python<'_>,
+        tokens: Vec<u32>,
+        blocks: Vec<Vec<u8>>,
+        first: usize,
+    ) -> PyResult<Vec<String>> {
+        let blocks = blocks.into_iter().map(Bytes::from).collect();
+        py.detach(|| self.0.read().put(&tokens, first, blocks))
+            .map_err(raised)
+    }
+
+    #[pyo3(signature = (tokens, *, first = 0))]
+    fn get<'py>(
+        &self,
+        py: Python<'py>,
+        tokens: Vec<u32>,
+        first: usize,
+    ) -> PyResult<Vec<Bound<'py, PyBytes>>> {
+        let got = py
+            .detach(|| self.0.read().get(&tokens, first))
+            .map_err(raised)?;
+        Ok(got.iter().map(|bytes| PyBytes::new(py, bytes)).collect())
+    }
+
+    fn lookup(&self, py: Python<'_>, tokens: Vec<u32>) -> PyResult<usize> {
+        py.detach(|| self.0.read().lookup(&tokens)).map_err(raised)
+    }
+
+    #[pyo3(signature = (tokens = None))]
+    fn invalidate(&self, py: Python<'_>, tokens: Option<Vec<u32>>) -> PyResult<u64> {
+        py.detach(|| self.0.read().invalidate(tokens.as_deref()))
+            .map_err(raised)
+    }
+
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let stats = py.detach(|| self.0.read().stats()).map_err(raised)?;
+        let dict = PyDict::new(py);
+        for (name, value) in stats {
+            dict.set_item(name, value)?;
+        }
+        Ok(dict)
+    }
+
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.0.write().close());
+    }
+
+    fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    #[pyo3(signature = (*_exc))]
+    fn __exit__(&self, py: Python<'_>, _exc: &Bound<'_, PyAny>) {
+        self.close(py);
+    }
+}
+
+/// Which way bytes go, as a dict.
+pub(super) fn path(py: Python<'_>, path: Path) -> PyResult<Bound<'_, PyAny>> {
+    let dict = PyDict::new(py);
+    dict.set_item("in_use", path.in_use)?;
+    for (name, value) in path.counts {
+        dict.set_item(name, value)?;
+    }
+    if let Some(why) = path.why_not_local {
+        dict.set_item("why_not_local", why)?;
+    }
+    Ok(dict.into_any())
+}

@@ -1,0 +1,429 @@
+//! Moving a job's blocks: in order, in calls of bounded size.
+//!
+//! ```text
+//! load   chain[first..] ─cut─► call │ call │ …   one after the other: the head of the prefix is whole first
+//!                               └─ each block verified, its length compared ─► the engine's memory
+//!
+//! save   chain[first..] ─probe─► what the node has is not sent
+//!                       ─cut─► gather │ gather │ … all gathered ─► the engine may reuse its blocks
+//!                              put │ put │ …       as far as scratch goes, else one by one
+//! ```
+//!
+//! Units: blocks, bytes.
+//! Errors: none; blocks that did not make it are in the [`Outcome`], with the first reason.
+//! Why one call after the other: jobs run side by side already, and a prefix is of use from its head on. Why a save is
+//! gathered first: the engine's blocks would be in use until the node has taken the last byte, or until a deadline
+//! when it is frozen.
+
+use std::{collections::VecDeque, ops::Range, time::Duration};
+
+use kvclient::{
+    Chain, Error, GetOptions, GetOutcome, LeaseId, LookupOptions, Part, PutBlock, PutOptions,
+    Target,
+    clock::{Clock, Tick},
+};
+
+use crate::{
+    hashes::EngineHashes,
+    jobs::Outcome,
+    memory::{ReadClaim, WriteClaim},
+    node::{NodeLink, Way},
+    scratch::{Buffer, SCRATCH_BYTES, Scratch},
+};
+
+/// Most bytes of one call; a larger block goes alone.
+pub const CALL_BYTES: usize = 16 << 20;
+
+/// Most blocks of one call.
+pub const CALL_BLOCKS: usize = 256;
+
+/// What a load needs.
+#[derive(Debug)]
+pub struct Load {
+    /// Lease to load under; 0: none.
+    pub lease: u64,
+    /// The chain from its root on.
+    pub hashes: EngineHashes,
+    /// Its first block to load.
+    pub first: usize,
+    /// Where they go.
+    pub claim: WriteClaim,
+}
+
+/// What a save needs.
+#[derive(Debug)]
+pub struct Save {
+    /// The chain from its root on.
+    pub hashes: EngineHashes,
+    /// Its first block to save.
+    pub first: usize,
+    /// Where they are.
+    pub claim: ReadClaim,
+}
+
+/// What all transfers of a cache share.
+#[derive(Debug)]
+pub struct Mover {
+    part: Part,
+    timeout: Duration,
+    scratch: Scratch,
+}
+
+/// How many blocks of `block_bytes` go in one call.
+#[must_use]
+pub fn blocks_per_call(block_bytes: usize) -> usize {
+    (CALL_BYTES / block_bytes.max(1)).clamp(1, CALL_BLOCKS)
+}
+
+/// `range` in pieces of at most `step`.
+fn cut(range: Range<usize>, step: usize) -> impl Iterator<Item = Range<usize>> {
+    let end = range.end;
+    range
+        .step_by(step)
+        .map(move |start| start..(start + step).min(end))
+}
+
+/// Blocks `range` of a job as a chain that knows where it stands.
+fn chain(way: &Way, hashes: &EngineHashes, first: usize, range: Range<usize>) -> Chain {
+    let range = first + range.start..first + range.end;
+    hashes.chain(way.namespace.key(), way.namespace.run_blocks(), range)
+}
+
+impl Mover {
+    /// For blocks of this part, and jobs that may take this long each.
+    #[must_use]
+    pub fn new(part: Part, timeout: Duration) -> Self {
+        Self {
+            part,
+            timeout,
+            scratch: Scratch::new(SCRATCH_BYTES),
+        }
+    }
+
+    /// Fills the engine's blocks. Also answers which of the chain's blocks were corrupt, for [`Mover::forget`].
+    pub async fn load(&self, node: &NodeLink, mut load: Load) -> (Outcome, Vec<usize>) {
+        let until = node.clock.now().after(self.timeout);
+        let ids: Box<[u32]> = load.claim.blocks().into();
+        let block_bytes = load.claim.block_bytes();
+        let (mut outcome, mut corrupt) = (Outcome::default(), Vec::new());
+        for range in cut(0..ids.len(), blocks_per_call(block_bytes)) {
+            match self.get(node, &mut load, range.clone(), until).await {
+                Ok(got) => {
+                    for (at, lost) in range.zip(got) {
+                        let Some(lost) = lost else {
+                            outcome.blocks += 1;
+                            continue;
+                        };
+                        if lost.corrupt {
+                            corrupt.push(load.first + at);
+                        }
+                        outcome.failed.push(ids[at]);
+                        outcome.reason.get_or_insert(lost.reason);
+                    }
+                }
+                // Nobody to ask, or not in time: nor for the rest.
+                Err(reason) => {
+                    outcome.failed.extend(&ids[range.start..]);
+                    outcome.reason.get_or_insert(reason);
+                    break;
+                }
+            }
+        }
+        outcome.bytes = (outcome.blocks * block_bytes) as u64;
+        let counters = &node.counters;
+        counters.loaded_blocks.add(outcome.blocks as u64);
+        counters.loaded_bytes.add(outcome.bytes);
+        counters.load_failed_blocks.add(outcome.failed.len() as u64);
+        counters.corrupt_blocks.add(corrupt.len() as u64);
+        (outcome, corrupt)
+    }
+
+    /// One call: for each block of `range` nothing, if it is there, or why it is not.
+    async fn get(
+        &self,
+        node: &NodeLink,
+        load: &mut Load,
+        range: Range<usize>,
+        until: Tick,
+    ) -> Result<Vec<Option<Lost>>, String> {
+        let way = node.moving().ok_or(AWAY)?;
+        let chain = chain(&way, &load.hashes, load.first, range.clone());
+        let client = way.client.with_deadline(until.since(node.clock.now()));
+        let lease = (load.lease != 0).then(|| client.lease_of_owner(LeaseId(load.lease)));
+        let options = GetOptions {
+            lease: lease.as_ref(),
+            parts: &[self.part],
+        };
+        let block_bytes = load.claim.block_bytes();
+        let blocks = load.claim.pieces(range);
+        let got = scattered(&client, &way, &chain, options, blocks, block_bytes).await;
+        let got = got.map_err(|error| node.failed(&error))?;
+        let judge = |got: kvclient::Got| match got.outcome {
+            GetOutcome::Hit if got.length_bytes == block_bytes => None,
+            GetOutcome::Hit => Some(Lost {
+                reason: format!(
+                    "a block has {} bytes, the engine's have {block_bytes}",
+                    got.length_bytes
+                ),
+                corrupt: false,
+            }),
+            other => Some(Lost {
+                reason: format!("a block was answered {other}"),
+                corrupt: other == GetOutcome::Corrupt,
+            }),
+        };
+        Ok(got.into_iter().map(judge).collect())
+    }
+
+    /// Tells the node to forget blocks whose bytes were wrong, so that they can be saved anew.
+    pub async fn forget(&self, node: &NodeLink, hashes: &EngineHashes, corrupt: &[usize]) {
+        let Some(way) = node.moving().filter(|_| !corrupt.is_empty()) else {
+            return;
+        };
+        for &block in corrupt {
+            let target = Target::Block(way.namespace.engine_hash(hashes.get(block)));
+            if let Err(error) = way.client.invalidate(&way.namespace, target).await {
+                tracing::warn!(%error, block, "a corrupt block could not be invalidated");
+                return;
+            }
+        }
+    }
+
+    /// Stores the engine's blocks. Calls `gathered` once it reads the engine's memory no more; `hurry` is ready when it
+    /// must stop doing so. Also answers which of the chain's blocks the node has now.
+    pub async fn save(
+        &self,
+        node: &NodeLink,
+        save: Save,
+        hurry: impl Future<Output = ()>,
+        gathered: impl FnOnce(),
+    ) -> (Outcome, Vec<usize>) {
+        let Save {
+            hashes,
+            first,
+            claim,
+        } = save;
+        let mut saving = Saving {
+            mover: self,
+            node,
+            hashes: &hashes,
+            first,
+            until: node.clock.now().after(self.timeout),
+            kept: vec![false; claim.blocks().len()],
+            waiting: VecDeque::new(),
+            reason: None,
+        };
+        tokio::select! {
+            biased;
+            () = hurry => saving.fail("given up: the engine wants its blocks back"),
+            () = saving.gather(&claim) => {}
+        }
+        let (ids, block_bytes): (Box<[u32]>, _) = (claim.blocks().into(), claim.block_bytes());
+        drop(claim);
+        gathered();
+        while saving.put_next(block_bytes).await {}
+        saving.finish(&ids, block_bytes)
+    }
+}
+
+const AWAY: &str = "the node is away";
+
+/// Why a block did not come.
+struct Lost {
+    reason: String,
+    corrupt: bool,
+}
+
+/// One call, each block into its pieces.
+async fn scattered(
+    client: &kvclient::Client,
+    way: &Way,
+    chain: &Chain,
+    options: GetOptions<'_>,
+    mut blocks: Vec<Vec<&mut [u8]>>,
+    block_bytes: usize,
+) -> Result<Vec<kvclient::Got>, Error> {
+    if blocks.iter().all(|pieces| pieces.len() == 1) {
+        let mut buffers: Vec<&mut [u8]> = blocks.into_iter().flatten().collect();
+        return client
+            .get_into(&way.namespace, chain, options, &mut buffers)
+            .await;
+    }
+    let mut scratch = vec![0; blocks.len() * block_bytes];
+    let mut buffers: Vec<&mut [u8]> = scratch.chunks_exact_mut(block_bytes).collect();
+    let got = client
+        .get_into(&way.namespace, chain, options, &mut buffers)
+        .await?;
+    for (pieces, mut bytes) in blocks.iter_mut().zip(scratch.chunks_exact(block_bytes)) {
+        for piece in pieces {
+            let (head, rest) = bytes.split_at(piece.len());
+            piece.copy_from_slice(head);
+            bytes = rest;
+        }
+    }
+    Ok(got)
+}
+
+/// How far a save has come.
+struct Saving<'a> {
+    mover: &'a Mover,
+    node: &'a NodeLink,
+    hashes: &'a EngineHashes,
+    first: usize,
+    until: Tick,
+    /// Which of the job's blocks the node has.
+    kept: Vec<bool>,
+    /// Gathered, not yet put.
+    waiting: VecDeque<(Range<usize>, Buffer<'a>)>,
+    reason: Option<String>,
+}
+
+impl Saving<'_> {
+    /// Reads the engine's blocks, and puts some already where scratch does not hold them all.
+    async fn gather(&mut self, claim: &ReadClaim) {
+        let count = claim.blocks().len();
+        let block_bytes = claim.block_bytes();
+        let Some(present) = self.present(count).await else {
+            return;
+        };
+        self.kept[..present].fill(true);
+        self.node.counters.present_blocks.add(present as u64);
+        for range in cut(present..count, blocks_per_call(block_bytes)) {
+            let bytes = range.len() * block_bytes;
+            let mut buffer = loop {
+                if let Some(buffer) = self.mover.scratch.try_take(bytes) {
+                    break buffer;
+                }
+                if self.waiting.is_empty() {
+                    break self.mover.scratch.take(bytes).await;
+                }
+                if !self.put_next(block_bytes).await {
+                    return;
+                }
+            };
+            for piece in claim.pieces(range.clone()).into_iter().flatten() {
+                buffer.extend(piece);
+            }
+            self.waiting.push_back((range, buffer));
+        }
+    }
+
+    /// How many of the leading blocks the node has already.
+    async fn present(&mut self, count: usize) -> Option<usize> {
+        if count == 0 {
+            return None;
+        }
+        let Some(way) = self.node.moving() else {
+            self.fail(AWAY);
+            return None;
+        };
+        let chain = chain(&way, self.hashes, self.first, 0..count);
+        let options = LookupOptions {
+            parts: vec![self.mover.part],
+            ..LookupOptions::probe()
+        };
+        let client = way.client.with_deadline(self.left());
+        match client.lookup(&way.namespace, &chain, &options).await {
+            Ok(found) => Some((found.present_blocks as usize).min(count)),
+            Err(error) => {
+                let reason = self.node.failed(&error);
+                self.fail(&reason);
+                None
+            }
+        }
+    }
+
+    /// Puts what was gathered first. False: nothing is left to put, or there is no use in going on, because a block that the
+    /// node did not take makes those after it unreachable.
+    async fn put_next(&mut self, block_bytes: usize) -> bool {
+        let Some((range, buffer)) = self.waiting.pop_front() else {
+            return false;
+        };
+        let Some(way) = self.node.moving() else {
+            self.fail(AWAY);
+            return false;
+        };
+        let chain = chain(&way, self.hashes, self.first, range.clone());
+        let blocks: Vec<PutBlock<'_>> = buffer
+            .bytes()
+            .chunks_exact(block_bytes)
+            .enumerate()
+            .map(|(i, bytes)| PutBlock {
+                part: self.mover.part,
+                ..PutBlock::new(i, bytes)
+            })
+            .collect();
+        let client = way.client.with_deadline(self.left());
+        let put = client
+            .put(&way.namespace, &chain, &blocks, PutOptions::default())
+            .await;
+        match put {
+            Ok(results) => {
+                let mut all = true;
+                for (at, result) in range.zip(results) {
+                    self.kept[at] = result.outcome.is_kept();
+                    if !self.kept[at] {
+                        all = false;
+                        let why = result
+                            .reason
+                            .map_or_else(|| "no reason".to_owned(), |why| why.to_string());
+                        self.fail(&format!("a block was {}: {why}", result.outcome));
+                    }
+                }
+                all
+            }
+            Err(error) => {
+                let reason = self.node.failed(&error);
+                self.fail(&reason);
+                false
+            }
+        }
+    }
+
+    fn left(&self) -> Duration {
+        self.until.since(self.node.clock.now())
+    }
+
+    fn fail(&mut self, reason: &str) {
+        self.reason.get_or_insert_with(|| reason.to_owned());
+    }
+
+    fn finish(self, ids: &[u32], block_bytes: usize) -> (Outcome, Vec<usize>) {
+        let kept: Vec<usize> = (0..ids.len()).filter(|&at| self.kept[at]).collect();
+        let failed = (0..ids.len())
+            .filter(|&at| !self.kept[at])
+            .map(|at| ids[at]);
+        let outcome = Outcome {
+            blocks: kept.len(),
+            bytes: (kept.len() * block_bytes) as u64,
+            failed: failed.collect(),
+            reason: self.reason,
+        };
+        let counters = &self.node.counters;
+        counters.saved_blocks.add(outcome.blocks as u64);
+        counters.saved_bytes.add(outcome.bytes);
+        counters.save_failed_blocks.add(outcome.failed.len() as u64);
+        (
+            outcome,
+            kept.into_iter().map(|at| self.first + at).collect(),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_has_at_least_one_block_and_keeps_its_bounds() {
+        assert_eq!(blocks_per_call(CALL_BYTES * 3), 1);
+        assert_eq!(blocks_per_call(1 << 20), 16);
+        assert_eq!(blocks_per_call(1), CALL_BLOCKS);
+    }
+
+    #[test]
+    fn pieces_of_a_range_follow_each_other() {
+        assert_eq!(cut(3..10, 3).collect::<Vec<_>>(), [3..6, 6..9, 9..10]);
+        assert_eq!(cut(0..0, 3).count(), 0);
+    }
+}
