@@ -1,0 +1,311 @@
+//! Blocks in and out: what was put is what is read, and what is wrong never becomes a block.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+};
+
+use kvproto::v1::{self, GetOutcome, PutOutcome, Reason, local_reply::Answer, local_request::Call};
+use kvtests::{
+    local::{Raw, Space, pattern},
+    node::TestNode,
+};
+
+use super::{Client, MIB, got, metric, outcomes, put_one};
+
+#[tokio::test]
+async fn a_chain_is_read_where_it_lies_with_and_without_a_lease() {
+    let node = TestNode::start(|_| {}).await;
+    let space = Space::open(&node.node, "default").await;
+    let (mut writer, mut reader) = (Client::new(&node, "", 1), Client::new(&node, "", 2));
+    let chain = space.chain(1, 6);
+    let blocks = writer.put_chain(&space, &chain, MIB + 12_345);
+
+    let lease = reader
+        .raw
+        .lookup(space.lookup(&chain, 60_000))
+        .lease
+        .expect("a lease");
+    assert_eq!(lease.blocks, 6);
+    let leased = reader.raw.get(space.get(&chain, lease.id));
+    assert_eq!(leased.hold, 0, "the lease keeps them");
+    let held = reader.raw.get(space.get(&chain, 0));
+    assert_ne!(held.hold, 0, "nothing else keeps them");
+    for answer in [&leased, &held] {
+        assert_eq!(answer.blocks.len(), 6);
+        for (block, bytes) in answer.blocks.iter().zip(&blocks) {
+            assert!(reader.read(&space, block).as_ref() == Ok(bytes));
+            assert_eq!(block.tier(), v1::Tier::Ram);
+        }
+    }
+    assert_eq!(metric(&node, "terrace_get_blocks_asked_total"), 12.0);
+    assert_eq!(
+        metric(&node, "terrace_get_blocks_total{source=\"ram\"}"),
+        12.0
+    );
+
+    let renew = v1::RenewRequest {
+        lease_id: lease.id,
+        ..v1::RenewRequest::default()
+    };
+    let Ok(Answer::Renew(renewed)) = reader.raw.call(Call::Renew(renew)) else {
+        panic!("renewed");
+    };
+    assert!(renewed.renewed);
+    let release = || v1::ReleaseRequest {
+        lease_id: lease.id,
+        ..v1::ReleaseRequest::default()
+    };
+    for released in [true, false] {
+        let answer = reader.raw.call(Call::Release(release()));
+        assert!(matches!(answer, Ok(Answer::Release(r)) if r.released == released));
+    }
+    let gone = reader.raw.get(space.get(&chain, lease.id));
+    assert_eq!(got(&gone.blocks), [GetOutcome::Expired; 6]);
+}
+
+#[tokio::test]
+async fn what_is_not_there_is_a_miss_and_what_is_there_is_present() {
+    let node = TestNode::start(|_| {}).await;
+    let space = Space::open(&node.node, "default").await;
+    let mut client = Client::new(&node, "", 1);
+    let chain = space.chain(1, 3);
+    client.put_chain(&space, &space.chain(1, 2), 10_000);
+    let answer = client.raw.get(space.get(&chain, 0));
+    assert_eq!(
+        got(&answer.blocks),
+        [GetOutcome::Hit, GetOutcome::Hit, GetOutcome::Miss]
+    );
+
+    let copied = metric(&node, "terrace_local_put_bytes_total");
+    let bytes = pattern(0, 10_000);
+    client.staging.write(0, &bytes).expect("inside");
+    let again = client
+        .raw
+        .put(space.put(&[(space.header(&chain, 0, &bytes), 0)]))
+        .expect("an answer");
+    assert_eq!(outcomes(&again), [PutOutcome::Present]);
+    assert_eq!(
+        metric(&node, "terrace_local_put_bytes_total"),
+        copied,
+        "not copied for nobody"
+    );
+}
+
+#[tokio::test]
+async fn a_batch_is_answered_block_by_block() {
+    let node = TestNode::start(|_| {}).await;
+    let space = Space::open(&node.node, "default").await;
+    let mut client = Client::new(&node, "", 1);
+    let chain = space.chain(1, 4);
+    let mut blocks = Vec::new();
+    for i in 0..4 {
+        let bytes = pattern(i, 70_000);
+        client
+            .staging
+            .write(u64::from(i) * 70_000, &bytes)
+            .expect("inside");
+        blocks.push((
+            space.header(&chain, i as usize, &bytes),
+            u64::from(i) * 70_000,
+        ));
+    }
+    client
+        .staging
+        .write(2 * 70_000 + 66_000, &[1, 2, 3])
+        .expect("inside");
+    let results = client.raw.put(space.put(&blocks)).expect("an answer");
+    let cached = PutOutcome::Cached;
+    assert_eq!(
+        outcomes(&results),
+        [cached, cached, PutOutcome::Corrupt, cached]
+    );
+    assert_eq!(results[2].reason(), Reason::Corrupt);
+    let answer = client.raw.get(space.get(&chain, 0));
+    let hit = GetOutcome::Hit;
+    assert_eq!(got(&answer.blocks), [hit, hit, GetOutcome::Miss, hit]);
+}
+
+#[tokio::test]
+async fn an_offset_outside_of_the_staging_memory_is_refused_by_name_and_nothing_is_put() {
+    let node = TestNode::start(|_| {}).await;
+    let space = Space::open(&node.node, "default").await;
+    let mut client = Client::new(&node, "", 1);
+    let chain = space.chain(1, 2);
+    let bytes = vec![0; 5000];
+    let length = client.staging.length_bytes();
+    let header = |i| space.header(&chain, i, &bytes);
+    for offset in [length - 4999, length, u64::MAX - 4999, u64::MAX] {
+        let refused = client
+            .raw
+            .put(space.put(&[(header(0), 0), (header(1), offset)]));
+        let refused = refused.expect_err("outside");
+        assert_eq!(refused.reason(), Reason::InvalidField);
+        assert!(
+            refused.message.starts_with("put.blocks.offset"),
+            "{}",
+            refused.message
+        );
+    }
+    assert_eq!(node.arena_bytes(), 0, "judged before the first is copied");
+    let last = client
+        .raw
+        .put(space.put(&[(header(0), length - 5000)]))
+        .expect("inside");
+    assert_eq!(outcomes(&last), [PutOutcome::Cached]);
+}
+
+#[tokio::test]
+async fn a_put_that_says_too_little_is_refused_by_the_name_of_what_is_missing() {
+    let node = TestNode::start(|_| {}).await;
+    let space = Space::open(&node.node, "default").await;
+    let mut client = Client::new(&node, "", 1);
+    let chain = space.chain(1, 1);
+    let whole = space.put(&[(space.header(&chain, 0, b"bytes"), 0)]);
+    let mut cases = Vec::new();
+    let mut case = |field: &'static str, change: &dyn Fn(&mut v1::LocalPut)| {
+        let mut put = whole.clone();
+        change(&mut put);
+        cases.push((field, put));
+    };
+    case("put.start", &|put| put.start = None);
+    case("put.blocks", &|put| put.blocks.clear());
+    case("put.blocks.header", &|put| put.blocks[0].header = None);
+    case("header.page_sums", &|put| {
+        put.blocks[0].header.as_mut().unwrap().page_sums.clear();
+    });
+    case("header.length_bytes", &|put| {
+        put.blocks[0].header.as_mut().unwrap().length_bytes = u64::MAX;
+    });
+    for (field, put) in cases {
+        let refused = client.raw.put(put).expect_err(field);
+        assert_eq!(refused.reason(), Reason::InvalidField);
+        assert!(
+            refused.message.starts_with(field),
+            "{field}: {}",
+            refused.message
+        );
+    }
+    assert!(client.raw.put(whole).is_ok(), "the connection lives on");
+}
+
+#[tokio::test]
+async fn a_place_that_has_a_new_tenant_is_found_out() {
+    let node = TestNode::start(|_| {}).await;
+    let space = Space::open(&node.node, "default").await;
+    let mut client = Client::new(&node, "", 1);
+    let (chain, _) = put_one(&mut client, &space, 1, MIB);
+    let answer = client.raw.get(space.get(&chain, 0));
+    let stale = answer.blocks[0].clone();
+    let nothing = Call::Nothing(v1::LocalNothing {});
+    client
+        .raw
+        .call_with(&[answer.hold], 0, nothing)
+        .expect("done");
+    let target = kvproto::convert::request::Target::All;
+    let tenant = kvserver::engine::TenantId(0);
+    node.node
+        .blocks()
+        .invalidate(tenant, space.id, target)
+        .await
+        .expect("forgotten");
+    assert_eq!(
+        client.read(&space, &stale),
+        Err("its slot has another tenant")
+    );
+    // The next block comes to lie in the same slot.
+    let (other, _) = put_one(&mut client, &space, 2, MIB);
+    let fresh = client.raw.get(space.get(&other, 0)).blocks[0].clone();
+    let (old, new) = (stale.place.clone().unwrap(), fresh.place.clone().unwrap());
+    assert_eq!((old.segment, old.offset), (new.segment, new.offset));
+    assert_ne!(old.generation, new.generation);
+    assert!(client.read(&space, &fresh).is_ok());
+    assert_eq!(
+        client.read(&space, &stale),
+        Err("its slot has another tenant")
+    );
+}
+
+#[tokio::test]
+async fn a_writer_that_changes_bytes_while_they_are_copied_harms_only_itself() {
+    let node = TestNode::start(|_| {}).await;
+    let space = Space::open(&node.node, "default").await;
+    let mut client = Client::new(&node, "", 1);
+    let staging = Arc::new(client.raw_staging());
+    let bytes = pattern(1, MIB);
+    let stop = Arc::new(AtomicBool::new(false));
+    let scribbler = {
+        let (staging, stop) = (Arc::clone(&staging), Arc::clone(&stop));
+        thread::spawn(move || {
+            for i in 0_u64.. {
+                if stop.load(Ordering::Relaxed) {
+                    return;
+                }
+                let at = i * 40_961 % (MIB as u64 - 8);
+                staging.write(at, &i.to_le_bytes()).expect("inside");
+                thread::yield_now();
+            }
+        })
+    };
+    let mut seen = [0, 0];
+    for seed in 0_u32.. {
+        if seed >= 20 && seen[1] > 0 {
+            break;
+        }
+        assert!(seed < 50_000, "the scribbler was never caught: {seen:?}");
+        let chain = space.chain(seed, 1);
+        staging.write(0, &bytes).expect("inside");
+        let results = client
+            .raw
+            .put(space.put(&[(space.header(&chain, 0, &bytes), 0)]))
+            .expect("an answer");
+        let answer = client.raw.get(space.get(&chain, 0));
+        match results[0].outcome() {
+            // Scribbled over before or behind the copy: the block is what its writer said.
+            PutOutcome::Cached => {
+                seen[0] += 1;
+                assert!(client.read(&space, &answer.blocks[0]).as_ref() == Ok(&bytes));
+            }
+            PutOutcome::Corrupt => {
+                seen[1] += 1;
+                assert_eq!(got(&answer.blocks), [GetOutcome::Miss]);
+            }
+            other => panic!("{other:?}"),
+        }
+        let nothing = Call::Nothing(v1::LocalNothing {});
+        client
+            .raw
+            .call_with(&[answer.hold], 0, nothing)
+            .expect("done");
+    }
+    stop.store(true, Ordering::Relaxed);
+    scribbler.join().expect("scribbled");
+}
+
+impl Client {
+    /// A second connection's worth of staging memory, in this one's place.
+    fn raw_staging(&mut self) -> kvgpu::StagingMap {
+        std::mem::replace(&mut self.staging, spare())
+    }
+}
+
+fn spare() -> kvgpu::StagingMap {
+    let memory = kvgpu::Staging::create(4096).expect("memory");
+    kvgpu::StagingMap::map(memory.fd().try_clone_to_owned().expect("a descriptor")).expect("mapped")
+}
+
+#[tokio::test]
+async fn a_call_without_time_is_answered_late_and_the_next_is_served() {
+    let node = TestNode::start(|_| {}).await;
+    let space = Space::open(&node.node, "default").await;
+    let mut client = Client::new(&node, "", 1);
+    put_one(&mut client, &space, 1, 4096);
+    let (mut raw, _) = Raw::attached(&node.node, "", 2, 0);
+    let nothing = || Call::Nothing(v1::LocalNothing {});
+    for _ in 0..3 {
+        assert!(raw.call_with(&[], 1, nothing()).is_ok());
+    }
+}
