@@ -1,11 +1,12 @@
 """Stand-ins for the CUDA libraries that PyPI's torch is linked to, so that a machine without a GPU can import it.
 
     torch/lib/*.so ──objdump──► NEEDED libcublas.so.13, …   ┐
-                                undefined cublasCreate_v2@… ┴► one C file ──gcc──► site-packages/nvidia/cu13/lib/libcublas.so.13, …
+                                undefined cublasCreate_v2@… ┴► stub.c ──gcc──► nvidia/cu13/lib/libcublas.so.13, …
 
-The real ones are 3 GB of wheels whose code a CPU engine never runs; the dynamic linker, however, wants every NEEDED library
-and every symbol to exist when torch is loaded. A stand-in defines the symbols that torch itself names, under the versions it
-names, and each returns an error. Registration of kernels at load time does nothing; "how many devices" answers none.
+The real ones are 3 GB of wheels whose code a CPU engine never runs; the dynamic linker, however, wants every NEEDED
+library and every symbol to exist when torch is loaded. A stand-in defines the symbols that torch itself names, under the
+versions it names, and each returns an error. Registration of kernels at load time does nothing; "how many devices"
+answers none.
 
     python cuda_stubs.py SITE_PACKAGES
 """
@@ -24,7 +25,7 @@ NO_DEVICE = 100  # cudaErrorNoDevice
 # What runs while torch is imported; everything else only has to exist.
 BODIES = {
     "__cudaRegisterFatBinary": "static void *none; void **__cudaRegisterFatBinary(void *binary) { return &none; }",
-    "cudaGetDeviceCount": "int cudaGetDeviceCount(int *count) { *count = 0; return %d; }" % NO_DEVICE,
+    "cudaGetDeviceCount": f"int cudaGetDeviceCount(int *count) {{ *count = 0; return {NO_DEVICE}; }}",
     "cudaGetErrorString": 'const char *cudaGetErrorString(int error) { return "no CUDA here: a stand-in"; }',
     "cudaGetErrorName": 'const char *cudaGetErrorName(int error) { return "cudaErrorNoDevice"; }',
     "cudaDriverGetVersion": "int cudaDriverGetVersion(int *version) { *version = 0; return 0; }",
@@ -47,7 +48,7 @@ def objdump(flag: str, library: Path) -> str:
 
 
 def wanted(site_packages: Path) -> tuple[set[str], dict[str, set[str]], dict[str, str]]:
-    """The libraries torch needs and does not have, the symbols it needs by version ("" for none), and each version's library."""
+    """The libraries torch lacks, the symbols it wants of them by version ("" for none), and each version's library."""
     torch = site_packages / "torch"
     own = sorted(torch.glob("lib/*.so*")) + sorted(torch.glob("*.so"))
     needed, symbols, home = set(), defaultdict(set), {}

@@ -1,7 +1,8 @@
-"""Makes the model the tests run: a Llama of 3 million parameters with fixed-seed random weights, float32, and a byte tokenizer.
+"""Makes the model the tests run: a Llama of 3 million parameters, fixed-seed random weights, float32, a byte tokenizer.
 
-Weights are drawn wide (`initializer_range` 0.08): logits lie so far apart that the greedy token does not depend on the order of
-a sum, and wrong KV shows at once as other tokens. (vLLM's own dummy weights end in a loop of two tokens, whatever the KV.)
+Weights are drawn wide (`initializer_range` 0.08): logits lie so far apart that the greedy token does not depend on the
+order of a sum, and wrong KV shows at once as other tokens. (vLLM's own dummy weights end in a loop of two tokens,
+whatever the KV.)
 
     python model.py FOLDER [--hidden 256 --layers 4 …]
 """
