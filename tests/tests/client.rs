@@ -12,8 +12,8 @@ use std::{
 };
 
 use kvclient::{
-    BreakerState, Client, ErrorKind, GetOutcome, LookupOptions, Namespace, NamespaceHandle,
-    PutBlock, PutOptions, PutOutcome, Target, WatchEvent, split_buffers,
+    BreakerState, Client, ErrorKind, GetOutcome, LocalPath, LookupOptions, Namespace,
+    NamespaceHandle, PutBlock, PutOptions, PutOutcome, Target, WatchEvent, split_buffers,
 };
 use kvtests::{
     node::TestNode,
@@ -34,6 +34,12 @@ fn bytes(seed: u8, len: usize) -> Vec<u8> {
         .collect()
 }
 
+/// A client that goes over the wire although the node is on this machine; `local_client` tests the other way.
+async fn over_grpc(endpoint: &str) -> Client {
+    let builder = Client::builder(endpoint).local(LocalPath::Off);
+    builder.connect().await.unwrap()
+}
+
 async fn open(client: &Client) -> NamespaceHandle {
     let spec = Namespace::opaque("client", 16, 4);
     client.open_namespace(&spec, false).await.unwrap()
@@ -52,7 +58,7 @@ async fn blocks_of_every_size_come_back_over_tcp_and_unix() {
     let node = TestNode::start(|_| {}).await;
     let unix = format!("unix:{}", node.node.uds_path().unwrap().display());
     for endpoint in [node.node.endpoint(), unix] {
-        let client = Client::connect(&endpoint).await.unwrap();
+        let client = over_grpc(&endpoint).await;
         let ns = open(&client).await;
         client.invalidate(&ns, Target::All).await.unwrap();
         let data: Vec<Vec<u8>> = [1, 4095, 65_536, 65_537, MIB, 5 * MIB + 3]
@@ -248,7 +254,7 @@ impl Tamperer {
 async fn a_wire_that_flips_bits_never_gets_a_wrong_byte_through() {
     let node = TestNode::start(|_| {}).await;
     let wire = Tamperer::start(node.node.grpc_addr()).await;
-    let client = Client::connect(&wire.address.to_string()).await.unwrap();
+    let client = over_grpc(&wire.address.to_string()).await;
     let ns = open(&client).await;
     let chain = ns.engine_chain(&[b"a"]);
     let data = bytes(1, 4 * MIB);
@@ -335,7 +341,10 @@ const DEADLINE: Duration = Duration::from_millis(400);
 const PATIENT: Duration = HANG;
 
 async fn patient(endpoint: &str) -> Client {
-    let client = Client::builder(endpoint).deadline(PATIENT).connect();
+    let client = Client::builder(endpoint)
+        .local(LocalPath::Off)
+        .deadline(PATIENT)
+        .connect();
     client.await.expect("a node is there")
 }
 
@@ -439,7 +448,7 @@ async fn a_client_may_start_before_its_node() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn blocks_go_out_of_pieces_and_come_back_into_others() {
     let node = TestNode::start(|_| {}).await;
-    let client = Client::connect(&node.node.endpoint()).await.unwrap();
+    let client = over_grpc(&node.node.endpoint()).await;
     let ns = open(&client).await;
     let chain = ns.chain(&(0..64).collect::<Vec<u32>>());
     let data: Vec<Vec<u8>> = [3, 65_536, 300_001, 2 * MIB + 5]
@@ -477,6 +486,6 @@ async fn blocks_go_out_of_pieces_and_come_back_into_others() {
     assert!(got.iter().all(kvclient::Got::is_hit), "{got:?}");
     assert!(memory == data);
     let path = client.path();
-    assert_eq!(path.local.got_blocks + path.grpc.got_blocks, 8);
-    assert_eq!(path.local.put_blocks + path.grpc.put_blocks, 4);
+    assert_eq!(path.grpc.got_blocks, 8);
+    assert_eq!(path.grpc.put_blocks, 4);
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use kvclient::{
-    Ack, Chain, Client, ClientBuilder, Namespace, NamespaceHandle, PutBlock, PutOptions,
+    Ack, Chain, Client, ClientBuilder, LocalPath, Namespace, NamespaceHandle, PutBlock, PutOptions,
     PutOutcome, SequenceHash,
 };
 use tokio::task::JoinSet;
@@ -89,7 +89,10 @@ impl Node {
 }
 
 async fn client(endpoint: &str, connections: Option<usize>) -> Result<Client> {
-    let builder = ClientBuilder::new(endpoint).deadline(Duration::from_secs(30));
+    // What goes over sockets is measured over sockets.
+    let builder = ClientBuilder::new(endpoint)
+        .deadline(Duration::from_secs(30))
+        .local(LocalPath::Off);
     let builder = connections
         .into_iter()
         .fold(builder, ClientBuilder::connections);

@@ -64,7 +64,7 @@ struct Found {
 /// What the node says of a block.
 enum Said {
     Found(Found),
-    /// There, but nowhere that can be mapped.
+    /// There, but not where it can be mapped, or not for long enough.
     Elsewhere,
     Not(GetOutcome),
 }
@@ -166,8 +166,11 @@ impl Said {
 fn judge(wanted: &Wanted<'_>, slot: usize, block: v1::LocalBlock) -> Result<Said, LocalError> {
     let outcome = GetOutcome::from_wire(block.outcome)
         .ok_or_else(|| LocalError::answer(format!("outcome {} is not known", block.outcome)))?;
-    if outcome != GetOutcome::Hit {
-        return Ok(Said::Not(outcome));
+    match outcome {
+        GetOutcome::Hit => {}
+        // Without a lease the node holds only so much for a reader; over gRPC it sends as it goes.
+        GetOutcome::Overloaded => return Ok(Said::Elsewhere),
+        _ => return Ok(Said::Not(outcome)),
     }
     let Some(place) = block.place else {
         return Ok(Said::Elsewhere);
