@@ -542,6 +542,10 @@ mod tests {
         sent(|| client().get_scattered(ns(), chain(), None, &mut []));
         sent(|| client().get(ns(), chain(), None));
         sent(|| client().put(ns(), chain(), &[], PutOptions::default()));
-        sent(|| async { client().lookup(ns(), chain(), &LookupOptions::default()).await });
+        sent(|| async {
+            client()
+                .lookup(ns(), chain(), &LookupOptions::default())
+                .await
+        });
     }
 }

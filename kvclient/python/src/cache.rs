@@ -20,7 +20,7 @@ use std::{
     time::Duration,
 };
 
-use kvclient::{Lease, LookupOptions, Namespace, Part, Target, clock::Clock};
+use kvclient::{Lease, LookupOptions, Namespace, Part, PathReport, Target, clock::Clock};
 use parking_lot::{Condvar, Mutex};
 use tokio::runtime::{Builder, Handle, Runtime};
 
@@ -31,7 +31,7 @@ use crate::{
     lookups::{Ask, Lookups, Ticket},
     memory::{ClaimError, EngineMemory},
     misses::Misses,
-    node::{NodeLink, NodeSettings, NodeState, Path, Way},
+    node::{NodeLink, NodeSettings, NodeState, Way},
     transfer::{Load, Mover, Save},
 };
 
@@ -237,9 +237,9 @@ impl Cache {
         self.shared.node.problem()
     }
 
-    /// Which way loads and saves go.
+    /// Which way loads and saves go, and what went.
     #[must_use]
-    pub fn path(&self) -> Path {
+    pub fn path(&self) -> PathReport {
         self.shared.node.path()
     }
 

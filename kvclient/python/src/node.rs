@@ -18,7 +18,7 @@
 use std::{sync::Arc, time::Duration};
 
 use kvclient::{
-    Client, Error, ErrorKind, Namespace, NamespaceHandle, OwnerId,
+    Client, Error, ErrorKind, Namespace, NamespaceHandle, OwnerId, PathReport,
     clock::{Clock, SystemClock},
 };
 use parking_lot::Mutex;
@@ -82,17 +82,6 @@ pub struct Way {
     pub namespace: NamespaceHandle,
 }
 
-/// Which way bytes go.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Path {
-    /// "local" or "grpc".
-    pub in_use: &'static str,
-    /// Blocks and bytes that went each way.
-    pub counts: Vec<(&'static str, u64)>,
-    /// Why the local path is not in use.
-    pub why_not_local: Option<String>,
-}
-
 /// The node as one engine process sees it.
 #[derive(Debug)]
 pub struct NodeLink {
@@ -125,7 +114,8 @@ impl NodeSettings {
     /// # Panics
     /// Outside a tokio runtime.
     pub fn client(&self) -> Result<Client, Error> {
-        let mut builder = Client::builder(&self.endpoint);
+        let Ok(local) = self.local.parse();
+        let mut builder = Client::builder(&self.endpoint).local(local);
         if let Some(owner) = self.owner {
             builder = builder.owner(owner);
         }
@@ -182,14 +172,10 @@ impl NodeLink {
         self.way(&self.moving, 1)
     }
 
-    /// Which way loads and saves go.
+    /// Which way loads and saves go, and what went.
     #[must_use]
-    pub fn path(&self) -> Path {
-        Path {
-            in_use: "grpc",
-            counts: Vec::new(),
-            why_not_local: None,
-        }
+    pub fn path(&self) -> PathReport {
+        self.moving.path()
     }
 
     /// A call failed: its reason in one line. Takes the node for lost if that says so.

@@ -5,21 +5,23 @@
 //!                               └─ each block verified, its length compared ─► the engine's memory
 //!
 //! save   chain[first..] ─probe─► what the node has is not sent
-//!                       ─cut─► gather │ gather │ … all gathered ─► the engine may reuse its blocks
+//!         same host:    ─cut─► put │ put │ …       from where the blocks lie into shared memory
+//!         over gRPC:    ─cut─► gather │ gather │ … all gathered ─► the engine may reuse its blocks
 //!                              put │ put │ …       as far as scratch goes, else one by one
 //! ```
 //!
 //! Units: blocks, bytes.
 //! Errors: none; blocks that did not make it are in the [`Outcome`], with the first reason.
-//! Why one call after the other: jobs run side by side already, and a prefix is of use from its head on. Why a save is
-//! gathered first: the engine's blocks would be in use until the node has taken the last byte, or until a deadline
-//! when it is frozen.
+//! Why one call after the other: jobs run side by side already, and a prefix is of use from its head on. Why a save over
+//! gRPC is gathered first: the engine's blocks would be in use until a socket has taken the last byte. Through shared memory
+//! a put is little more than that copy itself; and whoever needs the blocks sooner, because the node is frozen, ends it by
+//! `hurry`.
 
 use std::{collections::VecDeque, ops::Range, time::Duration};
 
 use kvclient::{
-    Chain, Error, GetOptions, GetOutcome, LeaseId, LookupOptions, Part, PutBlock, PutOptions,
-    Target,
+    Chain, GetOptions, GetOutcome, LeaseId, LookupOptions, Part, Path, Payload, PutBlock,
+    PutOptions, Target,
     clock::{Clock, Tick},
 };
 
@@ -155,9 +157,11 @@ impl Mover {
             parts: &[self.part],
         };
         let block_bytes = load.claim.block_bytes();
-        let blocks = load.claim.pieces(range);
-        let got = scattered(&client, &way, &chain, options, blocks, block_bytes).await;
-        let got = got.map_err(|error| node.failed(&error))?;
+        let mut blocks = load.claim.pieces(range);
+        let got = client
+            .get_scattered(&way.namespace, &chain, options, &mut blocks)
+            .await
+            .map_err(|error| node.failed(&error))?;
         let judge = |got: kvclient::Got| match got.outcome {
             GetOutcome::Hit if got.length_bytes == block_bytes => None,
             GetOutcome::Hit => Some(Lost {
@@ -234,36 +238,6 @@ struct Lost {
     corrupt: bool,
 }
 
-/// One call, each block into its pieces.
-async fn scattered(
-    client: &kvclient::Client,
-    way: &Way,
-    chain: &Chain,
-    options: GetOptions<'_>,
-    mut blocks: Vec<Vec<&mut [u8]>>,
-    block_bytes: usize,
-) -> Result<Vec<kvclient::Got>, Error> {
-    if blocks.iter().all(|pieces| pieces.len() == 1) {
-        let mut buffers: Vec<&mut [u8]> = blocks.into_iter().flatten().collect();
-        return client
-            .get_into(&way.namespace, chain, options, &mut buffers)
-            .await;
-    }
-    let mut scratch = vec![0; blocks.len() * block_bytes];
-    let mut buffers: Vec<&mut [u8]> = scratch.chunks_exact_mut(block_bytes).collect();
-    let got = client
-        .get_into(&way.namespace, chain, options, &mut buffers)
-        .await?;
-    for (pieces, mut bytes) in blocks.iter_mut().zip(scratch.chunks_exact(block_bytes)) {
-        for piece in pieces {
-            let (head, rest) = bytes.split_at(piece.len());
-            piece.copy_from_slice(head);
-            bytes = rest;
-        }
-    }
-    Ok(got)
-}
-
 /// How far a save has come.
 struct Saving<'a> {
     mover: &'a Mover,
@@ -289,6 +263,15 @@ impl Saving<'_> {
         self.kept[..present].fill(true);
         self.node.counters.present_blocks.add(present as u64);
         for range in cut(present..count, blocks_per_call(block_bytes)) {
+            let shared_memory = |way: &Way| way.client.path().path == Path::Local;
+            if let Some(way) = self.node.moving().filter(shared_memory) {
+                let pieces = claim.pieces(range.clone()).into_iter();
+                let blocks = pieces.map(Payload::Pieces).collect();
+                if !self.put(&way, range, blocks).await {
+                    return;
+                }
+                continue;
+            }
             let bytes = range.len() * block_bytes;
             let mut buffer = loop {
                 if let Some(buffer) = self.mover.scratch.try_take(bytes) {
@@ -333,8 +316,8 @@ impl Saving<'_> {
         }
     }
 
-    /// Puts what was gathered first. False: nothing is left to put, or there is no use in going on, because a block that the
-    /// node did not take makes those after it unreachable.
+    /// Puts what was gathered first. False: nothing is left to put, or there is no use in going on, because a block that
+    /// the node did not take makes those after it unreachable.
     async fn put_next(&mut self, block_bytes: usize) -> bool {
         let Some((range, buffer)) = self.waiting.pop_front() else {
             return false;
@@ -343,16 +326,17 @@ impl Saving<'_> {
             self.fail(AWAY);
             return false;
         };
-        let chain = chain(&way, self.hashes, self.first, range.clone());
-        let blocks: Vec<PutBlock<'_>> = buffer
-            .bytes()
-            .chunks_exact(block_bytes)
-            .enumerate()
-            .map(|(i, bytes)| PutBlock {
-                part: self.mover.part,
-                ..PutBlock::new(i, bytes)
-            })
-            .collect();
+        let bytes = buffer.bytes().chunks_exact(block_bytes);
+        self.put(&way, range, bytes.map(Payload::Borrowed).collect())
+            .await
+    }
+
+    /// Puts blocks `range` of the job; whether the node took them all.
+    async fn put(&mut self, way: &Way, range: Range<usize>, data: Vec<Payload<'_>>) -> bool {
+        let chain = chain(way, self.hashes, self.first, range.clone());
+        let part = self.mover.part;
+        let block = |(index, data)| PutBlock { index, part, data };
+        let blocks: Vec<PutBlock<'_>> = data.into_iter().enumerate().map(block).collect();
         let client = way.client.with_deadline(self.left());
         let put = client
             .put(&way.namespace, &chain, &blocks, PutOptions::default())

@@ -83,7 +83,11 @@ class Cache:
     def difference(self) -> str | None:
         """One line: what differs from the namespace last opened under this label, or why it was refused."""
     def path(self) -> dict[str, str | int]:
-        """`in_use`: "local" or "grpc"; the other keys count what went which way."""
+        """Which way loads and saves go: `in_use` is "local" or "grpc"; `why_grpc` says why not the other.
+
+        The rest counts what went: `local_` and `grpc_` each with `calls`, `got_blocks`, `got_bytes`, `put_blocks`,
+        `put_bytes`, and `local_failures`.
+        """
     def lookup(
         self, request: str, hashes: bytes, width: int, first: int, probe: bool = False
     ) -> int | None:

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use pyo3::{exceptions::PyConnectionError, prelude::*};
+use pyo3::{exceptions::PyConnectionError, prelude::*, types::PyDict};
 
 use super::convert::{self, wrong};
 use crate::{
@@ -90,7 +90,7 @@ impl Cache {
         self.0.difference()
     }
 
-    fn path<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+    fn path<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         super::client::path(py, self.0.path())
     }
 

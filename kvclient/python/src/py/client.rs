@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use kvclient::PathReport;
 use parking_lot::RwLock;
 use pyo3::{
     exceptions::PyConnectionError,
@@ -13,7 +14,7 @@ use pyo3::{
 use super::convert::{self, wrong};
 use crate::{
     client::{Error, PlainClient},
-    node::{NodeSettings, Path},
+    node::NodeSettings,
 };
 
 /// A plain, blocking client of one namespace.
@@ -134,14 +135,19 @@ impl Client {
 }
 
 /// Which way bytes go, as a dict.
-pub(super) fn path(py: Python<'_>, path: Path) -> PyResult<Bound<'_, PyAny>> {
+pub(super) fn path(py: Python<'_>, report: PathReport) -> PyResult<Bound<'_, PyDict>> {
     let dict = PyDict::new(py);
-    dict.set_item("in_use", path.in_use)?;
-    for (name, value) in path.counts {
-        dict.set_item(name, value)?;
+    dict.set_item("in_use", report.path.to_string())?;
+    if let Some(why) = report.why_grpc {
+        dict.set_item("why_grpc", why)?;
     }
-    if let Some(why) = path.why_not_local {
-        dict.set_item("why_not_local", why)?;
+    dict.set_item("local_failures", report.failures)?;
+    for (way, went) in [("local", report.local), ("grpc", report.grpc)] {
+        dict.set_item(format!("{way}_calls"), went.calls)?;
+        dict.set_item(format!("{way}_got_blocks"), went.got_blocks)?;
+        dict.set_item(format!("{way}_got_bytes"), went.got_bytes)?;
+        dict.set_item(format!("{way}_put_blocks"), went.put_blocks)?;
+        dict.set_item(format!("{way}_put_bytes"), went.put_bytes)?;
     }
-    Ok(dict.into_any())
+    Ok(dict)
 }
