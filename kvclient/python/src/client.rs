@@ -200,8 +200,9 @@ impl PlainClient {
             list.push((format!("{name}_used_bytes"), tier.used_bytes));
             list.push((format!("{name}_blocks"), tier.blocks));
         }
-        // Counters are whole numbers that travel as doubles.
+        // Counters are whole numbers that travel as doubles; histograms are for Prometheus.
         let counters = stats.counters.into_iter();
+        let counters = counters.filter(|counter| !counter.name.contains("_bucket{"));
         list.extend(counters.map(|counter| (counter.name, counter.value as u64)));
         Ok(list)
     }
