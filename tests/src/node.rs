@@ -18,6 +18,10 @@ use kvserver::{
     config::{Capacity, Config, LogFormat, MIB},
 };
 use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
 use tonic::{
     Status,
     transport::{Channel, Endpoint},
@@ -90,6 +94,33 @@ impl TestNode {
     pub fn arena_bytes(&self) -> u64 {
         self.node.blocks().arena().stats().used_bytes
     }
+}
+
+/// A page of a node's console, its HTTP head included.
+///
+/// # Panics
+/// When the node has no console, or it does not answer.
+pub async fn page(node: &Node, path: &str) -> String {
+    let address = node.http_addr().expect("a console");
+    let mut socket = TcpStream::connect(address).await.expect("a console");
+    let asked = format!("GET {path} HTTP/1.1\r\nhost: node\r\nconnection: close\r\n\r\n");
+    socket
+        .write_all(asked.as_bytes())
+        .await
+        .expect("it listens");
+    let mut answer = String::new();
+    let read = socket.read_to_string(&mut answer).await;
+    read.expect("a page of text");
+    answer
+}
+
+/// Whether what a get answered is these blocks, all of them, byte for byte.
+#[must_use]
+pub fn are_hits(got: &[(v1::GetOutcome, Bytes)], sent: &[Bytes]) -> bool {
+    let is_hit = |(got, sent): (&(v1::GetOutcome, Bytes), &Bytes)| {
+        got.0 == v1::GetOutcome::Hit && got.1 == *sent
+    };
+    got.len() == sent.len() && got.iter().zip(sent).all(is_hit)
 }
 
 /// tonic's generated client and the namespace it works in.
@@ -195,8 +226,41 @@ impl Stock {
         for (i, bytes) in blocks.iter().enumerate() {
             messages.extend(self.pieces(chain, i, bytes, 1 << 20));
         }
+        self.send(messages).await
+    }
+
+    /// Puts what these messages say.
+    ///
+    /// # Errors
+    /// The status, when the call fails as a whole.
+    pub async fn send(
+        &mut self,
+        messages: Vec<v1::PutRequest>,
+    ) -> Result<Vec<v1::PutResult>, Status> {
         let answer = self.client.put(tokio_stream::iter(messages)).await?;
         Ok(answer.into_inner().results)
+    }
+
+    /// Puts blocks of which each must end like this.
+    ///
+    /// # Panics
+    /// When one does not, or the call fails.
+    pub async fn put_as(
+        &mut self,
+        chain: &Chain,
+        blocks: &[Bytes],
+        ack: v1::Ack,
+        outcome: v1::PutOutcome,
+    ) {
+        let put = self
+            .put(chain, blocks, ack)
+            .await
+            .expect("a put is answered");
+        let ended = |result: &v1::PutResult| result.outcome() == outcome;
+        assert!(
+            put.len() == blocks.len() && put.iter().all(ended),
+            "{put:?}"
+        );
     }
 
     /// Looks a chain up; `ttl_ms` `None` is a probe.
@@ -216,6 +280,55 @@ impl Stock {
             ..v1::LookupRequest::default()
         };
         Ok(self.client.lookup(asked).await?.into_inner())
+    }
+
+    /// How many blocks of a chain are present, from its first on.
+    ///
+    /// # Panics
+    /// When the call fails.
+    pub async fn present(&mut self, chain: &Chain) -> u32 {
+        let found = self.lookup(chain, None).await.expect("a probe is answered");
+        found.present_blocks
+    }
+
+    /// Leases what is present of a chain for a minute.
+    ///
+    /// # Panics
+    /// When the call fails, or nothing is present.
+    pub async fn lease(&mut self, chain: &Chain) -> v1::Lease {
+        let found = self.lookup(chain, Some(60_000)).await;
+        let lease = found.expect("a lookup is answered").lease;
+        lease.expect("a lease on what is present")
+    }
+
+    /// Prolongs a lease.
+    ///
+    /// # Panics
+    /// When the call fails.
+    pub async fn renew(&mut self, lease_id: u64, ttl_ms: u32) -> v1::RenewResponse {
+        let asked = v1::RenewRequest {
+            context: None,
+            lease_id,
+            ttl_ms,
+        };
+        let renewed = self.client.renew(asked).await;
+        renewed.expect("a renewal is answered").into_inner()
+    }
+
+    /// Gives a lease back; whether there was one.
+    ///
+    /// # Panics
+    /// When the call fails.
+    pub async fn release(&mut self, lease_id: u64) -> bool {
+        let asked = v1::ReleaseRequest {
+            context: None,
+            lease_id,
+        };
+        let released = self.client.release(asked).await;
+        released
+            .expect("a release is answered")
+            .into_inner()
+            .released
     }
 
     /// Gets a chain: per block its outcome and, for a hit, its bytes, verified against the header.

@@ -16,6 +16,7 @@ use kvclient::{
     NamespaceHandle, PutBlock, PutOptions, PutOutcome, Target, WatchEvent, split_buffers,
 };
 use kvtests::{
+    client::{assert_landed, bytes, put_as, put_new},
     node::TestNode,
     patience::{HANG, eventually, private_loopback, until, within_awake},
 };
@@ -27,12 +28,6 @@ use tokio::{
 };
 
 const MIB: usize = 1 << 20;
-
-fn bytes(seed: u8, len: usize) -> Vec<u8> {
-    (0..len)
-        .map(|i| (i as u8).wrapping_mul(31) ^ (i >> 8) as u8 ^ seed)
-        .collect()
-}
 
 /// A client that goes over the wire although the node is on this machine; `local_client` tests the other way.
 async fn over_grpc(endpoint: &str) -> Client {
@@ -72,22 +67,8 @@ async fn blocks_of_every_size_come_back_over_tcp_and_unix() {
             .enumerate()
             .map(|(i, d)| PutBlock::new(i, d))
             .collect();
-        let put = client
-            .put(&ns, &chain, &blocks, PutOptions::default())
-            .await
-            .unwrap();
-        assert!(
-            put.iter().all(|r| r.outcome == PutOutcome::Cached),
-            "{put:?}"
-        );
-        let again = client
-            .put(&ns, &chain, &blocks, PutOptions::default())
-            .await
-            .unwrap();
-        assert!(
-            again.iter().all(|r| r.outcome == PutOutcome::Present),
-            "{again:?}"
-        );
+        put_new(&client, &ns, &chain, &blocks).await;
+        put_as(&client, &ns, &chain, &blocks, PutOutcome::Present).await;
 
         let found = client
             .lookup(&ns, &chain, &LookupOptions::default())
@@ -100,16 +81,7 @@ async fn blocks_of_every_size_come_back_over_tcp_and_unix() {
             .get_into(&ns, &chain, found.lease.as_ref(), &mut buffers)
             .await
             .unwrap();
-        for (i, data) in data.iter().enumerate() {
-            assert_eq!(
-                (got[i].outcome, got[i].length_bytes),
-                (GetOutcome::Hit, data.len())
-            );
-            assert!(
-                buffers[i][..data.len()] == data[..],
-                "block {i} over {endpoint}"
-            );
-        }
+        assert_landed(&got, &buffers, &data);
         assert_eq!(
             client
                 .invalidate(&ns, Target::Prefix(chain.hashes[2]))
@@ -135,10 +107,7 @@ async fn many_callers_of_one_client_each_get_their_own_bytes() {
                 let chain = ns.engine_chain(&[[caller]]);
                 let data = bytes(caller, 100_000 + usize::from(caller));
                 let block = [PutBlock::new(0, &data)];
-                client
-                    .put(&ns, &chain, &block, PutOptions::default())
-                    .await
-                    .unwrap();
+                put_new(&client, &ns, &chain, &block).await;
                 for _ in 0..5 {
                     let fetched = client.get(&ns, &chain, None).await.unwrap();
                     assert!(
@@ -162,10 +131,7 @@ async fn leases_end_with_their_client() {
     let ns = open(&client).await;
     let chain = ns.engine_chain(&[b"a"]);
     let block = [PutBlock::new(0, vec![1; 5000])];
-    client
-        .put(&ns, &chain, &block, PutOptions::default())
-        .await
-        .unwrap();
+    put_new(&client, &ns, &chain, &block).await;
     let found = client
         .lookup(&ns, &chain, &LookupOptions::default())
         .await
@@ -190,10 +156,7 @@ async fn watchers_hear_of_puts_and_invalidations() {
         .unwrap();
     let chain = ns.engine_chain(&[b"a"]);
     let block = [PutBlock::new(0, vec![1; 5000])];
-    client
-        .put(&ns, &chain, &block, PutOptions::default())
-        .await
-        .unwrap();
+    put_new(&client, &ns, &chain, &block).await;
     client.invalidate(&ns, Target::All).await.unwrap();
     let stored = watch.next().await.unwrap().unwrap();
     let removed = watch.next().await.unwrap().unwrap();
@@ -259,10 +222,7 @@ async fn a_wire_that_flips_bits_never_gets_a_wrong_byte_through() {
     let chain = ns.engine_chain(&[b"a"]);
     let data = bytes(1, 4 * MIB);
     let block = [PutBlock::new(0, &data)];
-    client
-        .put(&ns, &chain, &block, PutOptions::default())
-        .await
-        .unwrap();
+    put_new(&client, &ns, &chain, &block).await;
     let mut buffer = vec![0; data.len()];
 
     wire.lying.store(true, Ordering::Relaxed);
@@ -461,14 +421,7 @@ async fn blocks_go_out_of_pieces_and_come_back_into_others() {
         .enumerate()
         .map(|(i, d)| PutBlock::new(i, d.chunks(20_011).collect::<Vec<_>>()))
         .collect();
-    let put = client
-        .put(&ns, &chain, &blocks, PutOptions::default())
-        .await
-        .unwrap();
-    assert!(
-        put.iter().all(|r| r.outcome == PutOutcome::Cached),
-        "{put:?}"
-    );
+    put_new(&client, &ns, &chain, &blocks).await;
     let whole = client.get(&ns, &chain, None).await.unwrap();
     for (whole, data) in whole.iter().zip(&data) {
         assert!(whole.bytes.as_deref() == Some(&data[..]));

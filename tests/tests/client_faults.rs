@@ -10,10 +10,11 @@ use std::{
 
 use kvclient::{
     BreakerState, Client, ErrorKind, GetOptions, GetOutcome, LookupOptions, Namespace,
-    NamespaceHandle, Part, PutBlock, PutOptions, PutOutcome, Reason, SequenceHash, Target,
-    TierKind, WatchEvent, clock::ManualClock, split_buffers,
+    NamespaceHandle, Part, PutBlock, PutOptions, Reason, SequenceHash, Target, TierKind,
+    WatchEvent, clock::ManualClock, split_buffers,
 };
 use kvtests::{
+    client::{HOUR, assert_landed, bytes, put_new, touchy},
     patience::{eventually, until, within_awake},
     peer::{Fault, Peer},
 };
@@ -24,7 +25,6 @@ use tokio::{
 use tonic::Code;
 
 const UNAVAILABLE: Fault = Fault::Refuse(Code::Unavailable, "");
-const HOUR: Duration = Duration::from_secs(3600);
 
 async fn open(peer: &Peer) -> (Client, NamespaceHandle) {
     let client = Client::builder(&peer.endpoint())
@@ -35,12 +35,6 @@ async fn open(peer: &Peer) -> (Client, NamespaceHandle) {
     let spec = Namespace::opaque("faults", 16, 4);
     let ns = client.open_namespace(&spec, false).await.unwrap();
     (client, ns)
-}
-
-fn bytes(seed: u8, len: usize) -> Vec<u8> {
-    (0..len)
-        .map(|i| (i as u8).wrapping_mul(31) ^ (i >> 8) as u8 ^ seed)
-        .collect()
 }
 
 fn tokens(blocks: u32) -> Vec<u32> {
@@ -59,15 +53,7 @@ async fn a_stock_node_and_this_client_understand_each_other() {
         PutBlock::new(2, bytes::Bytes::from(data[2].clone())),
     ];
 
-    let put = client
-        .put(&ns, &chain, &blocks, PutOptions::default())
-        .await
-        .unwrap();
-    assert!(
-        put.iter()
-            .all(|result| result.outcome == PutOutcome::Cached),
-        "{put:?}"
-    );
+    put_new(&client, &ns, &chain, &blocks).await;
 
     let found = client
         .lookup(&ns, &chain, &LookupOptions::default())
@@ -83,15 +69,8 @@ async fn a_stock_node_and_this_client_understand_each_other() {
         .await
         .unwrap();
     let fetched = client.get(&ns, &chain, found.lease.as_ref()).await.unwrap();
+    assert_landed(&got, &buffers, &data);
     for (i, data) in data.iter().enumerate() {
-        assert_eq!(
-            (got[i].outcome, got[i].length_bytes),
-            (GetOutcome::Hit, data.len())
-        );
-        assert!(
-            buffers[i][..data.len()] == data[..],
-            "block {i} in its buffer"
-        );
         assert!(
             fetched[i].bytes.as_ref().unwrap() == data,
             "block {i} as bytes"
@@ -123,10 +102,7 @@ async fn parts_of_a_block_are_kept_apart_and_come_in_order() {
             ..PutBlock::new(i, vec![(i * 2) as u8 + part.rank as u8; 100])
         })
         .collect();
-    client
-        .put(&ns, &chain, &blocks, PutOptions::default())
-        .await
-        .unwrap();
+    put_new(&client, &ns, &chain, &blocks).await;
 
     let options = GetOptions {
         parts: &parts,
@@ -148,10 +124,7 @@ async fn with_one_block(len: usize) -> (Peer, Client, NamespaceHandle, kvclient:
     let chain = ns.chain(&tokens(1));
     let data = bytes(7, len);
     let block = [PutBlock::new(0, &data)];
-    client
-        .put(&ns, &chain, &block, PutOptions::default())
-        .await
-        .unwrap();
+    put_new(&client, &ns, &chain, &block).await;
     (peer, client, ns, chain, data)
 }
 
@@ -275,11 +248,7 @@ async fn a_put_refused_half_way_is_repeated_with_the_same_bytes() {
     let data = bytes(3, 9 << 20);
     peer.script([UNAVAILABLE, UNAVAILABLE]);
     let block = [PutBlock::new(0, &data)];
-    let put = client
-        .put(&ns, &chain, &block, PutOptions::default())
-        .await
-        .unwrap();
-    assert_eq!(put[0].outcome, PutOutcome::Cached);
+    put_new(&client, &ns, &chain, &block).await;
     assert_eq!(peer.count("Put"), 3);
 }
 
@@ -346,16 +315,7 @@ async fn silence_ends_at_the_deadline_and_every_call_says_its_own() {
 #[tokio::test]
 async fn failures_in_a_row_open_the_breaker_in_the_middle_of_a_call() {
     let peer = Peer::start().await;
-    let client = Client::builder(&peer.endpoint())
-        .connections(1)
-        .breaker(kvclient::BreakerPolicy {
-            failures: 3,
-            open_for: HOUR,
-            open_cap: HOUR,
-        })
-        .connect()
-        .await
-        .unwrap();
+    let client = touchy(&peer.endpoint(), 3).connect().await.unwrap();
     peer.script([UNAVAILABLE; 3]);
     assert!(client.stats().await.unwrap_err().is_unavailable());
     assert_eq!(client.breaker(), BreakerState::Open);
@@ -403,14 +363,7 @@ async fn hurdle(peer: &Peer) -> (String, Arc<AtomicBool>) {
 async fn a_kept_connection_that_the_node_closes_says_nothing_against_the_node() {
     let peer = Peer::start().await;
     let (endpoint, closes) = hurdle(&peer).await;
-    let builder = Client::builder(&endpoint).connections(1);
-    // One failure would do.
-    let breaker = kvclient::BreakerPolicy {
-        failures: 1,
-        open_for: HOUR,
-        open_cap: HOUR,
-    };
-    let client = builder.breaker(breaker).connect().await.unwrap();
+    let client = touchy(&endpoint, 1).connect().await.unwrap();
     client.stats().await.unwrap();
     closes.store(true, Ordering::Relaxed);
     client.stats().await.unwrap();
@@ -457,16 +410,7 @@ async fn an_open_breaker_lets_a_probe_through_when_its_time_is_over() {
 #[tokio::test]
 async fn a_node_that_answers_pings_is_probed_at_once_after_a_deadline() {
     let peer = Peer::start().await;
-    let client = Client::builder(&peer.endpoint())
-        .connections(1)
-        .breaker(kvclient::BreakerPolicy {
-            failures: 1,
-            open_for: HOUR,
-            open_cap: HOUR,
-        })
-        .connect()
-        .await
-        .unwrap();
+    let client = touchy(&peer.endpoint(), 1).connect().await.unwrap();
     peer.script([Fault::Silence]);
     let hasty = client.with_deadline(Duration::from_millis(50));
     assert!(hasty.stats().await.unwrap_err().is_unavailable());

@@ -1,16 +1,15 @@
 //! A whole node over tiers that fail: what it goes on to do, what it says, and what it never forgets to forget.
 
 use std::{
-    io::{Read as _, Write as _},
-    net::{SocketAddr, TcpStream},
+    net::SocketAddr,
     path::Path,
     sync::{Arc, OnceLock},
 };
 
 use bytes::Bytes;
 use kvproto::{
-    Chain, Reason,
-    v1::{Ack, GetOutcome, PutOutcome, invalidate_request::Target},
+    Reason,
+    v1::{Ack, PutOutcome, invalidate_request::Target},
 };
 use kvserver::{
     Node,
@@ -19,7 +18,7 @@ use kvserver::{
     tier::{Fault, Faults, FaultyTier, Tier},
 };
 use kvtests::{
-    node::{Stock, filled, small},
+    node::{Stock, are_hits, filled, page, small},
     patience::{HANG, eventually, until},
 };
 use tempfile::TempDir;
@@ -61,34 +60,19 @@ impl Frail {
         self.node.shutdown(HANG).await
     }
 
-    fn page(&self, path: &str) -> String {
-        let address = self.node.http_addr().expect("a console");
-        let mut stream = TcpStream::connect(address).expect("a console");
-        let ask = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
-        stream.write_all(ask.as_bytes()).expect("sent");
-        let mut text = String::new();
-        stream.read_to_string(&mut text).expect("text");
-        text
+    async fn page(&self, path: &str) -> String {
+        page(&self.node, path).await
+    }
+
+    /// Whether the metrics have this line.
+    async fn counts(&self, line: &str) -> bool {
+        let metrics = self.page("/metrics").await;
+        metrics.lines().any(|found| found == line)
     }
 }
 
 fn blocks(count: u32) -> Vec<Bytes> {
     (0..count).map(|i| filled(i, 100_000)).collect()
-}
-
-/// Puts until all is stored: a block that is going down by itself at this very moment is refused, and says
-/// when to come again.
-async fn store(client: &mut Stock, chain: &Chain, blocks: &[Bytes]) {
-    until("all is stored", async || {
-        let put = client.put(chain, blocks, Ack::Stored).await.expect("put");
-        let safe = |outcome| matches!(outcome, PutOutcome::Stored | PutOutcome::Present);
-        for result in &put {
-            let passing = result.outcome() == PutOutcome::Rejected && result.retry_after_ms > 0;
-            assert!(safe(result.outcome()) || passing, "{result:?}");
-        }
-        put.iter().all(|result| safe(result.outcome()))
-    })
-    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -97,14 +81,8 @@ async fn an_invalidation_that_a_tier_could_not_record_is_asked_for_again_by_a_re
     let frail = Frail::start(settings(dir.path())).await;
     let mut client = frail.client().await;
     let chain = client.chain(1, 4);
-    let put = client
-        .put(&chain, &blocks(4), Ack::Stored)
-        .await
-        .expect("put");
-    assert!(
-        put.iter().all(|r| r.outcome() == PutOutcome::Stored),
-        "{put:?}"
-    );
+    let (ack, stored) = (Ack::Stored, PutOutcome::Stored);
+    client.put_as(&chain, &blocks(4), ack, stored).await;
     // What an earlier background attempt does must not help: nothing succeeds but the very last call.
     frail.nvme.set(Faults {
         removes: Fault::Fail(Reason::Device),
@@ -116,18 +94,11 @@ async fn an_invalidation_that_a_tier_could_not_record_is_asked_for_again_by_a_re
         assert_eq!(refused.code(), Code::Unavailable, "attempt {attempt}");
         assert!(refused.message().contains("of 4 blocks"), "{refused}");
     }
-    assert_eq!(
-        client
-            .lookup(&chain, None)
-            .await
-            .expect("asked")
-            .present_blocks,
-        0
-    );
-    let metrics = frail.page("/metrics");
+    assert_eq!(client.present(&chain).await, 0);
     assert!(
-        metrics.contains("terrace_tier_owed_removals{tier=\"nvme\"} 4"),
-        "{metrics}"
+        frail
+            .counts("terrace_tier_owed_removals{tier=\"nvme\"} 4")
+            .await
     );
     frail.nvme.set(Faults::default());
     client.invalidate(all()).await.expect("the disk works");
@@ -136,14 +107,7 @@ async fn an_invalidation_that_a_tier_could_not_record_is_asked_for_again_by_a_re
 
     let again = Frail::start(settings(dir.path())).await;
     let mut client = again.client().await;
-    assert_eq!(
-        client
-            .lookup(&chain, None)
-            .await
-            .expect("asked")
-            .present_blocks,
-        0
-    );
+    assert_eq!(client.present(&chain).await, 0);
     again.stop().await;
 }
 
@@ -153,10 +117,8 @@ async fn an_invalidation_that_a_tier_could_not_record_is_recorded_without_anybod
     let frail = Frail::start(settings(dir.path())).await;
     let mut client = frail.client().await;
     let chain = client.chain(1, 4);
-    client
-        .put(&chain, &blocks(4), Ack::Stored)
-        .await
-        .expect("put");
+    let (ack, stored) = (Ack::Stored, PutOutcome::Stored);
+    client.put_as(&chain, &blocks(4), ack, stored).await;
     frail.nvme.set(Faults {
         removes: Fault::Fail(Reason::Device),
         ..Faults::default()
@@ -164,24 +126,17 @@ async fn an_invalidation_that_a_tier_could_not_record_is_recorded_without_anybod
     let target = Target::Hash(Bytes::copy_from_slice(&chain.hashes[1].0));
     client.invalidate(target).await.expect_err("the disk fails");
     frail.nvme.set(Faults::default());
-    eventually("nothing is owed", || {
+    until("nothing is owed", async || {
         frail
-            .page("/metrics")
-            .contains("terrace_tier_owed_removals{tier=\"nvme\"} 0")
+            .counts("terrace_tier_owed_removals{tier=\"nvme\"} 0")
+            .await
     })
     .await;
     drop(client);
     frail.stop().await;
     let again = Frail::start(settings(dir.path())).await;
     let mut client = again.client().await;
-    assert_eq!(
-        client
-            .lookup(&chain, None)
-            .await
-            .expect("asked")
-            .present_blocks,
-        1
-    );
+    assert_eq!(client.present(&chain).await, 1);
     again.stop().await;
 }
 
@@ -193,8 +148,10 @@ async fn a_node_whose_disk_fails_goes_on_with_ram_says_so_and_comes_back() {
     let frail = Frail::start(config).await;
     let mut client = frail.client().await;
     let before = client.chain(1, 4);
-    store(&mut client, &before, &blocks(4)).await;
-    assert!(frail.page("/readyz").ends_with("ready\n"));
+    // They begin to go down by themselves while they are put; the put meets that and waits for it.
+    let (ack, stored) = (Ack::Stored, PutOutcome::Stored);
+    client.put_as(&before, &blocks(4), ack, stored).await;
+    assert!(frail.page("/readyz").await.ends_with("ready\n"));
 
     frail.nvme.set(Faults {
         writes: Fault::Fail(Reason::Device),
@@ -203,52 +160,38 @@ async fn a_node_whose_disk_fails_goes_on_with_ram_says_so_and_comes_back() {
     });
     // RAM serves what it has and takes what comes; only what needs the disk is refused, with the reason.
     let during = client.chain(2, 4);
-    let put = client
-        .put(&during, &blocks(4), Ack::Cached)
-        .await
-        .expect("put");
-    assert!(
-        put.iter().all(|r| r.outcome() == PutOutcome::Cached),
-        "{put:?}"
-    );
+    let (ack, cached) = (Ack::Cached, PutOutcome::Cached);
+    client.put_as(&during, &blocks(4), ack, cached).await;
     for chain in [&before, &during] {
         let got = client.get(chain, 0, 0).await.expect("an answer");
-        assert!(got.iter().all(|(outcome, _)| *outcome == GetOutcome::Hit));
+        assert!(are_hits(&got, &blocks(4)));
     }
     let refused = client.chain(3, 1);
-    let put = client
-        .put(&refused, &blocks(1), Ack::Stored)
-        .await
-        .expect("put");
-    assert_eq!(put[0].outcome(), PutOutcome::Rejected);
-    let ready = frail.page("/readyz");
+    let (ack, rejected) = (Ack::Stored, PutOutcome::Rejected);
+    client.put_as(&refused, &blocks(1), ack, rejected).await;
+    let ready = frail.page("/readyz").await;
     assert!(
         ready.starts_with("HTTP/1.1 200") && ready.contains("without nvme: "),
         "{ready}"
     );
-    let metrics = frail.page("/metrics");
-    assert!(
-        metrics.contains("terrace_tier_in_service{tier=\"nvme\"} 0"),
-        "{metrics}"
-    );
-    assert!(
-        metrics.contains("terrace_tier_in_service{tier=\"ram\"} 1"),
-        "{metrics}"
-    );
+    for line in ["{tier=\"nvme\"} 0", "{tier=\"ram\"} 1"] {
+        let line = format!("terrace_tier_in_service{line}");
+        assert!(frail.counts(&line).await, "{line}");
+    }
 
     // Back: what is in RAM alone goes down by itself, and a stored ack is given again.
     frail.nvme.set(Faults::default());
     let after = client.chain(4, 1);
-    store(&mut client, &after, &blocks(1)).await;
+    client.put_as(&after, &blocks(1), Ack::Stored, stored).await;
     eventually("what came while the disk was away is on it", || {
         frail.nvme.residents().len() == 4 + 4 + 1 + 1
     })
     .await;
-    assert!(frail.page("/readyz").ends_with("ready\n"));
-    let metrics = frail.page("/metrics");
+    assert!(frail.page("/readyz").await.ends_with("ready\n"));
     assert!(
-        metrics.contains("terrace_tier_in_service{tier=\"nvme\"} 1"),
-        "{metrics}"
+        frail
+            .counts("terrace_tier_in_service{tier=\"nvme\"} 1")
+            .await
     );
     drop(client);
     frail.stop().await;
@@ -260,10 +203,8 @@ async fn what_is_only_in_ram_outlives_an_orderly_restart() {
     let frail = Frail::start(settings(dir.path())).await;
     let mut client = frail.client().await;
     let chain = client.chain(1, 8);
-    client
-        .put(&chain, &blocks(8), Ack::Cached)
-        .await
-        .expect("put");
+    let (ack, cached) = (Ack::Cached, PutOutcome::Cached);
+    client.put_as(&chain, &blocks(8), ack, cached).await;
     assert!(frail.nvme.residents().is_empty(), "nothing was used again");
     drop(client);
     let saved = frail.stop().await;
@@ -276,10 +217,7 @@ async fn what_is_only_in_ram_outlives_an_orderly_restart() {
     let again = Frail::start(settings(dir.path())).await;
     let mut client = again.client().await;
     let got = client.get(&chain, 0, 0).await.expect("an answer");
-    for ((outcome, bytes), sent) in got.iter().zip(&blocks(8)) {
-        assert_eq!(*outcome, GetOutcome::Hit);
-        assert!(bytes == sent);
-    }
+    assert!(are_hits(&got, &blocks(8)));
     drop(client);
     let saved = again.stop().await;
     assert_eq!(saved, Saved::default(), "all of it is below already");
@@ -293,10 +231,8 @@ async fn a_stopping_node_keeps_heads_first_within_its_wear_budget() {
     let frail = Frail::start(config).await;
     let mut client = frail.client().await;
     let chain = client.chain(1, 30);
-    client
-        .put(&chain, &blocks(30), Ack::Cached)
-        .await
-        .expect("put");
+    let (ack, cached) = (Ack::Cached, PutOutcome::Cached);
+    client.put_as(&chain, &blocks(30), ack, cached).await;
     drop(client);
     let saved = frail.stop().await;
     assert_eq!(saved.kept_blocks + saved.left_blocks, 30);
@@ -305,11 +241,7 @@ async fn a_stopping_node_keeps_heads_first_within_its_wear_budget() {
 
     let again = Frail::start(settings(dir.path())).await;
     let mut client = again.client().await;
-    let found = client.lookup(&chain, None).await.expect("asked");
-    assert_eq!(
-        u64::from(found.present_blocks),
-        saved.kept_blocks,
-        "the head"
-    );
+    let present = client.present(&chain).await;
+    assert_eq!(u64::from(present), saved.kept_blocks, "the head");
     again.stop().await;
 }

@@ -5,7 +5,7 @@ use kvproto::v1::{
     self, Ack, GetOutcome, PutOutcome, invalidate_request::Target, watch_response::Event,
 };
 use kvserver::config::{Capacity, MIB};
-use kvtests::node::{Stock, TestNode, filled};
+use kvtests::node::{Stock, TestNode, are_hits, filled};
 
 use crate::outcomes;
 
@@ -55,19 +55,10 @@ async fn pieces_of_a_put_may_be_cut_anywhere() {
     let mut messages = vec![client.start(Ack::Cached)];
     messages.extend(client.pieces(&chain, 0, &blocks[0], 777));
     messages.extend(client.pieces(&chain, 1, &blocks[1], 65_535));
-    let answer = client
-        .client
-        .put(tokio_stream::iter(messages))
-        .await
-        .unwrap()
-        .into_inner();
-    assert_eq!(outcomes(&answer.results), vec![PutOutcome::Cached; 2]);
+    let results = client.send(messages).await.unwrap();
+    assert_eq!(outcomes(&results), vec![PutOutcome::Cached; 2]);
     let got = client.get(&chain, 0, 0).await.unwrap();
-    assert!(
-        got.iter()
-            .zip(&blocks)
-            .all(|((_, bytes), sent)| bytes == sent)
-    );
+    assert!(are_hits(&got, &blocks));
     node.stop().await;
 }
 
@@ -88,14 +79,9 @@ async fn the_same_block_twice_is_present_and_changed_bytes_are_corrupt() {
     bytes[70_000] ^= 1;
     message.data = bytes.into();
     let messages = vec![client.start(Ack::Cached), message];
-    let answer = client
-        .client
-        .put(tokio_stream::iter(messages))
-        .await
-        .unwrap()
-        .into_inner();
-    assert_eq!(outcomes(&answer.results), [PutOutcome::Corrupt]);
-    assert_eq!(client.lookup(&chain, None).await.unwrap().present_blocks, 1);
+    let results = client.send(messages).await.unwrap();
+    assert_eq!(outcomes(&results), [PutOutcome::Corrupt]);
+    assert_eq!(client.present(&chain).await, 1);
     node.stop().await;
 }
 
@@ -108,11 +94,7 @@ async fn the_unix_socket_speaks_the_same() {
     let chain = client.chain(1, blocks.len() as u32);
     client.put(&chain, &blocks, Ack::Cached).await.unwrap();
     let got = client.get(&chain, 0, 0).await.unwrap();
-    assert!(
-        got.iter()
-            .zip(&blocks)
-            .all(|((_, bytes), sent)| bytes == sent)
-    );
+    assert!(are_hits(&got, &blocks));
     node.stop().await;
     assert!(!path.exists(), "a stopped node takes its socket away");
 }
@@ -127,7 +109,7 @@ async fn what_is_invalidated_is_gone_by_block_prefix_and_namespace() {
     let hash = |i: usize| Bytes::copy_from_slice(&chain.hashes[i].0);
 
     assert_eq!(client.invalidate(Target::Hash(hash(5))).await.unwrap(), 1);
-    assert_eq!(client.lookup(&chain, None).await.unwrap().present_blocks, 5);
+    assert_eq!(client.present(&chain).await, 5);
     assert_eq!(
         client
             .invalidate(Target::PrefixHash(hash(2)))
@@ -135,16 +117,16 @@ async fn what_is_invalidated_is_gone_by_block_prefix_and_namespace() {
             .unwrap(),
         3
     );
-    assert_eq!(client.lookup(&chain, None).await.unwrap().present_blocks, 2);
+    assert_eq!(client.present(&chain).await, 2);
     assert_eq!(
         client.get(&chain, 0, 0).await.unwrap()[2].0,
         GetOutcome::Invalidated
     );
     assert_eq!(client.invalidate(Target::All(true)).await.unwrap(), 2);
-    assert_eq!(client.lookup(&chain, None).await.unwrap().present_blocks, 0);
+    assert_eq!(client.present(&chain).await, 0);
     // Forgotten is not forbidden.
     client.put(&chain, &blocks[..1], Ack::Cached).await.unwrap();
-    assert_eq!(client.lookup(&chain, None).await.unwrap().present_blocks, 1);
+    assert_eq!(client.present(&chain).await, 1);
     node.stop().await;
 }
 

@@ -2,16 +2,24 @@
 
 use bytes::Bytes;
 use kvproto::{
-    OwnerId, convert,
+    Chain, OwnerId, convert,
     v1::{self, Ack, GetOutcome, PutOutcome},
 };
 use kvserver::config::{Capacity, MIB};
 use kvtests::{
-    node::{TestNode, filled},
+    node::{Stock, TestNode, are_hits, filled},
     patience::eventually,
 };
 
 use crate::outcomes;
+
+/// Puts the first block of a chain.
+async fn put_one(client: &mut Stock, chain: &Chain) {
+    let (ack, cached) = (Ack::Cached, PutOutcome::Cached);
+    client
+        .put_as(chain, &[filled(1, 10_000)], ack, cached)
+        .await;
+}
 
 #[tokio::test]
 async fn a_lookup_answers_the_prefix_and_leases_it() {
@@ -38,62 +46,15 @@ async fn a_lookup_answers_the_prefix_and_leases_it() {
     );
 
     let got = client.get(&chain, lease.id, 0).await.unwrap();
-    let expected = [
-        GetOutcome::Hit,
-        GetOutcome::Hit,
-        GetOutcome::Hit,
-        GetOutcome::Hit,
-    ];
-    assert_eq!(
-        got.iter().map(|(outcome, _)| *outcome).collect::<Vec<_>>()[..4],
-        expected
-    );
+    assert!(are_hits(&got[..4], &blocks));
     assert_eq!(got[4].0, GetOutcome::Miss);
 
-    let renew = v1::RenewRequest {
-        context: None,
-        lease_id: lease.id,
-        ttl_ms: 70_000,
-    };
-    let renewed = client
-        .client
-        .renew(renew.clone())
-        .await
-        .unwrap()
-        .into_inner();
+    let renewed = client.renew(lease.id, 70_000).await;
     assert!(renewed.renewed);
     assert_eq!(renewed.ttl_ms, 70_000);
-    let release = v1::ReleaseRequest {
-        context: None,
-        lease_id: lease.id,
-    };
-    assert!(
-        client
-            .client
-            .release(release.clone())
-            .await
-            .unwrap()
-            .into_inner()
-            .released
-    );
-    assert!(
-        !client
-            .client
-            .release(release)
-            .await
-            .unwrap()
-            .into_inner()
-            .released
-    );
-    assert!(
-        !client
-            .client
-            .renew(renew)
-            .await
-            .unwrap()
-            .into_inner()
-            .renewed
-    );
+    assert!(client.release(lease.id).await);
+    assert!(!client.release(lease.id).await);
+    assert!(!client.renew(lease.id, 70_000).await.renewed);
     let got = client.get(&chain, lease.id, 0).await.unwrap();
     assert_eq!(got[0].0, GetOutcome::Expired);
     node.stop().await;
@@ -104,10 +65,7 @@ async fn a_repeated_lookup_answers_the_same_lease() {
     let node = TestNode::start(|_| {}).await;
     let mut client = node.client().await;
     let chain = client.chain(1, 1);
-    client
-        .put(&chain, &[filled(1, 10_000)], Ack::Cached)
-        .await
-        .unwrap();
+    put_one(&mut client, &chain).await;
     let asked = v1::LookupRequest {
         namespace_id: Bytes::copy_from_slice(&client.namespace.0),
         chain: Some(convert::chain_to_wire(&chain)),
@@ -130,16 +88,8 @@ async fn leases_end_with_their_connection() {
     let node = TestNode::start(|_| {}).await;
     let mut client = node.client().await;
     let chain = client.chain(1, 1);
-    client
-        .put(&chain, &[filled(1, 10_000)], Ack::Cached)
-        .await
-        .unwrap();
-    client
-        .lookup(&chain, Some(60_000))
-        .await
-        .unwrap()
-        .lease
-        .expect("a lease");
+    put_one(&mut client, &chain).await;
+    client.lease(&chain).await;
     let leases = || node.node.blocks().engine().stats().leases;
     assert_eq!(leases(), 1);
     drop(client);
@@ -153,9 +103,7 @@ async fn an_owner_keeps_its_leases_until_its_last_connection_closes() {
     let mut one = node.client().await;
     let mut two = node.client().await;
     let chain = one.chain(1, 1);
-    one.put(&chain, &[filled(1, 10_000)], Ack::Cached)
-        .await
-        .unwrap();
+    put_one(&mut one, &chain).await;
     let asked = v1::LookupRequest {
         context: Some(v1::RequestContext {
             owner_id: Bytes::copy_from_slice(&OwnerId([9; 16]).0),
@@ -187,31 +135,13 @@ async fn nobody_uses_anothers_lease() {
     let node = TestNode::start(|_| {}).await;
     let (mut one, mut two) = (node.client().await, node.client().await);
     let chain = one.chain(1, 1);
-    one.put(&chain, &[filled(1, 10_000)], Ack::Cached)
-        .await
-        .unwrap();
-    let lease = one
-        .lookup(&chain, Some(60_000))
-        .await
-        .unwrap()
-        .lease
-        .unwrap();
+    put_one(&mut one, &chain).await;
+    let lease = one.lease(&chain).await;
     assert_eq!(
         two.get(&chain, lease.id, 0).await.unwrap()[0].0,
         GetOutcome::Expired
     );
-    let release = v1::ReleaseRequest {
-        context: None,
-        lease_id: lease.id,
-    };
-    assert!(
-        !two.client
-            .release(release)
-            .await
-            .unwrap()
-            .into_inner()
-            .released
-    );
+    assert!(!two.release(lease.id).await);
     assert_eq!(
         one.get(&chain, lease.id, 0).await.unwrap()[0].0,
         GetOutcome::Hit
@@ -226,12 +156,7 @@ async fn a_leased_block_is_never_evicted_and_a_full_node_says_so() {
     let leased = client.chain(1, 3);
     let blocks: Vec<Bytes> = (0..3).map(|i| filled(i, 1 << 20)).collect();
     client.put(&leased, &blocks, Ack::Cached).await.unwrap();
-    let lease = client
-        .lookup(&leased, Some(60_000))
-        .await
-        .unwrap()
-        .lease
-        .unwrap();
+    let lease = client.lease(&leased).await;
     assert_eq!(lease.blocks, 3);
     for seed in 2..40 {
         let chain = client.chain(seed, 1);
@@ -242,11 +167,7 @@ async fn a_leased_block_is_never_evicted_and_a_full_node_says_so() {
         assert_eq!(outcomes(&results), [PutOutcome::Cached], "others make room");
     }
     let got = client.get(&leased, lease.id, 0).await.unwrap();
-    assert!(
-        got.iter()
-            .zip(&blocks)
-            .all(|((_, bytes), sent)| bytes == sent)
-    );
+    assert!(are_hits(&got, &blocks));
     // A block that cannot fit beside the leased ones is an answer with a hint, not an error.
     let chain = client.chain(99, 1);
     let results = client

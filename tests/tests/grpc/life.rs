@@ -4,12 +4,29 @@ use std::time::Duration;
 
 use kvproto::v1::{self, Ack, PutOutcome};
 use kvtests::{
-    node::{TestNode, filled},
+    node::{Stock, TestNode, filled, page},
     patience::{HANG, eventually},
 };
-use tonic::{Code, Request};
+use tokio::{
+    sync::mpsc::{self, Sender},
+    task::JoinHandle,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Request, Response, Status};
 
 use crate::{outcomes, reason};
+
+/// What a put under way will be answered.
+type Putting = JoinHandle<Result<Response<v1::PutResponse>, Status>>;
+
+/// Begins a put; its blocks go into the sender.
+async fn begin_put(client: &Stock) -> (Sender<v1::PutRequest>, Putting) {
+    let (send, running) = mpsc::channel(4);
+    let mut putting = client.client.clone();
+    let put = tokio::spawn(async move { putting.put(ReceiverStream::new(running)).await });
+    send.send(client.start(Ack::Cached)).await.unwrap();
+    (send, put)
+}
 
 #[tokio::test]
 async fn a_bare_client_cannot_omit_the_deadline() {
@@ -22,8 +39,8 @@ async fn a_bare_client_cannot_omit_the_deadline() {
     // Without a namespace: opening one would have to be done in the same 100 ms.
     let endpoint = tonic::transport::Endpoint::from_shared(node.node.endpoint()).unwrap();
     let mut client = v1::blocks_client::BlocksClient::new(endpoint.connect().await.unwrap());
-    let (keep, never) = tokio::sync::mpsc::channel::<v1::PutRequest>(1);
-    let stream = tokio_stream::wrappers::ReceiverStream::new(never);
+    let (keep, never) = mpsc::channel::<v1::PutRequest>(1);
+    let stream = ReceiverStream::new(never);
     let status = client.put(stream).await.unwrap_err();
     assert_eq!(
         (status.code(), reason(&status)),
@@ -32,8 +49,8 @@ async fn a_bare_client_cannot_omit_the_deadline() {
     drop(keep);
 
     // Asking for an hour is cut to the node's longest.
-    let (keep, never) = tokio::sync::mpsc::channel::<v1::PutRequest>(1);
-    let mut asked = Request::new(tokio_stream::wrappers::ReceiverStream::new(never));
+    let (keep, never) = mpsc::channel::<v1::PutRequest>(1);
+    let mut asked = Request::new(ReceiverStream::new(never));
     asked.set_timeout(Duration::from_secs(3600));
     let status = client.put(asked).await.unwrap_err();
     assert_eq!(status.code(), Code::DeadlineExceeded);
@@ -65,14 +82,7 @@ async fn a_draining_node_finishes_what_runs_and_takes_nothing_new() {
     let client = node.client().await;
     let chain = client.chain(1, 1);
     let pieces = client.pieces(&chain, 0, &filled(1, 1 << 20), 600_000);
-    let (send, running) = tokio::sync::mpsc::channel(4);
-    let mut putting = client.client.clone();
-    let put = tokio::spawn(async move {
-        putting
-            .put(tokio_stream::wrappers::ReceiverStream::new(running))
-            .await
-    });
-    send.send(client.start(Ack::Cached)).await.unwrap();
+    let (send, put) = begin_put(&client).await;
     send.send(pieces[0].clone()).await.unwrap();
     eventually("the put runs", || node.arena_bytes() > 0).await;
 
@@ -99,14 +109,7 @@ async fn a_drain_ends_at_its_deadline() {
     })
     .await;
     let client = node.client().await;
-    let (send, running) = tokio::sync::mpsc::channel(4);
-    let mut putting = client.client.clone();
-    let put = tokio::spawn(async move {
-        putting
-            .put(tokio_stream::wrappers::ReceiverStream::new(running))
-            .await
-    });
-    send.send(client.start(Ack::Cached)).await.unwrap();
+    let (_open, put) = begin_put(&client).await;
     let metrics = std::sync::Arc::clone(node.node.blocks().metrics());
     eventually("the put runs", || metrics.calls_in_flight.get() == 1).await;
     let drained = node.node.shutdown(Duration::from_millis(200));
@@ -131,18 +134,9 @@ async fn a_dropped_node_lets_go_of_its_folder() {
 
 #[tokio::test]
 async fn the_console_shows_metrics_and_readiness() {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let node =
         TestNode::start(|config| config.http_listen = Some("127.0.0.1:0".parse().unwrap())).await;
-    let address = node.node.http_addr().unwrap();
-    let fetch = async |path: &str| {
-        let mut socket = tokio::net::TcpStream::connect(address).await.unwrap();
-        let asked = format!("GET {path} HTTP/1.1\r\nhost: node\r\nconnection: close\r\n\r\n");
-        socket.write_all(asked.as_bytes()).await.unwrap();
-        let mut answer = String::new();
-        socket.read_to_string(&mut answer).await.unwrap();
-        answer
-    };
+    let fetch = async |path: &str| page(&node.node, path).await;
     assert!(fetch("/healthz").await.starts_with("HTTP/1.1 200"));
     assert!(fetch("/readyz").await.starts_with("HTTP/1.1 200"));
     assert!(fetch("/").await.contains("Terrace"));
