@@ -150,6 +150,40 @@ async fn nobody_uses_anothers_lease() {
 }
 
 #[tokio::test]
+async fn a_block_that_two_have_leased_is_read_until_the_last_of_them_lets_go() {
+    let node = TestNode::start(|config| config.ram_bytes = Capacity::Bytes(16 * MIB)).await;
+    let (mut one, mut two) = (node.client().await, node.client().await);
+    let shared = one.chain(1, 3);
+    let blocks: Vec<Bytes> = (0..3).map(|i| filled(i, 1 << 20)).collect();
+    let (ack, cached) = (Ack::Cached, PutOutcome::Cached);
+    one.put_as(&shared, &blocks, ack, cached).await;
+    let (first, second) = (one.lease(&shared).await, two.lease(&shared).await);
+    assert_eq!((first.blocks, second.blocks), (3, 3));
+    let got = one.get(&shared, first.id, 0).await.unwrap();
+    assert!(are_hits(&got, &blocks), "another's pin is in nobody's way");
+
+    // The first lets go; the pin of the second holds against everything that wants the room.
+    assert!(one.release(first.id).await);
+    let pressure = async |client: &mut Stock, seeds: std::ops::Range<u32>| {
+        for seed in seeds {
+            let chain = client.chain(seed, 1);
+            let block = [filled(seed, 1 << 20)];
+            client.put_as(&chain, &block, ack, cached).await;
+        }
+    };
+    pressure(&mut one, 100..140).await;
+    let expired = one.get(&shared, first.id, 0).await.unwrap();
+    assert!(expired.iter().all(|(o, _)| *o == GetOutcome::Expired));
+    let got = two.get(&shared, second.id, 0).await.unwrap();
+    assert!(are_hits(&got, &blocks));
+
+    assert!(two.release(second.id).await);
+    pressure(&mut one, 200..240).await;
+    assert_eq!(two.present(&shared).await, 0, "nobody pins them any more");
+    node.stop().await;
+}
+
+#[tokio::test]
 async fn a_leased_block_is_never_evicted_and_a_full_node_says_so() {
     let node = TestNode::start(|config| config.ram_bytes = Capacity::Bytes(16 * MIB)).await;
     let mut client = node.client().await;

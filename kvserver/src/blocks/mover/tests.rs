@@ -302,6 +302,20 @@ async fn a_prefetch_that_a_get_left_is_one_again_and_without_its_lease_it_is_non
 }
 
 #[tokio::test]
+async fn a_prefetch_goes_on_while_anybody_leases_its_block() {
+    let world = world(4);
+    let running = world.get(0, Urgency::Asked);
+    let (one, another) = (world.look_up(2), world.look_up(2));
+    world.look_up(3);
+    assert!(world.engine.release(one, OWNER));
+    world.tier.go.add_permits(8);
+    running.await.unwrap();
+    let wanted = [world.keys[0], world.keys[2], world.keys[3]];
+    assert_eq!(world.began(3).await, wanted);
+    assert!(world.engine.release(another, OWNER));
+}
+
+#[tokio::test]
 async fn leased_reads_beyond_the_overflow_wait_for_readers_to_let_go() {
     let page = BYTES as u64;
     let world = world_with(3, 4 * page, |config| {
