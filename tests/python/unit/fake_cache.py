@@ -4,6 +4,7 @@ It keeps the promises of `_terrace.pyi` that a connector relies on, and checks t
 per request until `forget`, jobs numbered once, blocks read when the job runs and not before.
 """
 
+import ctypes
 from dataclasses import dataclass, field
 
 
@@ -31,11 +32,27 @@ class FakeFinished:
         return not self.failed_block_ids
 
 
+class LaidOut:
+    """The engine's memory where `layout` says it is, as the real cache copies it."""
+
+    def __init__(self):
+        self.layers = []
+
+    def __getitem__(self, block):
+        return b"".join(ctypes.string_at(at + block * stride, size) for at, _, stride, size in self.layers)
+
+    def __setitem__(self, block, data):
+        for at, blocks, stride, size in self.layers:
+            assert 0 <= block < blocks
+            ctypes.memmove(at + block * stride, data[:size].ljust(size, b"?"), min(size, len(data)) if data else 0)
+            data = data[size:]
+
+
 class FakeCache:
-    """`memory` stands for the engine's KV: block id -> bytes."""
+    """`memory` stands for the engine's KV: block id -> bytes; without one it is where `layout` says."""
 
     def __init__(self, node, memory=None, *, part=(0, 0), parts=None, slow=0, max_jobs=256):
-        self.node, self.memory, self.part, self.parts = node, memory, part, parts or [part]
+        self.node, self.memory, self.part, self.parts = node, LaidOut() if memory is None else memory, part, parts or [part]
         self.slow, self.max_jobs = slow, max_jobs  # asks that answer None before one answers
         self.answers, self.asked, self.leases, self.missed = {}, {}, {}, set()
         self.queue, self.ended, self.used = [], [], set()
@@ -64,16 +81,25 @@ class FakeCache:
             if asks <= self.slow:
                 return None
             present = 0
-            for block in chain:
+            for block in chain[first:]:
                 if block in self.missed or any((part, block) not in self.node.blocks for part in self.parts):
                     break
                 present += 1
-            self.answers[request] = present
+            self.answers[request] = first, present
             if present and not probe:
                 lease = 1 + max(self.node.leases, default=0)
                 self.node.leases[lease] = request
                 self.leases[request] = lease
-        return max(0, self.answers[request] - first)
+        start, present = self.answers[request]
+        good = [block not in self.missed for block in chain[start : start + present]] + [False]
+        return max(0, start + good.index(False) - first)
+
+    def exists(self, hashes, width, timeout_ms, first=0, request=None):
+        if request is not None:
+            return self.lookup(request, hashes, width, first) or 0
+        count = self.lookup("look", hashes, width, first, probe=True) or 0
+        self.forget("look")
+        return count
 
     def lease(self, request):
         return self.leases.get(request, 0)
@@ -88,6 +114,8 @@ class FakeCache:
 
     def layout(self, layers):
         self.log.append(("layout", len(layers)))
+        if isinstance(self.memory, LaidOut):
+            self.memory.layers = list(layers)
 
     def _start(self, kind, job, hashes, width, first, block_ids):
         assert job not in self.used, "a job's number is used once"
@@ -120,6 +148,10 @@ class FakeCache:
                     failed.append(where)
                 else:
                     self.memory[where] = self.node.blocks[key]
+                if kind == "save" and where not in failed:
+                    self.missed.discard(block)
+                elif kind == "load" and where in failed:
+                    self.missed.add(block)
             done = len(ids) - len(failed)
             self.ended.append(FakeFinished(job, kind, done, done * 10, failed, 0.5, "bad" if failed else None))
         self.queue = []
@@ -143,6 +175,16 @@ class FakeCache:
             if ended.job == job:
                 return self.ended.pop(i)
         return None
+
+    def invalidate_all(self, timeout_ms=5000):
+        if self.node.away:
+            raise ConnectionError("no node")
+        count = len(self.node.blocks)
+        self.node.blocks.clear()
+        return count
+
+    def stats(self):
+        return {"jobs": len(self.used)}
 
     def close(self):
         self.log.append("close")

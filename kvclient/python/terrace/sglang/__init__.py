@@ -1,0 +1,434 @@
+"""Terrace behind SGLang's HiCache.
+
+    GPU ─ HiCache host pool (pages) ─► TerraceHiCache ─ one terrace.Cache per host pool ─ Rust threads ─► node
+
+    python -m sglang.launch_server --model-path MODEL --enable-hierarchical-cache --hicache-storage-backend dynamic \\
+      --hicache-mem-layout page_first --hicache-storage-backend-extra-config '{"backend_name": "terrace",
+        "module_path": "terrace.sglang", "class_name": "TerraceHiCache", "interface_v1": 1,
+        "hicache_storage_pass_prefix_keys": true, "endpoint": "127.0.0.1:7070"}'
+
+A page of a host pool is a block: its pieces (K and V, or one per layer) are copied from and to where they lie, in any of
+SGLang's layouts. A page's SHA-256 is the block's engine hash, `prefix_keys` the chain before it. `batch_exists` leases
+what it reports until it was read, `hold_ms` at most, so "exists, then gone" cannot happen by eviction.
+
+    pool            namespace (packing)     part
+    KV, side pools  one each, by name       rank of the writer; 0 where SGLang has one writer for all ranks (MLA)
+    flat pages      "flat"                  the same; SGLang's older interface, which copies once more
+
+Units: pages, bytes, milliseconds.
+Errors: none leaves this file but a setting that can never work; a node that is away, late, full or wrong is False, None or
+0, and SGLang computes. Every call ends: lookups by `lookup_timeout_ms`, copies by `transfer_timeout_ms` in Rust; a copy
+that were still later has the pool's memory taken from it before False is said, since SGLang then reuses the pages.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import logging
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sglang.srt.mem_cache.hicache_storage import (
+    HiCacheStorage,
+    HiCacheStorageConfig,
+    HiCacheStorageExtraInfo,
+    PoolHitPolicy,
+    PoolName,
+    PoolTransfer,
+    PoolTransferResult,
+)
+
+from terrace import Cache, Finished
+from terrace.sglang.pages import WIDTH, Layer, Pool, layers, name, spans
+from terrace.sglang.space import namespace, rank, replicated
+
+if TYPE_CHECKING:
+    import torch
+    from sglang.srt.mem_cache.pool_host import HostKVCache
+
+logger = logging.getLogger("sglang.terrace")
+
+MAX_HELD = 256
+"""Leases between `batch_exists` and the reads; the oldest goes first."""
+FLAT_PAGES = 128
+"""Pages of the scratch of the older interface; SGLang's own limit of a batch."""
+GRACE_MS = 2000
+"""How much later than its own deadline a copy may be before its memory is taken from it."""
+CACHE_SETTINGS = ("token", "local", "strict", "lease_ms", "miss_ms", "threads", "max_jobs", "max_lookups")
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def answers(otherwise: Callable[..., Any]) -> Callable[[F], F]:
+    """A failure is an answer, `otherwise(*args)`, and one line in the log; SGLang's threads would die of an exception."""
+
+    def wrap(method: F) -> F:
+        @functools.wraps(method)
+        def call(self: TerraceHiCache, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return method(self, *args, **kwargs)
+            except Exception as error:
+                self.say(f"{method.__name__}: {error!r}")
+                return otherwise(*args, *kwargs.values())
+
+        return call  # type: ignore[return-value]
+
+    return wrap
+
+
+class TerraceHiCache(HiCacheStorage):
+    """A dynamic storage back end; its settings are those of the module's text, `terrace.Cache`'s, `hold_ms` and `label`."""
+
+    def __init__(self, storage_config: HiCacheStorageConfig, kwargs: dict[str, Any] | None = None) -> None:
+        settings = {**(storage_config.extra_config or {}), **(kwargs or {})}
+        self.config = storage_config
+        self.endpoint = str(settings.get("endpoint", "127.0.0.1:7070"))
+        self.label = settings.get("label")
+        self.lookup_ms = int(settings.get("lookup_timeout_ms", 200))
+        self.transfer_ms = int(settings.get("transfer_timeout_ms", 5000))
+        self.hold_s = int(settings.get("hold_ms", 30_000)) / 1000
+        self.settings = {key: settings[key] for key in CACHE_SETTINGS if key in settings}
+        self.settings.setdefault("token", os.environ.get("TERRACE_TOKEN"))
+        self.owner = os.urandom(16)
+        self.pools: dict[str, Pool] = {}
+        self.held: OrderedDict[str, tuple[float, Pool, bytes]] = OrderedDict()
+        self.holder: dict[bytes, str] = {}
+        self.lock, self.scratch = threading.Lock(), threading.Lock()
+        self.numbers = itertools.count(1)
+        self.said: set[str] = set()
+        self.moved: dict[str, list[tuple[int, float]]] = {"load": [], "save": []}
+        self.closed = threading.Event()
+        self.sweeper = threading.Thread(target=self._sweep, name="terrace-leases", daemon=True)
+        self.sweeper.start()
+
+    # Which memory there is.
+
+    def register_mem_pool_host(self, mem_pool_host: HostKVCache) -> None:
+        super().register_mem_pool_host(mem_pool_host)
+        self._register(mem_pool_host, PoolName.KV)
+
+    def register_mem_host_pool_v2(self, host_pool: HostKVCache, host_pool_name: Any) -> None:
+        super().register_mem_host_pool_v2(host_pool, host_pool_name)
+        if str(host_pool_name) not in self.pools:
+            self._register(host_pool, host_pool_name)
+
+    @answers(lambda *_: None)
+    def _register(self, pool: HostKVCache, pool_name: Any) -> None:
+        if getattr(pool, "kv_buffer", self) is None:
+            return  # a logical anchor: it has no bytes, its side pools have
+        self.pools[str(pool_name)] = self._open(pool, str(pool_name), layers(pool), int(getattr(pool, "page_size", 1) or 1))
+
+    def _open(self, pool: Any, packing: str, where: list[Layer], page_size: int) -> Pool:
+        shared = replicated(self.config, pool, packing)
+        spec = namespace(self.config, pool, packing, [layer[3] for layer in where], page_size, self.label)
+        part = (rank(self.config, shared), 0)
+        timeouts = {"lookup_timeout_ms": self.lookup_ms, "transfer_timeout_ms": self.transfer_ms}
+        cache = Cache(self.endpoint, spec, owner=self.owner, part=part, **timeouts, **self.settings)
+        return Pool(cache, where, page_size, not shared or self.config.is_storage_writer)
+
+    # v1: pages of the KV pool, from and to where they lie.
+
+    @answers(lambda *_: 0)
+    def batch_exists(self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None) -> int:
+        pool = self.pools.get(PoolName.KV.value)
+        if pool is None:
+            return len(keys) if self._anchor() else 0
+        return self._exists(pool, keys, extra_info)
+
+    @answers(lambda keys, *_: [False] * len(keys))
+    def batch_get_v1(
+        self, keys: list[str], host_indices: torch.Tensor, extra_info: HiCacheStorageExtraInfo | None = None
+    ) -> list[bool]:
+        pool = self.pools.get(PoolName.KV.value)
+        return self._load(pool, keys, host_indices, extra_info) if pool else [self._anchor()] * len(keys)
+
+    @answers(lambda keys, *_: [False] * len(keys))
+    def batch_set_v1(
+        self, keys: list[str], host_indices: torch.Tensor, extra_info: HiCacheStorageExtraInfo | None = None
+    ) -> list[bool]:
+        pool = self.pools.get(PoolName.KV.value)
+        return self._save(pool, keys, host_indices, extra_info) if pool else [self._anchor()] * len(keys)
+
+    # v2: several pools.
+
+    @answers(lambda *_: PoolTransferResult.empty())
+    def batch_exists_v2(
+        self,
+        keys: list[str],
+        pool_transfers: list[PoolTransfer] | None = None,
+        extra_info: HiCacheStorageExtraInfo | None = None,
+    ) -> PoolTransferResult:
+        pages = self.batch_exists(keys, extra_info)
+        hits: dict[str, int] = {PoolName.KV: pages} if pages else {}
+        usable = set(range(1, pages + 1))
+        for transfer in pool_transfers or []:
+            if transfer.hit_policy not in (PoolHitPolicy.ALL_PAGES, PoolHitPolicy.TRAILING_PAGES) or not usable:
+                continue  # no verdict; such a pool never shortens the prefix
+            pool = self.pools.get(str(transfer.name))
+            if pool is None:
+                ends = set()
+            elif transfer.hit_policy == PoolHitPolicy.ALL_PAGES:
+                ends = set(range(1, self._exists(pool, keys[:pages], extra_info) + 1))
+            else:
+                ends = self._windows(pool, keys[:pages], max(1, len(transfer.keys or [])))
+            if ends:
+                hits[transfer.name] = max(ends)
+            usable &= ends
+        return PoolTransferResult(max(usable, default=0), hits, sorted(usable))
+
+    @answers(lambda transfers, *_: {transfer.name: [False] * len(transfer.keys or []) for transfer in transfers})
+    def batch_get_v2(
+        self, transfers: list[PoolTransfer], extra_info: HiCacheStorageExtraInfo | None = None
+    ) -> dict[str, list[bool]]:
+        return self._each(transfers, extra_info, self._load)
+
+    @answers(lambda transfers, *_: {transfer.name: [False] * len(transfer.keys or []) for transfer in transfers})
+    def batch_set_v2(
+        self, transfers: list[PoolTransfer], extra_info: HiCacheStorageExtraInfo | None = None
+    ) -> dict[str, list[bool]]:
+        return self._each(transfers, extra_info, self._save)
+
+    def _each(
+        self, transfers: list[PoolTransfer], extra_info: HiCacheStorageExtraInfo | None, move: Callable[..., list[bool]]
+    ) -> dict[str, list[bool]]:
+        moved: dict[str, list[bool]] = {}
+        for transfer in transfers:
+            keys, pool = transfer.keys or [], self.pools.get(str(transfer.name))
+            try:
+                done = move(pool, keys, transfer.host_indices, extra_info) if pool else [False] * len(keys)
+            except Exception as error:
+                self.say(f"{transfer.name}: {error!r}")
+                done = [False] * len(keys)
+            moved[transfer.name] = done
+        return moved
+
+    def _windows(self, pool: Pool, keys: list[str], window: int) -> set[int]:
+        """Prefix lengths whose last `window` pages are all there: states are kept at some pages only, so each is asked
+        for by itself, the longest prefix first, for as long as one lookup may take."""
+        until = time.monotonic() + self.lookup_ms / 1000
+        there: dict[int, bool] = {}
+        ends: set[int] = set()
+        for end in range(len(keys), 0, -1):
+            for page in range(max(0, end - window), end):
+                if page not in there:
+                    if time.monotonic() > until:
+                        return ends
+                    there[page] = self._exists(pool, [keys[page]], None) == 1
+            if all(there[page] for page in range(max(0, end - window), end)):
+                ends.add(end)
+        return ends
+
+    # What all of these come to.
+
+    def _chain(self, keys: Sequence[str], extra_info: HiCacheStorageExtraInfo | None) -> tuple[bytes, int]:
+        before = extra_info.prefix_keys if extra_info is not None else None
+        if extra_info is not None and before is None:
+            self.say("add hicache_storage_pass_prefix_keys: without it the node cannot tell a prompt's head from its tail")
+        return b"".join(map(name, itertools.chain(before or (), keys))), len(before or ())
+
+    def _exists(self, pool: Pool, keys: list[str], extra_info: HiCacheStorageExtraInfo | None) -> int:
+        if not keys or not self._ready(pool):
+            return 0
+        hashes, first = self._chain(keys, extra_info)
+        request = f"exists/{next(self.numbers)}"
+        count = min(pool.cache.exists(hashes, WIDTH, self.lookup_ms, first, request), len(keys))
+        if not count:
+            pool.cache.forget(request)
+            return 0
+        ours = hashes[first * WIDTH : (first + count) * WIDTH]
+        with self.lock:
+            self.held[request] = (time.monotonic() + self.hold_s, pool, ours)
+            self.holder.update((self._slot(pool, ours, i), request) for i in range(count))
+        self._let_go(time.monotonic(), MAX_HELD)
+        return count
+
+    def _load(
+        self, pool: Pool, keys: list[str], indices: torch.Tensor | range | None, extra_info: HiCacheStorageExtraInfo | None
+    ) -> list[bool]:
+        if not keys or not self._ready(pool):
+            return [False] * len(keys)
+        hashes, first = self._chain(keys, extra_info)
+        rows = pool.rows(indices, len(keys))
+        ours = hashes[first * WIDTH :]
+        with self.lock:
+            request = self.holder.get(self._slot(pool, ours, 0), "")
+        job = next(self.numbers)
+        done = [False] * len(keys)
+        if pool.cache.load(job, pool.cache.lease(request) if request else 0, hashes, WIDTH, first, rows):
+            done = self._end(pool, job, rows)
+        with self.lock:
+            read = request in self.held and self.held[request][2].endswith(ours[-WIDTH:])
+        if read:
+            self._forget(request)
+        return done
+
+    def _save(
+        self, pool: Pool, keys: list[str], indices: torch.Tensor | range | None, extra_info: HiCacheStorageExtraInfo | None
+    ) -> list[bool]:
+        if not pool.writes:
+            return [True] * len(keys)  # another rank has the same bytes and saves them
+        if not keys or not self._ready(pool):
+            return [False] * len(keys)
+        hashes, first = self._chain(keys, extra_info)
+        rows = pool.rows(indices, len(keys))
+        have = min(pool.cache.exists(hashes, WIDTH, self.lookup_ms, first), len(keys))
+        if have == len(keys):
+            return [True] * len(keys)
+        job = next(self.numbers)
+        if not pool.cache.save(job, hashes, WIDTH, first + have, rows[have:]):
+            return [True] * have + [False] * (len(keys) - have)
+        return [True] * have + self._end(pool, job, rows[have:])
+
+    def _end(self, pool: Pool, job: int, rows: list[int]) -> list[bool]:
+        """Waits for a job; afterwards nothing reads or writes its pages."""
+        finished: Finished | None = pool.cache.wait(job, self.transfer_ms + GRACE_MS)
+        if finished is None:
+            self.say("a copy does not end; the pool is taken from it")
+            pool.cache.layout([])  # returns when no copy touches the pool any more
+            pool.cache.layout(pool.layers)
+            return [False] * len(rows)
+        bad = set(finished.failed_block_ids)
+        if self.config.enable_storage_metrics and finished.blocks:
+            with self.lock:
+                self.moved[finished.kind].append((finished.blocks, finished.bytes / 2**30 / max(finished.seconds, 1e-9)))
+        if bad:
+            self.say(f"{len(bad)} of {len(rows)} pages were not {finished.kind}ed: {finished.reason}")
+        return [row not in bad for row in rows]
+
+    def _ready(self, pool: Pool) -> bool:
+        state = pool.cache.state()
+        if state != pool.was:
+            pool.was = state
+            logger.info("terrace at %s: %s (%s) %s", self.endpoint, state, pool.cache.path().get("in_use"), pool.cache.difference() or "")
+        return state == "ready"
+
+    # Leases between `batch_exists` and the read.
+
+    def _slot(self, pool: Pool, hashes: bytes, i: int) -> bytes:
+        return id(pool).to_bytes(8, "little") + hashes[i * WIDTH : (i + 1) * WIDTH]
+
+    def _forget(self, request: str) -> None:
+        with self.lock:
+            _, pool, ours = self.held.pop(request, (0.0, None, b""))
+            for i in range(len(ours) // WIDTH if pool else 0):
+                slot = self._slot(pool, ours, i)
+                if self.holder.get(slot) == request:
+                    del self.holder[slot]
+        if pool is not None:
+            pool.cache.forget(request)
+
+    def _let_go(self, now: float, most: int) -> None:
+        while True:
+            with self.lock:
+                oldest = next(iter(self.held), None)
+                if oldest is None or (self.held[oldest][0] > now and len(self.held) <= most):
+                    return
+            self._forget(oldest)
+
+    def _sweep(self) -> None:
+        while not self.closed.wait(max(0.05, self.hold_s / 4)):
+            self._let_go(time.monotonic(), MAX_HELD)
+
+    # The older interface: pages that SGLang copies into tensors of their own.
+
+    @answers(lambda *_: None)
+    def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> Any:
+        return self.batch_get([key], [target_location], [target_sizes])[0]
+
+    @answers(lambda keys, *_: [None] * len(keys))
+    def batch_get(self, keys: list[str], target_locations: Any = None, target_sizes: Any = None) -> list[Any]:
+        targets, sizes = list(target_locations or []), list(target_sizes or [None] * len(keys))
+        good: list[bool] = []
+        with self.scratch:
+            flat = self._flat(spans(targets, sizes, len(keys)))
+            for at in range(0, len(keys), FLAT_PAGES):
+                part = keys[at : at + FLAT_PAGES]
+                here = self._load(flat, part, range(len(part)), None)
+                for i, there in enumerate(here):
+                    if there:
+                        ctypes.memmove(spans(targets, sizes, len(keys))[at + i][0], *flat.span(i))
+                good += here
+        return [target if there else None for target, there in zip(targets, good, strict=True)]
+
+    @answers(lambda *_: False)
+    def set(self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool:
+        return bool(self.batch_set([key], [target_location if value is None else value], None, [target_sizes]))
+
+    @answers(lambda *_: False)
+    def batch_set(
+        self, keys: list[str], values: Any = None, target_locations: Any = None, target_sizes: Any = None
+    ) -> bool:
+        sources = list(target_locations if values is None else values)
+        found = spans(sources, list(target_sizes or [None] * len(keys)), len(keys))
+        with self.scratch:
+            flat = self._flat(found)
+            for at in range(0, len(keys), FLAT_PAGES):
+                part = found[at : at + FLAT_PAGES]
+                for i, (address, length) in enumerate(part):
+                    ctypes.memmove(flat.span(i)[0], address, length)
+                if not all(self._save(flat, keys[at : at + FLAT_PAGES], range(len(part)), None)):
+                    return False
+        return bool(keys)
+
+    @answers(lambda *_: False)
+    def exists(self, key: str) -> bool:
+        pool = self.pools.get("flat") or self.pools.get(PoolName.KV.value)
+        return pool is not None and pool.cache.exists(name(key), WIDTH, self.lookup_ms) == 1
+
+    def _flat(self, found: list[tuple[int, int]]) -> Pool:
+        """The pool of pages that lie anywhere: copied through a scratch, all of one length."""
+        length = found[0][1]
+        if "flat" not in self.pools:
+            scratch = ctypes.create_string_buffer(FLAT_PAGES * length)
+            where = [(ctypes.addressof(scratch), FLAT_PAGES, length, length)]
+            self.pools["flat"] = self._open(getattr(self, "mem_pool_host", None), "flat", where, 1)
+            self.pools["flat"].keep = scratch
+        flat = self.pools["flat"]
+        if any(span[1] != flat.span(0)[1] for span in found):
+            raise ValueError(f"pages of {length} bytes where {flat.span(0)[1]} were before")
+        return flat
+
+    # The rest.
+
+    @answers(lambda *_: False)
+    def clear(self) -> bool:
+        """Forgets, at the node and durably, everything in these namespaces: other engines' pages too."""
+        for pool in self.pools.values():
+            pool.cache.invalidate_all()
+        return True
+
+    def get_stats(self) -> Any:
+        """What SGLang's metrics ask for: pages and GiB/s of each read and write since the last call."""
+        from sglang.srt.observability.metrics_collector import StorageMetrics
+
+        with self.lock:
+            reads, writes = self.moved["load"], self.moved["save"]
+            self.moved = {"load": [], "save": []}
+        return StorageMetrics(
+            [pages for pages, _ in reads], [pages for pages, _ in writes], [rate for _, rate in reads], [rate for _, rate in writes]
+        )
+
+    def stats(self) -> dict[str, dict[str, int]]:
+        """Counters of each pool's cache since the start."""
+        return {pool_name: pool.cache.stats() for pool_name, pool in self.pools.items()}
+
+    def close(self) -> None:
+        self.closed.set()
+        for pool in self.pools.values():
+            pool.cache.close()
+        self.sweeper.join(timeout=5)
+
+    def say(self, what: str) -> None:
+        """One line for each kind of trouble, not one per page."""
+        if what not in self.said and len(self.said) < 1000:
+            self.said.add(what)
+            logger.warning("terrace: %s", what)
+
+    def _anchor(self) -> bool:
+        return getattr(getattr(self, "mem_pool_host", None), "kv_buffer", self) is None

@@ -1,0 +1,99 @@
+"""Who may share pages with whom: the namespace and the part of a host pool's pages.
+
+Two engines share when these are equal: model, revision, weights, dtype of KV, geometry and layout of the pool, sizes of a
+page's pieces, parallel sizes, and what changes the numbers on the way (quantization, RoPE overrides). A rank's own shard is a
+part; pages that are the same on all ranks of a tensor-parallel group (MLA) are one part, which SGLang lets one rank write.
+
+Errors: none; what cannot be found out reads "none", and a model without weights that can be read is told apart by its name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+from terrace import identity
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
+
+ARGUMENTS = (
+    "dtype", "quantization", "kv_cache_dtype", "json_model_override_args", "model_impl", "load_format", "attention_backend",
+)  # fmt: skip
+"""Arguments of the server that change the bytes of a page without changing its shape."""
+MLA_POOLS = ("MLATokenToKVPoolHost", "DeepSeekV4PagedHostPool")
+
+
+def replicated(config: HiCacheStorageConfig, pool: Any, pool_name: str) -> bool:
+    """Whether all tensor-parallel ranks hold the same pages, of which one rank then writes.
+
+    States are each rank's own even below MLA, and so is a draft model's KV unless it is MLA itself.
+    """
+    if not config.is_mla_model or "mamba" in pool_name:
+        return False
+    return "draft" not in pool_name or any(kind.__name__ in MLA_POOLS for kind in type(pool).__mro__)
+
+
+def rank(config: HiCacheStorageConfig, shared: bool) -> int:
+    """The part's number among all ranks that hold different bytes of a page."""
+    slices = config.pp_rank * config.attn_cp_size + config.attn_cp_rank
+    return slices if shared else slices * config.tp_size + config.tp_rank
+
+
+def namespace(
+    config: HiCacheStorageConfig, pool: Any, packing: str, pieces: Sequence[int], page_size: int, label: str | None
+) -> dict[str, str | int]:
+    """The spec of a pool's namespace; `packing` names the pool, `pieces` are the bytes of a page's pieces."""
+    server = server_args()
+    path = getattr(server, "model_path", None) or config.model_name or "none"
+    revision = getattr(server, "revision", None)
+    facts = {
+        "pool": type(pool).__name__,
+        "layout": str(getattr(pool, "layout", None)),
+        "pieces": list(pieces),
+        "dcp": [config.dcp_size, config.logical_page_size],
+        "name": config.model_name,
+        **{argument: str(getattr(server, argument, None)) for argument in ARGUMENTS},
+    }
+    digest = blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
+    return {
+        "label": text(label or config.model_name or path, 128),
+        "model": text(f"{path}@{revision}" if revision else path),
+        "weights": identity.weights(path, revision),
+        "tokenizer": text(getattr(server, "tokenizer_path", None) or "none"),
+        "kv_dtype": str(getattr(pool, "dtype", "u8")).removeprefix("torch."),
+        "layers": count(pool, "layer_num"),
+        "kv_heads": count(pool, "head_num"),
+        "head_size": count(pool, "head_dim"),
+        "packing": text(f"sglang {packing} {facts['layout']} {digest}"),
+        "block_tokens": page_size,
+        "tensor_parallel": config.tp_size,
+        "pipeline_parallel": config.pp_size,
+        "context_parallel": config.attn_cp_size,
+        "engine_class": "sglang",
+    }
+
+
+def server_args() -> Any:
+    """The running server's arguments; None outside of one, as in a test."""
+    try:
+        from sglang.srt.runtime_context import get_server_args
+
+        return get_server_args()
+    except Exception:
+        return None
+
+
+def count(pool: Any, field: str) -> int:
+    value = getattr(pool, field, 1)
+    return value if isinstance(value, int) and 1 <= value <= 65536 else 1
+
+
+def text(value: str, most: int = 256) -> str:
+    """At most `most` bytes; what is longer keeps its end and gets a digest."""
+    raw = value.encode()
+    if len(raw) <= most:
+        return value
+    return blake2b(raw, digest_size=8).hexdigest() + " " + raw[-(most - 17) :].decode(errors="ignore")
