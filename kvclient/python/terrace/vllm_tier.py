@@ -26,7 +26,6 @@ import sys
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -457,7 +456,7 @@ def _address(view: memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
-def namespace(spec: OffloadingSpec, stride: int, label: str | None) -> dict[str, str | int]:
+def namespace(spec: OffloadingSpec, stride: int, label: str | None) -> identity.Spec:
     """The engine's identity, as far as rows of the pool depend on it.
 
     vLLM 0.32 hands a tier an extract of its configuration, without the model's revision and how blocks are hashed. Both
@@ -472,10 +471,10 @@ def namespace(spec: OffloadingSpec, stride: int, label: str | None) -> dict[str,
         base = identity.vllm(engine, caches, label=label)
     else:
         logger.warning("Terrace: this vLLM does not tell its configuration; the tier shares with no other engine")
-        base = {"label": label or config.model.name, "model": config.model.name, "weights": os.urandom(16).hex()}
+        name = identity.text(label or config.model.name, identity.LABEL_BYTES)
+        base = {"label": name, "weights": os.urandom(16).hex()}
     rows = [config.groups, config.parallel.tp_size, config.parallel.pp_size, config.parallel.pcp_size]
     rows += [config.parallel.dcp_size, config.kv_cache_layout, config.canonical_layout, chunk, stride]
-    digest = blake2b(repr(rows).encode(), digest_size=12).hexdigest()
     tokens = chunk * max(group.tokens_per_block for group in config.groups)
-    packing = f"vllm rows {digest} {base.get('packing', '')}"[:256]
+    packing = identity.text(f"rows {identity.digest(*rows)} of {base.get('packing', 'none')}")
     return {**base, "packing": packing, "block_tokens": tokens, "engine_class": "vllm tier"}

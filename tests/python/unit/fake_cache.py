@@ -52,7 +52,12 @@ class FakeCache:
     """`memory` stands for the engine's KV: block id -> bytes; without one it is where `layout` says."""
 
     def __init__(self, node, memory=None, *, part=(0, 0), parts=None, slow=0, max_jobs=256):
-        self.node, self.memory, self.part, self.parts = node, LaidOut() if memory is None else memory, part, parts or [part]
+        self.node, self.memory, self.part, self.parts = (
+            node,
+            LaidOut() if memory is None else memory,
+            part,
+            parts or [part],
+        )
         self.slow, self.max_jobs = slow, max_jobs  # asks that answer None before one answers
         self.answers, self.asked, self.leases, self.missed = {}, {}, {}, set()
         self.queue, self.ended, self.used = [], [], set()

@@ -5,12 +5,11 @@ tests/python/sglang.
 """
 
 import ctypes
-import importlib.util
-import sys
-import types
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
+
+import fakes
 
 # What the back end reads and makes, by the real class's place. The test of the fakes reads this table too.
 FIELDS = {
@@ -176,8 +175,6 @@ class HostPool:
 
 def install():
     """Makes `import terrace.sglang` work without SGLang and torch."""
-    if importlib.util.find_spec("sglang") is not None:
-        return
     here = globals()
     names = ("HiCacheStorage", "HiCacheStorageConfig", "HiCacheStorageExtraInfo", "PoolHitPolicy", "PoolName",
              "PoolTransfer", "PoolTransferResult")  # fmt: skip
@@ -186,8 +183,4 @@ def install():
         "sglang.srt.mem_cache.hicache_storage": {name: here[name] for name in names},
         "sglang.srt.observability.metrics_collector": {"StorageMetrics": StorageMetrics},
     }
-    for name, values in contents.items():
-        parts = name.split(".")
-        for i in range(1, len(parts) + 1):
-            sys.modules.setdefault(".".join(parts[:i]), types.ModuleType(".".join(parts[:i])))
-        vars(sys.modules[name]).update(values)
+    fakes.put(contents)

@@ -3,13 +3,12 @@
 `install()` puts modules of these names into `sys.modules`, unless the real ones are there.
 """
 
-import importlib.util
-import sys
 import time
-import types
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
+
+import fakes
 
 # What the tier reads and makes, by the real class's place. The test of the fakes reads this table too.
 FIELDS = {
@@ -129,8 +128,6 @@ def make_offload_key(block_hash, group):
 
 def install():
     """Makes `import terrace.vllm_tier` work without vLLM."""
-    if importlib.util.find_spec("vllm") is not None and hasattr(sys.modules.get("vllm"), "__file__"):
-        return
     here = globals()
     contents = {
         "vllm.config": {"get_current_vllm_config_or_none": lambda: None},
@@ -153,8 +150,4 @@ def install():
             name: here[name] for name in ("JobResult", "SecondaryTierManager", "TransferJob")
         },
     }  # fmt: skip
-    for name, values in contents.items():
-        parts = name.split(".")
-        for i in range(1, len(parts) + 1):
-            sys.modules.setdefault(".".join(parts[:i]), types.ModuleType(".".join(parts[:i])))
-        vars(sys.modules[name]).update(values)
+    fakes.put(contents)

@@ -4,12 +4,13 @@
 look like this is checked in `tests/python/vllm/test_fakes.py`, name by name, from `FIELDS`.
 """
 
-import importlib.util
 import logging
 import sys
 import types
 from dataclasses import dataclass, field
 from typing import Any
+
+import fakes
 
 # What the connector reads, by the real class's place. The test of the fakes reads this table too.
 FIELDS = {
@@ -105,8 +106,6 @@ class KVConnectorPromMetrics:
 
 def install():
     """Makes `import terrace.vllm` work without vLLM."""
-    if importlib.util.find_spec("vllm") is not None:
-        return
     empty = lambda *bases: type("Empty", bases, {})  # noqa: E731
     contents = {
         "vllm.logger": {"init_logger": logging.getLogger},
@@ -120,8 +119,4 @@ def install():
         },
         "vllm.v1.core.kv_cache_utils": {"maybe_convert_block_hash": lambda block: block},
     }  # fmt: skip
-    for name, values in contents.items():
-        parts = name.split(".")
-        for i in range(1, len(parts) + 1):
-            sys.modules.setdefault(".".join(parts[:i]), types.ModuleType(".".join(parts[:i])))
-        vars(sys.modules[name]).update(values)
+    fakes.put(contents)

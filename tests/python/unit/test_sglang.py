@@ -223,7 +223,10 @@ def test_several_pools_move_together(make):
     fill(side, 1, 2)
     names = keys("a", "b")
     stored = storage.batch_set_v2(
-        [PoolTransfer(PoolName.KV, pool.indices(1, 2), keys=names), PoolTransfer(PoolName.INDEXER, side.indices(1), keys=names[:1])],
+        [
+            PoolTransfer(PoolName.KV, pool.indices(1, 2), keys=names),
+            PoolTransfer(PoolName.INDEXER, side.indices(1), keys=names[:1]),
+        ],
         PREFIX,
     )
     assert stored == {"kv": [True, True], "indexer": [True]}
@@ -251,7 +254,9 @@ def test_a_policy_that_is_not_known_gives_no_verdict(make):
     storage = make(sides=[(PoolName.SWA, HostPool())])
     pool = storage.mem_pool_host
     storage.batch_set_v1(keys("a"), pool.indices(1), PREFIX)
-    found = storage.batch_exists_v2(keys("a"), [PoolTransfer(PoolName.SWA, hit_policy=PoolHitPolicy.BLOCK_GROUPS)], PREFIX)
+    found = storage.batch_exists_v2(
+        keys("a"), [PoolTransfer(PoolName.SWA, hit_policy=PoolHitPolicy.BLOCK_GROUPS)], PREFIX
+    )
     assert (found.kv_hit_pages, found.extra_pool_hit_pages) == (1, {"kv": 1})
 
 

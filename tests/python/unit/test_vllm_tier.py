@@ -20,13 +20,13 @@ ROWS, STRIDE, TOKENS = 16, 64, 32
 class Spec:
     """What a tier reads of TieringOffloadingSpec."""
 
-    class config:  # noqa: N801
+    class config:
         groups = (
             type("Group", (), {"group_id": 0, "tokens_per_block": 16, "layer_names": ("a",)}),
             type("Group", (), {"group_id": 3, "tokens_per_block": 16, "layer_names": ("b",)}),
         )
 
-    class kv_events_config:  # noqa: N801
+    class kv_events_config:
         enable_kv_cache_events = True
 
     blocks_per_chunk = 2
@@ -300,7 +300,10 @@ def test_a_transfer_that_does_not_end_has_the_pool_taken_from_it(make):
 def test_changed_weights_share_nothing_with_the_old_ones(make):
     tier = make()
     specs = []
-    connect, vllm_tier.Cache = vllm_tier.Cache, lambda endpoint, spec, **rest: specs.append(spec) or FakeCache(FakeNode())
+    connect, vllm_tier.Cache = (
+        vllm_tier.Cache,
+        lambda endpoint, spec, **rest: specs.append(spec) or FakeCache(FakeNode()),
+    )
     try:
         tier.drain_jobs()  # vLLM's reset_cache: sleep, or new weights
     finally:

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from terrace import vllm_tier
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.engine.arg_utils import EngineArgs
@@ -19,8 +20,6 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.kv_offload.base import LookupResult, ScheduleEndContext
 from vllm.v1.request import Request
-
-from terrace import vllm_tier
 
 BLOCK, BLOCKS_PER_CHUNK, ROWS = 32, 2, 24
 CHUNK = BLOCK * BLOCKS_PER_CHUNK
@@ -59,7 +58,9 @@ class Engine:
         wait_until(lambda: self.tier._cache.state() == "ready", "the node answers")
 
     def request(self, name, tokens, salt=None):
-        request = Request(name, list(tokens), SamplingParams(max_tokens=4), None, block_hasher=self.hasher, cache_salt=salt)
+        request = Request(
+            name, list(tokens), SamplingParams(max_tokens=4), None, block_hasher=self.hasher, cache_salt=salt
+        )
         self.connector.on_new_request(request)
         return request
 
@@ -223,7 +224,11 @@ def test_events_and_metrics_are_those_vllm_expects(engine):
     assert sum(len(event.keys) for event in stored) == 6
     stats = one.manager.get_stats().reduce()
     assert stats[f"{vllm_tier.BLOCKS}:('saved',)"] == 6
-    assert set(vllm_tier.TerraceTier.build_metric_definitions({})) >= {vllm_tier.BLOCKS, vllm_tier.BYTES, vllm_tier.READY}
+    assert set(vllm_tier.TerraceTier.build_metric_definitions({})) >= {
+        vllm_tier.BLOCKS,
+        vllm_tier.BYTES,
+        vllm_tier.READY,
+    }
 
 
 def test_identity_is_the_engines_own(engine):

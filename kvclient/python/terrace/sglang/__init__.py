@@ -122,7 +122,9 @@ class TerraceHiCache(HiCacheStorage):
     def _register(self, pool: HostKVCache, pool_name: Any) -> None:
         if getattr(pool, "kv_buffer", self) is None:
             return  # a logical anchor: it has no bytes, its side pools have
-        self.pools[str(pool_name)] = self._open(pool, str(pool_name), layers(pool), int(getattr(pool, "page_size", 1) or 1))
+        self.pools[str(pool_name)] = self._open(
+            pool, str(pool_name), layers(pool), int(getattr(pool, "page_size", 1) or 1)
+        )
 
     def _open(self, pool: Any, packing: str, where: list[Layer], page_size: int) -> Pool:
         shared = replicated(self.config, pool, packing)
@@ -229,7 +231,9 @@ class TerraceHiCache(HiCacheStorage):
     def _chain(self, keys: Sequence[str], extra_info: HiCacheStorageExtraInfo | None) -> tuple[bytes, int]:
         before = extra_info.prefix_keys if extra_info is not None else None
         if extra_info is not None and before is None:
-            self.say("add hicache_storage_pass_prefix_keys: without it the node cannot tell a prompt's head from its tail")
+            self.say(
+                "add hicache_storage_pass_prefix_keys: without it the node cannot tell a prompt's head from its tail"
+            )
         return b"".join(map(name, itertools.chain(before or (), keys))), len(before or ())
 
     def _exists(self, pool: Pool, keys: list[str], extra_info: HiCacheStorageExtraInfo | None) -> int:
@@ -249,7 +253,11 @@ class TerraceHiCache(HiCacheStorage):
         return count
 
     def _load(
-        self, pool: Pool, keys: list[str], indices: torch.Tensor | range | None, extra_info: HiCacheStorageExtraInfo | None
+        self,
+        pool: Pool,
+        keys: list[str],
+        indices: torch.Tensor | range | None,
+        extra_info: HiCacheStorageExtraInfo | None,
     ) -> list[bool]:
         if not keys or not self._ready(pool):
             return [False] * len(keys)
@@ -269,7 +277,11 @@ class TerraceHiCache(HiCacheStorage):
         return done
 
     def _save(
-        self, pool: Pool, keys: list[str], indices: torch.Tensor | range | None, extra_info: HiCacheStorageExtraInfo | None
+        self,
+        pool: Pool,
+        keys: list[str],
+        indices: torch.Tensor | range | None,
+        extra_info: HiCacheStorageExtraInfo | None,
     ) -> list[bool]:
         if not pool.writes:
             return [True] * len(keys)  # another rank has the same bytes and saves them
@@ -296,7 +308,9 @@ class TerraceHiCache(HiCacheStorage):
         bad = set(finished.failed_block_ids)
         if self.config.enable_storage_metrics and finished.blocks:
             with self.lock:
-                self.moved[finished.kind].append((finished.blocks, finished.bytes / 2**30 / max(finished.seconds, 1e-9)))
+                self.moved[finished.kind].append(
+                    (finished.blocks, finished.bytes / 2**30 / max(finished.seconds, 1e-9))
+                )
         if bad:
             self.say(f"{len(bad)} of {len(rows)} pages were not {finished.kind}ed: {finished.reason}")
         return [row not in bad for row in rows]
@@ -305,7 +319,13 @@ class TerraceHiCache(HiCacheStorage):
         state = pool.cache.state()
         if state != pool.was:
             pool.was = state
-            logger.info("terrace at %s: %s (%s) %s", self.endpoint, state, pool.cache.path().get("in_use"), pool.cache.difference() or "")
+            logger.info(
+                "terrace at %s: %s (%s) %s",
+                self.endpoint,
+                state,
+                pool.cache.path().get("in_use"),
+                pool.cache.difference() or "",
+            )
         return state == "ready"
 
     # Leases between `batch_exists` and the read.
@@ -411,7 +431,10 @@ class TerraceHiCache(HiCacheStorage):
             reads, writes = self.moved["load"], self.moved["save"]
             self.moved = {"load": [], "save": []}
         return StorageMetrics(
-            [pages for pages, _ in reads], [pages for pages, _ in writes], [rate for _, rate in reads], [rate for _, rate in writes]
+            [pages for pages, _ in reads],
+            [pages for pages, _ in writes],
+            [rate for _, rate in reads],
+            [rate for _, rate in writes],
         )
 
     def stats(self) -> dict[str, dict[str, int]]:

@@ -1,17 +1,13 @@
 """Who may share pages with whom: the namespace and the part of a host pool's pages.
 
-Two engines share when these are equal: model, revision, weights, dtype of KV, geometry and layout of the pool, sizes of a
+Two engines share when these are equal: model, revision, weights, dtype of KV, geometry and layout of the pool, bytes of a
 page's pieces, parallel sizes, and what changes the numbers on the way (quantization, RoPE overrides). A rank's own shard is a
 part; pages that are the same on all ranks of a tensor-parallel group (MLA) are one part, which SGLang lets one rank write.
-
-Errors: none; what cannot be found out reads "none", and a model without weights that can be read is told apart by its name.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from terrace import identity
@@ -43,31 +39,26 @@ def rank(config: HiCacheStorageConfig, shared: bool) -> int:
 
 
 def namespace(
-    config: HiCacheStorageConfig, pool: Any, packing: str, pieces: Sequence[int], page_size: int, label: str | None
-) -> dict[str, str | int]:
-    """The spec of a pool's namespace; `packing` names the pool, `pieces` are the bytes of a page's pieces."""
+    config: HiCacheStorageConfig, pool: Any, name: str, pieces: Sequence[int], page_size: int, label: str | None
+) -> identity.Spec:
+    """The spec of the namespace of one pool's pages, whose pieces have these bytes."""
     server = server_args()
-    path = getattr(server, "model_path", None) or config.model_name or "none"
+    model = getattr(server, "model_path", None) or config.model_name or "none"
     revision = getattr(server, "revision", None)
-    facts = {
-        "pool": type(pool).__name__,
-        "layout": str(getattr(pool, "layout", None)),
-        "pieces": list(pieces),
-        "dcp": [config.dcp_size, config.logical_page_size],
-        "name": config.model_name,
-        **{argument: str(getattr(server, argument, None)) for argument in ARGUMENTS},
-    }
-    digest = blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
+    tokenizer = getattr(server, "tokenizer_path", None)
+    layout = getattr(pool, "layout", "none")
+    rules = [config.model_name, config.dcp_size, config.logical_page_size, type(pool).__name__, list(pieces)]
+    rules += [str(getattr(server, argument, None)) for argument in ARGUMENTS]
     return {
-        "label": text(label or config.model_name or path, 128),
-        "model": text(f"{path}@{revision}" if revision else path),
-        "weights": identity.weights(path, revision),
-        "tokenizer": text(getattr(server, "tokenizer_path", None) or "none"),
+        "label": identity.text(label or identity.name_of(model, revision), identity.LABEL_BYTES),
+        "model": identity.text(identity.name_of(model, revision)),
+        "weights": identity.weights(model, revision),
+        "tokenizer": identity.tokenizer(tokenizer) if tokenizer else "none",
         "kv_dtype": str(getattr(pool, "dtype", "u8")).removeprefix("torch."),
         "layers": count(pool, "layer_num"),
         "kv_heads": count(pool, "head_num"),
         "head_size": count(pool, "head_dim"),
-        "packing": text(f"sglang {packing} {facts['layout']} {digest}"),
+        "packing": identity.text(f"sglang {name} {layout}, configuration {identity.digest(*rules)}"),
         "block_tokens": page_size,
         "tensor_parallel": config.tp_size,
         "pipeline_parallel": config.pp_size,
@@ -89,11 +80,3 @@ def server_args() -> Any:
 def count(pool: Any, field: str) -> int:
     value = getattr(pool, field, 1)
     return value if isinstance(value, int) and 1 <= value <= 65536 else 1
-
-
-def text(value: str, most: int = 256) -> str:
-    """At most `most` bytes; what is longer keeps its end and gets a digest."""
-    raw = value.encode()
-    if len(raw) <= most:
-        return value
-    return blake2b(raw, digest_size=8).hexdigest() + " " + raw[-(most - 17) :].decode(errors="ignore")

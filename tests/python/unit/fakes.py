@@ -1,0 +1,18 @@
+"""Puts made-up modules where an engine's would be, so that its connector can be imported without it."""
+
+import importlib.util
+import sys
+import types
+
+
+def put(contents: dict[str, dict]) -> None:
+    """Makes modules of these names and members, unless the real package is installed."""
+    for name, members in contents.items():
+        top = name.split(".")[0]
+        known = sys.modules.get(top)
+        if hasattr(known, "__file__") if known is not None else importlib.util.find_spec(top) is not None:
+            continue
+        parts = name.split(".")
+        for i in range(1, len(parts) + 1):
+            sys.modules.setdefault(".".join(parts[:i]), types.ModuleType(".".join(parts[:i])))
+        vars(sys.modules[name]).update(members)
