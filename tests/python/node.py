@@ -1,4 +1,4 @@
-"""A node for tests in Python: one `kvserver` process, its ports and folder its own, so that it can be killed and come back."""
+"""A node for tests in Python: one `kvserver` process with ports and a folder of its own, to be killed and restarted."""
 
 import os
 import pathlib
@@ -35,12 +35,13 @@ class Node:
         self.start()
 
     def start(self, seconds: float = 30) -> None:
-        log = open(pathlib.Path(self.folder.name) / "log", "ab")
+        log = (pathlib.Path(self.folder.name) / "log").open("ab")  # noqa: SIM115
         self.process = subprocess.Popen(
             [binary(), f"--listen=127.0.0.1:{self.port}", f"--http-listen=127.0.0.1:{self.http}",
              f"--data-dir={self.folder.name}/data", *self.arguments],
             stdout=log, stderr=log,
         )  # fmt: skip
+        log.close()
         until = time.monotonic() + seconds
         while True:
             try:

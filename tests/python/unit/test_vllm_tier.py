@@ -154,7 +154,7 @@ def test_lookups_of_one_request_are_bounded(make):
     names = [f"n{i}" for i in range(40)]
     context, keys = request(tier, "s", *names)
     assert {tier.lookup(key, context) for key in keys} == {MISS}
-    assert len(tier._cache.asked) <= vllm_tier.MAX_ASKS
+    assert len(tier._cache.asked) <= vllm_tier.chains.MAX_ASKS
 
 
 def test_groups_never_meet(make):

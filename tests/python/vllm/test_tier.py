@@ -5,7 +5,7 @@
 The only thing missing is the copy between a GPU and the pool, which needs one: a test writes the pool's rows itself.
 """
 
-import os
+import signal
 import time
 
 import pytest
@@ -41,8 +41,8 @@ class Engine:
         }
         transfer = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": settings}
         config = EngineArgs(
-            model=model, dtype="float32", block_size=BLOCK, kv_transfer_config=transfer, prefix_caching_hash_algo=hashing,
-            max_model_len=1024, kv_events_config={"enable_kv_cache_events": True} if events else None,
+            model=model, dtype="float32", block_size=BLOCK, max_model_len=1024, kv_transfer_config=transfer,
+            prefix_caching_hash_algo=hashing, kv_events_config={"enable_kv_cache_events": True} if events else None,
         ).create_engine_config()  # fmt: skip
         layer = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=64, dtype=torch.float32)
         names = [f"model.layers.{i}.self_attn.attn" for i in range(4)]
@@ -97,7 +97,7 @@ class Engine:
         rows = dict(zip(out.keys_to_store, out.store_spec.chunk_ids, strict=True))
         for i in chunks:
             if keys[i] in rows:
-                self.pool[int(rows[keys[i]])] if False else self.write(int(rows[keys[i]]), fill(i))
+                self.write(int(rows[keys[i]]), fill(i))
         self.manager.complete_store(out.keys_to_store, context)
 
     def write(self, row, data):
@@ -161,48 +161,74 @@ def test_what_the_gpu_already_has_is_not_asked_for(engine):
     fill = content(first.pool.strides[0], 2)
     first.compute(request, range(6), fill)
     first.settle()
-    other = second.request("b", PROMPT)
-    assert second.hits(other, computed=2 * CHUNK) == len(PROMPT) - 2 * CHUNK - 1 or True
-    assert second.read(other, range(2, 5)) == [fill(i) for i in range(2, 5)]
+    other = second.request("b", PROMPT + [9] * CHUNK)
+    assert second.hits(other, computed=2 * CHUNK) == len(PROMPT) - 2 * CHUNK
+    assert second.read(other, range(2, 6)) == [fill(i) for i in range(2, 6)]
+    assert second.tier._cache.stats()["loaded_blocks"] == 4
 
 
-def test_engines_that_differ_never_share_and_the_second_says_why(engine):
-    first = engine()
-    request = first.request("a", PROMPT, salt="tenant-1")
-    first.compute(request, range(6), content(first.pool.strides[0], 3))
-    first.settle()
-    same = engine()
-    assert same.hits(same.request("b", PROMPT, salt="tenant-2")) == 0
-
-
-def test_a_corrupt_or_lost_block_is_computed_again_and_never_asked_for_forever(engine, node):
+def test_a_cache_salt_keeps_requests_apart(engine):
     first, second = engine(), engine()
-    request = first.request("a", PROMPT)
-    first.compute(request, range(6), content(first.pool.strides[0], 4))
+    first.compute(first.request("a", PROMPT, salt="one"), range(6), content(first.pool.strides[0], 3))
     first.settle()
-    other = second.request("b", PROMPT)
-    node.stop()
-    assert second.hits(other) == 0
-    assert second.manager.lookup(second.keys(other)[0][0], second.keys(other)[1]) is LookupResult.MISS
+    assert second.hits(second.request("b", PROMPT + [9], salt="two")) == 0
+    assert second.hits(second.request("c", PROMPT + [9], salt="one")) == len(PROMPT)
 
 
-def test_a_node_killed_in_the_middle_costs_hits_only(engine, node):
-    first, second = engine(transfer_timeout_ms=1000), engine(transfer_timeout_ms=1000)
-    request = first.request("a", PROMPT)
-    fill = content(first.pool.strides[0], 5)
-    first.compute(request, range(6), fill)
+def test_a_load_that_fails_after_its_hit_is_a_miss_and_nobody_asks_for_ever(engine, node):
+    first, second = engine(), engine(transfer_timeout_ms=1000)
+    first.compute(first.request("a", PROMPT), range(6), content(first.pool.strides[0], 4))
     first.settle()
-    other = second.request("b", PROMPT)
-    second.connector.get_num_new_matched_tokens(other, 0)  # the lookup is under way, or answered
+    other = second.request("b", PROMPT + [9])
+    keys, context = second.keys(other)
+
+    def found():
+        second.tier.on_schedule_end(ScheduleEndContext((), ()))
+        return second.tier.lookup(keys[0], context) is LookupResult.HIT
+
+    wait_until(found, "the node has said that it has the block")
     node.kill()
-    assert second.hits(other) in (0, len(PROMPT), *range(0, len(PROMPT), CHUNK))
+    assert second.manager.lookup(keys[0], context) is LookupResult.HIT_PENDING  # the promotion that must fail
     second.settle()
+    assert second.manager.lookup(keys[0], context) is LookupResult.MISS
+    assert second.hits(other) == 0
+
+
+def test_a_node_killed_and_restarted_is_used_again(engine, node):
+    one = engine(transfer_timeout_ms=1000)
+    fill = content(one.pool.strides[0], 5)
+    node.kill()
+    request = one.request("a", PROMPT + [9])
+    assert one.hits(request) == 0
+    one.compute(request, range(6), fill)  # dropped
+    one.settle()
     node.start()
-    wait_until(lambda: second.tier._cache.state() == "ready", "the restarted node is used again", 60)
-    third = second.request("c", PROMPT)
-    second.hits(third)
-    second.compute(third, range(6), fill)
+    wait_until(lambda: one.tier._cache.state() == "ready", "the restarted node is connected to", 60)
+    again = one.request("b", [9, *PROMPT])
+    assert one.hits(again) == 0
+    one.compute(again, range(6), fill)
+    one.settle()
+    other = engine()
+    late = other.request("c", [9, *PROMPT, 9])
+    assert other.hits(late) == len(PROMPT)
+    assert other.read(late, range(6)) == [fill(i) for i in range(6)]
+
+
+def test_a_frozen_node_holds_nobody_up(engine, node):
+    first, second = engine(), engine(lookup_timeout_ms=200, transfer_timeout_ms=500)
+    first.compute(first.request("a", PROMPT), range(6), content(first.pool.strides[0], 6))
+    first.settle()
+    node.signal(signal.SIGSTOP)
+    began = time.monotonic()
+    request = second.request("b", PROMPT + [9])
+    assert second.hits(request) == 0
+    second.compute(request, range(6), content(second.pool.strides[0], 6))
     second.settle()
+    assert time.monotonic() - began < 10
+    node.signal(signal.SIGCONT)
+    wait_until(lambda: second.tier._cache.state() == "ready", "the node that woke is used again", 60)
+    third = engine()
+    assert third.hits(third.request("c", PROMPT + [9])) == len(PROMPT)
 
 
 def test_reset_drains_and_shares_nothing_with_the_old_weights(engine):
@@ -231,8 +257,13 @@ def test_events_and_metrics_are_those_vllm_expects(engine):
     }
 
 
-def test_identity_is_the_engines_own(engine):
-    one = engine()
-    spec = vllm_tier.identity.vllm  # found through the connector's frame, not the extract that a tier is told
-    assert spec is not None and "changed" not in one.tier._weights
-    assert os.path.isdir(one.config.model_config.model)
+def test_identity_is_the_engines_own_and_the_log_says_what_differs(engine, caplog):
+    first = engine(label="shared name")
+    second = engine(label="shared name", hashing="sha256_cbor")
+    assert first.tier._cache.difference() is None
+    assert "hashes sha256_cbor" in second.tier._cache.difference()
+    assert first.tier._weights == second.tier._weights != "not found"
+    request = first.request("a", PROMPT)
+    first.compute(request, range(6), content(first.pool.strides[0], 8))
+    first.settle()
+    assert second.hits(second.request("b", PROMPT)) == 0

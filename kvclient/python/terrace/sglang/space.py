@@ -1,8 +1,9 @@
 """Who may share pages with whom: the namespace and the part of a host pool's pages.
 
-Two engines share when these are equal: model, revision, weights, dtype of KV, geometry and layout of the pool, bytes of a
-page's pieces, parallel sizes, and what changes the numbers on the way (quantization, RoPE overrides). A rank's own shard is a
-part; pages that are the same on all ranks of a tensor-parallel group (MLA) are one part, which SGLang lets one rank write.
+Two engines share when these are equal: model, revision, weights, dtype of KV, geometry and layout of the pool, bytes of
+a page's pieces, parallel sizes, and what changes the numbers on the way (quantization, RoPE overrides). A rank's own
+shard is a part; pages that are the same on all ranks of a tensor-parallel group (MLA) are one part, which SGLang lets
+one rank write. A pool's name is in the label, so that an engine's own pools are not said to differ from each other.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
 
 ARGUMENTS = (
-    "dtype", "quantization", "kv_cache_dtype", "json_model_override_args", "model_impl", "load_format", "attention_backend",
+    "dtype", "quantization", "kv_cache_dtype", "json_model_override_args", "model_impl", "load_format",
+    "attention_backend",
 )  # fmt: skip
 """Arguments of the server that change the bytes of a page without changing its shape."""
 MLA_POOLS = ("MLATokenToKVPoolHost", "DeepSeekV4PagedHostPool")
@@ -34,7 +36,7 @@ def replicated(config: HiCacheStorageConfig, pool: Any, pool_name: str) -> bool:
 
 def rank(config: HiCacheStorageConfig, shared: bool) -> int:
     """The part's number among all ranks that hold different bytes of a page."""
-    slices = config.pp_rank * config.attn_cp_size + config.attn_cp_rank
+    slices: int = config.pp_rank * config.attn_cp_size + config.attn_cp_rank
     return slices if shared else slices * config.tp_size + config.tp_rank
 
 
@@ -50,7 +52,7 @@ def namespace(
     rules = [config.model_name, config.dcp_size, config.logical_page_size, type(pool).__name__, list(pieces)]
     rules += [str(getattr(server, argument, None)) for argument in ARGUMENTS]
     return {
-        "label": identity.text(label or identity.name_of(model, revision), identity.LABEL_BYTES),
+        "label": identity.text(f"{label or identity.name_of(model, revision)} {name}", identity.LABEL_BYTES),
         "model": identity.text(identity.name_of(model, revision)),
         "weights": identity.weights(model, revision),
         "tokenizer": identity.tokenizer(tokenizer) if tokenizer else "none",
@@ -78,5 +80,5 @@ def server_args() -> Any:
 
 
 def count(pool: Any, field: str) -> int:
-    value = getattr(pool, field, 1)
+    value: object = getattr(pool, field, 1)
     return value if isinstance(value, int) and 1 <= value <= 65536 else 1

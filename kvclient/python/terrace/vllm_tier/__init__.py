@@ -6,13 +6,13 @@
     kv_connector_extra_config: {"spec_name": "TieringOffloadingSpec", "cpu_bytes_to_use": ...,
       "secondary_tiers": [{"type": "TerraceTier", "module_path": "terrace.vllm_tier", "endpoint": "127.0.0.1:7070"}]}
 
-One row of the pool is one block of Terrace: `blocks_per_chunk` engine blocks, all layers, all ranks. An OffloadKey (block
-hash and group) is the block's engine hash, so groups can never meet. The first key of a request that vLLM asks for starts
-one lookup of everything behind it in that chain; the answer is leased until the request is scheduled.
+One row of the pool is one block of Terrace: `blocks_per_chunk` engine blocks, all layers, all ranks. An OffloadKey
+(block hash and group) is the block's engine hash, so groups can never meet. The first key that vLLM asks for starts one
+lookup of everything behind it in its chain (`chains`); the answer is leased until the request is scheduled.
 
 Units: tokens, bytes, chunks (vLLM's word for a row).
-Errors: nothing here raises into the scheduler. A node that is away, late, full or wrong is a MISS, or a job that failed;
-the keys of a failed load are misses from then on, until they were saved again, so that no request asks for ever.
+Errors: nothing raises into the scheduler. A node that is away, late, full or wrong is a MISS, or a job that failed; the
+keys of a failed load are misses from then on, until they were saved again, so that no request asks for ever.
 Why nothing waits: every method runs in the scheduler's process between two steps. `drain_jobs` waits, because it must:
 vLLM reuses the rows right after it; each job ends by its own deadline in Rust.
 """
@@ -26,7 +26,6 @@ import sys
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
@@ -42,11 +41,12 @@ from vllm.v1.kv_offload.base import (
     ReqContext,
     RequestOffloadingContext,
     ScheduleEndContext,
-    get_offload_group_idx,
 )
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
-from terrace import Cache, Finished, identity
+from terrace import Cache, Finished
+from terrace.vllm_tier.chains import Request
+from terrace.vllm_tier.space import namespace
 
 if TYPE_CHECKING:
     from vllm.v1.kv_offload.base import OffloadingSpec
@@ -54,8 +54,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.terrace_tier")
 
-MAX_ASKS = 8
-"""Lookups per request and group: one, and one behind each gap that vLLM's own tier has filled."""
 DRAIN_SLICE_MS = 5000
 """How often a wait that must not be given up says that it still waits."""
 
@@ -65,44 +63,11 @@ READY = "vllm:kv_offload_terrace_ready"
 
 
 @dataclass(slots=True)
-class _Ask:
-    """One lookup: the blocks `first`..`end` of one chain, of which `count` are there."""
-
-    name: str
-    hashes: bytes
-    first: int
-    end: int
-    count: int | None = None
-    step: int = -1
-
-    def covers(self, index: int) -> bool:
-        return self.first <= index < self.first + (self.count or 0)
-
-
-@dataclass(slots=True)
-class _Group:
-    """One request's chain of one KV cache group, and what was asked of it."""
-
-    hashes: bytes = b""
-    asks: list[_Ask] = field(default_factory=list)
-    last: int = -1
-
-
-@dataclass(slots=True)
-class _Request:
-    name: str
-    groups: dict[int, _Group] = field(default_factory=dict)
-    loads: int = 0
-    scheduled: bool = False
-    over: bool = False
-
-
-@dataclass(slots=True)
 class _Job:
     """One of vLLM's jobs, cut into runs of consecutive blocks: one job of the cache each."""
 
     job: TransferJob
-    request: _Request
+    request: Request
     open: set[int] = field(default_factory=set)
     failed: set[OffloadKey] = field(default_factory=set)
     bytes: int = 0
@@ -148,7 +113,7 @@ class TerraceTier(SecondaryTierManager):
         self._events: list[OffloadingEvent] | None = [] if enable_kv_events and publishes else None
         chunk = offloading_spec.blocks_per_chunk
         self._chunk_tokens = {g.group_id: g.tokens_per_block * chunk for g in offloading_spec.config.groups}
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, Request] = {}
         self._jobs: dict[int, _Job] = {}
         self._runs: dict[int, tuple[int, _Run]] = {}
         self._done: list[JobResult] = []
@@ -167,88 +132,25 @@ class TerraceTier(SecondaryTierManager):
         self._cache.layout(self._layout)
         logger.info("Terrace at %s, chunks of %d bytes, shared by engines equal in: %s", endpoint, stride, spec)
 
-    # A request's keys: where each stands in its chain.
+    # Lookups and jobs.
 
-    def _request(self, context: ReqContext) -> _Request:
-        return self._requests.setdefault(context.req_id, _Request(context.req_id))
-
-    def _locate(self, request: _Request, context: ReqContext, key: OffloadKey) -> tuple[_Group, bytes, int]:
-        """The hashes of the chain, up to `key` at least, and where in it `key` stands.
-
-        vLLM notes the token at which each key of a request ends. A key that ends inside a chunk (the tail of a prompt)
-        stands where the full chunk would. A key of no known place is a chain of its own: found again, evicted alone.
-        """
-        index, width = get_offload_group_idx(key), len(key)
-        group = request.groups.setdefault(index, _Group())
-        tokens, end = self._chunk_tokens.get(index), context.get_offload_key_position(key)
-        if tokens is None or end is None:
-            return group, key, 0
-        at, tail = (end - 1) // tokens, end % tokens != 0
-        if len(group.hashes) < (at if tail else at + 1) * width:
-            ends = {
-                end: key
-                for key, end in context._offload_key_positions.items()
-                if end % tokens == 0 and get_offload_group_idx(key) == index
-            }
-            gapless = (ends.get((i + 1) * tokens) for i in range(len(ends)))
-            group.hashes = b"".join(takewhile(bool, gapless))  # type: ignore[arg-type]
-        if tail and len(group.hashes) >= at * width:
-            return group, group.hashes[: at * width] + key, at
-        if group.hashes[at * width : (at + 1) * width] == key:
-            return group, group.hashes, at
-        return group, key, 0
-
-    # Lookup: one question per chain, asked when the first key of it is.
+    def _request(self, context: ReqContext) -> Request:
+        return self._requests.setdefault(context.req_id, Request(context.req_id))
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         try:
             request = self._request(req_context)
-            group, hashes, index = self._locate(request, req_context, key)
-            return self._answer(request, group, hashes, index, key)
+            group, hashes, index = request.locate(req_context, key, self._chunk_tokens)
+            return request.answer(self._cache, self._step, key, group, hashes, index)
         except Exception:
             self._say("lookup failed")
             return LookupResult.MISS
-
-    def _answer(self, request: _Request, group: _Group, hashes: bytes, index: int, key: OffloadKey) -> LookupResult:
-        # vLLM scans windowed groups from the end: then one question from the start covers what follows.
-        backwards, group.last = group.last == index + 1, index
-        pending = False
-        for ask in group.asks:
-            if not ask.first <= index < ask.end or ask.hashes[index * len(key) : (index + 1) * len(key)] != key:
-                continue
-            count = self._poll(ask, len(key))
-            if count is None:
-                pending = True
-            elif ask.covers(index):
-                return LookupResult.HIT
-            elif index == ask.first + count:
-                return LookupResult.MISS
-        if pending:
-            return LookupResult.RETRY
-        if len(group.asks) >= MAX_ASKS:
-            return LookupResult.MISS
-        first = 0 if backwards and all(ask.first for ask in group.asks) else index
-        self._next += 1
-        ask = _Ask(f"{request.name}/{self._next}", hashes, first, len(hashes) // len(key))
-        group.asks.append(ask)
-        if self._poll(ask, len(key)) is None:
-            return LookupResult.RETRY
-        return LookupResult.HIT if ask.covers(index) else LookupResult.MISS
-
-    def _poll(self, ask: _Ask, width: int) -> int | None:
-        """Asks the cache, at most once per step; an answer shrinks when one of its blocks has failed since."""
-        if ask.step != self._step:
-            ask.step = self._step
-            ask.count = self._cache.lookup(ask.name, ask.hashes, width, ask.first)
-        return ask.count
-
-    # Jobs: cut into runs of consecutive blocks, each one call.
 
     def _cut(self, state: _Job) -> list[_Run]:
         runs: list[_Run] = []
         job = state.job
         for key, row in zip(job.keys, job.chunk_ids, strict=True):
-            group, hashes, index = self._locate(state.request, job.req_context, key)
+            group, hashes, index = state.request.locate(job.req_context, key, self._chunk_tokens)
             ask = next((ask for ask in group.asks if ask.covers(index)), None) if job.is_promotion else None
             lease = self._cache.lease(ask.name) if ask is not None else 0
             run = runs[-1] if runs else None
@@ -329,7 +231,7 @@ class TerraceTier(SecondaryTierManager):
         )
         if job.is_promotion:
             state.request.loads -= 1
-            self._release(state.request)
+            state.request.release(self._cache)
         elif self._events is not None and good:
             self._events.append(OffloadingEvent(list(good), self.medium, False, self.locality))
 
@@ -379,23 +281,13 @@ class TerraceTier(SecondaryTierManager):
             request = self._requests.get(name)
             if request is not None:
                 request.scheduled = True
-                self._release(request)
+                request.release(self._cache)
 
     def on_request_finished(self, req_context: ReqContext) -> None:
         request = self._requests.pop(req_context.req_id, None)
         if request is not None:
             request.over = True
-            self._release(request)
-
-    def _release(self, request: _Request) -> None:
-        """Gives leases back, but none that a load still reads under."""
-        if request.loads or not (request.over or request.scheduled):
-            return
-        for group in request.groups.values():
-            for ask in group.asks:
-                self._cache.forget(ask.name)
-            group.asks.clear()
-            group.last = -1
+            request.release(self._cache)
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """Nothing: loads and saves tell the node what is used, and a lease would fetch from NVMe what vLLM has."""
@@ -427,12 +319,10 @@ class TerraceTier(SecondaryTierManager):
         ready = int(self._cache.state() == "ready")
         if ready != self._ready:
             self._ready = ready
+            path, differs = self._cache.path().get("in_use"), self._cache.difference()
+            logger.info("Terrace is %s (%s)%s", self._cache.state(), path, f"; {differs}" if differs else "")
             stats.set_gauge(READY, ready)
         return None if stats.is_empty() else stats
-
-    def config_info(self) -> dict[str, Any]:
-        """What a person wants to know of this tier: which way it goes, whether it answers, what differs."""
-        return {"state": self._cache.state(), "difference": self._cache.difference(), **self._cache.path()}
 
     def _count(self, name: str, labels: tuple[str, ...], value: int) -> None:
         if value:
@@ -454,27 +344,3 @@ class TerraceTier(SecondaryTierManager):
 def _address(view: memoryview) -> int:
     """Where the pool lies. The object that tells it is let go at once: vLLM releases the view when it ends."""
     return ctypes.addressof(ctypes.c_char.from_buffer(view))
-
-
-def namespace(spec: OffloadingSpec, stride: int, label: str | None) -> identity.Spec:
-    """The engine's identity, as far as rows of the pool depend on it.
-
-    vLLM 0.32 hands a tier an extract of its configuration, without the model's revision and how blocks are hashed. Both
-    decide who may share, so they are taken from the frame that builds the connector and has all in hand. Where that is not
-    found, this engine shares with nobody.
-    """
-    config, chunk, frame = spec.config, spec.blocks_per_chunk, sys._getframe(1)
-    while frame.f_back is not None and not {"vllm_config", "kv_cache_config"} <= frame.f_locals.keys():
-        frame = frame.f_back
-    engine, caches = frame.f_locals.get("vllm_config"), frame.f_locals.get("kv_cache_config")
-    if engine is not None and caches is not None:
-        base = identity.vllm(engine, caches, label=label)
-    else:
-        logger.warning("Terrace: this vLLM does not tell its configuration; the tier shares with no other engine")
-        name = identity.text(label or config.model.name, identity.LABEL_BYTES)
-        base = {"label": name, "weights": os.urandom(16).hex()}
-    rows = [config.groups, config.parallel.tp_size, config.parallel.pp_size, config.parallel.pcp_size]
-    rows += [config.parallel.dcp_size, config.kv_cache_layout, config.canonical_layout, chunk, stride]
-    tokens = chunk * max(group.tokens_per_block for group in config.groups)
-    packing = identity.text(f"rows {identity.digest(*rows)} of {base.get('packing', 'none')}")
-    return {**base, "packing": packing, "block_tokens": tokens, "engine_class": "vllm tier"}
