@@ -63,7 +63,6 @@ pub fn assert_landed(got: &[Got], buffers: &[&mut [u8]], data: &[Vec<u8>]) {
 }
 
 /// A client with one connection whose breaker opens after so many failures, for an hour.
-#[must_use]
 pub fn touchy(endpoint: &str, failures: u32) -> ClientBuilder {
     let breaker = BreakerPolicy {
         failures,
