@@ -172,7 +172,9 @@ pub(crate) async fn put(
         check(namespace, chain, i, block)?;
     }
     let sizes = blocks.iter().map(|block| block.data.length_bytes() as u64);
-    let most = inner.local.put_bytes().unwrap_or(batch::MAX_CALL_BYTES);
+    let most = local::put_bytes(inner, deadline)
+        .await
+        .unwrap_or(batch::MAX_CALL_BYTES);
     let ranges = batch::cut(sizes, batch::MAX_CALL_BLOCKS, most);
     let calls = ranges.into_iter().map(|range| {
         let call = Putting {

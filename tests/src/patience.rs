@@ -59,6 +59,15 @@ pub async fn within_awake<T>(limit: Duration, work: impl Future<Output = T>) -> 
     }
 }
 
+/// Lets some time pass, to meet others at one moment or another; never for order.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a real process runs on real time"
+)]
+pub async fn pause(time: Duration) {
+    tokio::time::sleep(time).await;
+}
+
 /// A loopback address, with port 0, that no other test listens on or connects from: a port that was let go is
 /// still free when a node comes back to it.
 #[must_use]

@@ -24,6 +24,7 @@ use std::{
 use bytes::Bytes;
 use kvgpu::{ReadSegment, StagingMap};
 use kvproto::{
+    Reason,
     local::{MAX_SEGMENTS_PER_MAP, VERSION},
     v1::{self, local_reply::Answer, local_request::Call},
 };
@@ -73,6 +74,8 @@ pub(super) struct Attachment {
     segments: Mutex<HashMap<u32, Arc<ReadSegment>>>,
     idle: Mutex<Vec<Link>>,
     permits: Semaphore,
+    /// Shared with every open link.
+    open: Arc<()>,
     is_flushing: AtomicBool,
     clock: Arc<dyn Clock>,
     runtime: tokio::runtime::Handle,
@@ -93,7 +96,8 @@ impl Attachment {
         clock: Arc<dyn Clock>,
         runtime: tokio::runtime::Handle,
     ) -> Result<Self, LocalError> {
-        let mut link = Link::open(&caller.socket).await?;
+        let open = Arc::new(());
+        let mut link = Link::open(&caller.socket, open.clone()).await?;
         let call = caller.attach(Bytes::new(), STAGING_BYTES);
         let (answer, mut fds) = link.call(call, patience).await?;
         let attached = attached(answer)?;
@@ -117,10 +121,17 @@ impl Attachment {
             segments: Mutex::default(),
             idle: Mutex::new(vec![link]),
             permits: Semaphore::new(links.max(1)),
+            open,
             is_flushing: AtomicBool::new(false),
             clock,
             runtime,
         })
+    }
+
+    /// Whether the node has forgotten it by now, or may as well: no link is open, or too much memory is quarantined.
+    pub(super) fn is_over(&self) -> bool {
+        let is_worn_out = self.staging.as_ref().is_some_and(Staging::is_worn_out);
+        Arc::strong_count(&self.open) == 1 || is_worn_out
     }
 
     pub(super) fn socket(&self) -> &Path {
@@ -140,10 +151,10 @@ impl Attachment {
                 Some(link) if link.is_usable() => break link,
                 Some(_) => {}
                 None => {
-                    let mut link = Link::open(&self.caller.socket).await?;
+                    let mut link = Link::open(&self.caller.socket, self.open.clone()).await?;
                     let call = self.caller.attach(self.id.clone(), 0);
-                    let (answer, _) = link.call(call, patience).await?;
-                    attached(answer)?;
+                    let joined = link.call(call, patience).await;
+                    attached(joined.map_err(not_joined)?.0)?;
                     break link;
                 }
             }
@@ -203,6 +214,16 @@ impl Attachment {
             .iter()
             .filter_map(|name| Some((*name, known.get(name)?.clone())));
         Ok(named.collect())
+    }
+}
+
+/// A node that refuses another connection may be busy; otherwise it does not know this attachment any more.
+fn not_joined(error: LocalError) -> LocalError {
+    match error {
+        LocalError::Refused { reason, message } if reason != Some(Reason::Overloaded) => {
+            LocalError::answer(format!("the attachment is over: {message}"))
+        }
+        other => other,
     }
 }
 

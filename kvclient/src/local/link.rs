@@ -16,6 +16,7 @@ use std::{
     mem::MaybeUninit,
     os::fd::OwnedFd,
     path::Path,
+    sync::Arc,
     time::Duration,
 };
 
@@ -43,11 +44,13 @@ pub(super) struct Link {
     sequence: u64,
     /// Holds to be let go with the next call.
     pub(super) done: Vec<u64>,
+    /// Counts the open links of an attachment.
+    _open: Arc<()>,
 }
 
 impl Link {
     /// Connects; nobody is attached yet.
-    pub(super) async fn open(socket: &Path) -> Result<Self, LocalError> {
+    pub(super) async fn open(socket: &Path, open: Arc<()>) -> Result<Self, LocalError> {
         let stream = UnixStream::connect(socket)
             .await
             .map_err(|source| LocalError::Io {
@@ -61,6 +64,7 @@ impl Link {
             out: Vec::new(),
             sequence: 0,
             done: Vec::new(),
+            _open: open,
         })
     }
 

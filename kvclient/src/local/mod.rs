@@ -138,13 +138,6 @@ impl Local {
         (state.attachment, state.down, state.rounds) = (None, None, 0);
     }
 
-    /// Most bytes of one put, while puts go this way.
-    pub(crate) fn put_bytes(&self) -> Option<u64> {
-        let state = self.state.lock();
-        let staging = state.attachment.as_ref()?.staging.as_ref()?;
-        Some(write::CALL_BYTES.min(staging.length_bytes() / 4))
-    }
-
     pub(crate) fn report(&self) -> PathReport {
         let state = self.state.lock();
         let why_grpc = match (&self.setting, &state.attachment, &state.down, &state.socket) {
@@ -195,9 +188,7 @@ impl Local {
         let mut state = self.state.lock();
         match &state.attachment {
             Some(attachment) if attachment.boot != boot && boot != 0 => state.attachment = None,
-            Some(attachment) if attachment.staging.as_ref().is_some_and(|s| s.is_worn_out()) => {
-                state.attachment = None;
-            }
+            Some(attachment) if attachment.is_over() => state.attachment = None,
             Some(attachment) => return Standing::Attached(attachment.clone()),
             None => {}
         }
@@ -291,6 +282,13 @@ impl Drop for Attaching<'_> {
     fn drop(&mut self) {
         self.local.state.lock().is_attaching = false;
     }
+}
+
+/// Most bytes of one put, when puts go this way.
+pub(crate) async fn put_bytes(inner: &Inner, deadline: Deadline) -> Option<u64> {
+    let way = Local::way(inner, deadline).await?;
+    let staging = way.attachment.staging.as_ref()?;
+    Some(write::CALL_BYTES.min(staging.length_bytes() / 4))
 }
 
 impl Way<'_> {

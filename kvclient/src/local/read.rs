@@ -16,7 +16,7 @@
 use bytes::Bytes;
 use kvgpu::ReadSegment;
 use kvproto::{
-    BlockHeader, FieldError, GetOutcome, TierKind,
+    BlockHeader, GetOutcome, TierKind,
     checksum::PAGE_BYTES,
     convert,
     v1::{self, local_reply::Answer, local_request::Call},
@@ -26,7 +26,10 @@ use super::{Local, Way, attachment::Turn, error::LocalError};
 use crate::{
     call::{Deadline, Inner},
     error::Error,
-    get::{Got, Wanted, sink::Sink},
+    get::{
+        Got, Wanted,
+        sink::{Behind, Sink},
+    },
 };
 
 /// Bytes copied in a row before the caller's other tasks, and its deadline, are looked at.
@@ -43,15 +46,42 @@ pub(crate) async fn get<S: Sink>(
     wanted: &Wanted<'_>,
     sink: &mut S,
 ) -> Result<Option<Vec<Option<Got>>>, Error> {
-    let Some(way) = Local::way(inner, deadline).await else {
-        return Ok(None);
-    };
-    let got = way.run(async |turn| way.read(turn, wanted, sink).await);
-    match got.await {
-        Some(Ok(got)) => Ok(Some(got)),
-        Some(Err(LocalError::Field(problem))) => Err(problem.into()),
-        _ => Ok(None),
+    let parts = wanted.parts().len();
+    let mut got = Vec::with_capacity(wanted.count());
+    while got.len() < wanted.count() {
+        let Some(way) = Local::way(inner, deadline).await else {
+            break;
+        };
+        let mut behind = Behind {
+            first: got.len(),
+            sink: &mut *sink,
+        };
+        let blocks = got.len() / parts..wanted.chain.len();
+        let pass = if blocks.start == 0 {
+            way.run(async |turn| way.read(turn, wanted, &mut behind).await)
+                .await
+        } else {
+            // What the node could not keep beside the blocks before, which are read by now.
+            let chain = wanted.chain.slice(blocks, wanted.namespace.run_blocks());
+            let rest = Wanted {
+                namespace: wanted.namespace,
+                chain: &chain,
+                options: wanted.options,
+            };
+            way.run(async |turn| way.read(turn, &rest, &mut behind).await)
+                .await
+        };
+        match pass {
+            Some(Ok(pass)) if !pass.is_empty() => got.extend(pass),
+            Some(Err(LocalError::Field(problem))) => return Err(problem.into()),
+            _ => break,
+        }
     }
+    if got.is_empty() {
+        return Ok(None);
+    }
+    got.resize(wanted.count(), None);
+    Ok(Some(got))
 }
 
 /// A block that is there, by the node's word.
@@ -64,12 +94,13 @@ struct Found {
 /// What the node says of a block.
 enum Said {
     Found(Found),
-    /// There, but not where it can be mapped, or not for long enough.
+    /// There, but not where it can be mapped.
     Elsewhere,
     Not(GetOutcome),
 }
 
 impl Way<'_> {
+    /// The leading blocks that the node kept for us; all of them, as a rule.
     async fn read<S: Sink>(
         &self,
         turn: &mut Turn<'_>,
@@ -96,9 +127,17 @@ impl Way<'_> {
                 wanted.count()
             )));
         }
+        let parts = wanted.parts().len();
+        // Without a lease the node keeps only so much at once for a reader.
+        let is_kept = |block: &v1::LocalBlock| {
+            GetOutcome::from_wire(block.outcome) != Some(GetOutcome::Overloaded)
+        };
+        let kept = answer.blocks.iter().take_while(|block| is_kept(block));
+        let kept = kept.count() / parts * parts;
         let said: Vec<Said> = answer
             .blocks
             .into_iter()
+            .take(kept)
             .enumerate()
             .map(|(slot, block)| judge(wanted, slot, block))
             .collect::<Result<_, _>>()?;
@@ -166,11 +205,8 @@ impl Said {
 fn judge(wanted: &Wanted<'_>, slot: usize, block: v1::LocalBlock) -> Result<Said, LocalError> {
     let outcome = GetOutcome::from_wire(block.outcome)
         .ok_or_else(|| LocalError::answer(format!("outcome {} is not known", block.outcome)))?;
-    match outcome {
-        GetOutcome::Hit => {}
-        // Without a lease the node holds only so much for a reader; over gRPC it sends as it goes.
-        GetOutcome::Overloaded => return Ok(Said::Elsewhere),
-        _ => return Ok(Said::Not(outcome)),
+    if outcome != GetOutcome::Hit {
+        return Ok(Said::Not(outcome));
     }
     let Some(place) = block.place else {
         return Ok(Said::Elsewhere);
@@ -227,13 +263,4 @@ fn copy<S: Sink>(
     } else {
         GetOutcome::Hit
     })
-}
-
-impl From<LocalError> for Error {
-    fn from(error: LocalError) -> Self {
-        match error {
-            LocalError::Field(problem) => problem.into(),
-            other => FieldError::new("local", other.to_string()).into(),
-        }
-    }
 }

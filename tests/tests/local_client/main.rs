@@ -1,6 +1,10 @@
 //! The same-host path as an engine meets it: chosen by itself, the same bytes, and gone without a trace when it fails.
 
+mod death;
+mod limits;
+mod nodes;
 mod paths;
+mod process;
 
 use kvclient::{
     Chain, Client, ClientBuilder, LocalPath, Namespace, NamespaceHandle, Path, PutBlock,

@@ -1,0 +1,177 @@
+//! What does not fit, what is not shown, and what is given up half way.
+
+use std::io::Write;
+
+use kvclient::{Client, GetOutcome, LocalPath, Path, PutBlock, PutOptions, PutOutcome, Target};
+use kvtests::node::{TestNode, filled};
+
+use crate::{MIB, assert_is_local, builder, chain, get, open, put};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_put_larger_than_the_staging_memory_goes_through_it_in_turns() {
+    let node = TestNode::start(|config| config.local_staging_bytes = 8 << 20).await;
+    let client = builder(&node).connect().await.unwrap();
+    let ns = open(&client).await;
+    let chain = chain(&ns, 1, 40);
+    let data = put(&client, &ns, &chain, &[MIB; 40]).await;
+    assert!(get(&client, &ns, &chain, &[MIB; 40]).await == data);
+    let report = client.path();
+    assert_eq!(
+        (
+            report.local.put_blocks,
+            report.local.got_blocks,
+            report.grpc.calls
+        ),
+        (40, 40, 0),
+        "{report:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_block_larger_than_the_staging_memory_goes_over_grpc_and_comes_back_local() {
+    let node = TestNode::start(|config| config.local_staging_bytes = 1 << 20).await;
+    let client = builder(&node).connect().await.unwrap();
+    let ns = open(&client).await;
+    let chain = chain(&ns, 1, 2);
+    let lengths = [MIB + 1, 1000];
+    let data = put(&client, &ns, &chain, &lengths).await;
+    assert!(get(&client, &ns, &chain, &lengths).await == data);
+    assert_is_local(&client);
+    let report = client.path();
+    assert!(report.grpc.put_blocks >= 1, "{report:?}");
+    assert_eq!(report.local.got_blocks, 2, "{report:?}");
+    assert_eq!(report.failures, 0, "{report:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_without_staging_memory_is_read_from_and_put_to_over_grpc() {
+    let node = TestNode::start(|config| config.local_staging_bytes = 0).await;
+    let client = builder(&node).connect().await.unwrap();
+    let ns = open(&client).await;
+    let chain = chain(&ns, 1, 3);
+    let data = put(&client, &ns, &chain, &[MIB; 3]).await;
+    assert!(get(&client, &ns, &chain, &[MIB; 3]).await == data);
+    let report = client.path();
+    assert_eq!(
+        (report.grpc.put_blocks, report.local.got_blocks),
+        (3, 3),
+        "{report:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn puts_given_up_at_any_moment_harm_no_later_one() {
+    let node = TestNode::start(|config| config.local_staging_bytes = 8 << 20).await;
+    let client = builder(&node).connect().await.unwrap();
+    let ns = open(&client).await;
+    let datas: Vec<_> = (0..4).map(|i| filled(i, MIB)).collect();
+    for seed in 0..40 {
+        let chain = chain(&ns, seed, 4);
+        let blocks: Vec<_> = datas
+            .iter()
+            .enumerate()
+            .map(|(i, data)| PutBlock::new(i, data.clone()))
+            .collect();
+        let whole = client.put(&ns, &chain, &blocks, PutOptions::default());
+        // Polled a few times more each round, then dropped.
+        let mut polls = seed % 8;
+        let mut whole = Box::pin(whole);
+        std::future::poll_fn(|context| {
+            if polls == 0 || whole.as_mut().poll(context).is_ready() {
+                return std::task::Poll::Ready(());
+            }
+            polls -= 1;
+            std::task::Poll::Pending
+        })
+        .await;
+        drop(whole);
+        let results = client
+            .put(&ns, &chain, &blocks, PutOptions::default())
+            .await
+            .unwrap();
+        assert!(
+            results
+                .iter()
+                .all(|r| r.outcome != PutOutcome::Corrupt && r.is_kept()),
+            "{results:?}"
+        );
+        let fetched = client.get(&ns, &chain, None).await.unwrap();
+        for (fetched, data) in fetched.iter().zip(&datas) {
+            let outcome = fetched.outcome;
+            assert!(
+                fetched.bytes.as_ref() == Some(data),
+                "{outcome} in round {seed}: {:?}",
+                client.path()
+            );
+        }
+        client.invalidate(&ns, Target::All).await.unwrap();
+    }
+    assert_eq!(client.path().failures, 0);
+    assert!(client.path().local.put_blocks > 40, "{:?}", client.path());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tenants_share_a_node_and_see_nothing_of_each_other() {
+    let mut tokens = tempfile::NamedTempFile::new().unwrap();
+    writeln!(
+        tokens,
+        "red 0123456789abcdef-red\nblue 0123456789abcdef-blue"
+    )
+    .unwrap();
+    let path = tokens.path().to_owned();
+    let node = TestNode::start(|config| {
+        config.tokens_file = path;
+        config.segment_bytes = 16 << 20; // enough of them that each tenant has its own
+    })
+    .await;
+    let [red, blue] = ["red", "blue"].map(|name| format!("0123456789abcdef-{name}"));
+    let red = builder(&node).token(red).connect().await.unwrap();
+    let blue = builder(&node).token(blue).connect().await.unwrap();
+    let (in_red, in_blue) = (open(&red).await, open(&blue).await);
+    assert_ne!(in_red.id(), in_blue.id());
+    let lengths = [MIB; 4];
+    let data = put(&red, &in_red, &chain(&in_red, 1, 4), &lengths).await;
+    let fetched = blue
+        .get(&in_blue, &chain(&in_blue, 1, 4), None)
+        .await
+        .unwrap();
+    assert!(
+        fetched
+            .iter()
+            .all(|block| block.outcome == GetOutcome::Miss)
+    );
+    put(&blue, &in_blue, &chain(&in_blue, 1, 4), &lengths).await;
+    for (client, ns) in [(&red, &in_red), (&blue, &in_blue)] {
+        assert!(get(client, ns, &chain(ns, 1, 4), &lengths).await == data);
+        assert_is_local(client);
+    }
+    // A handle of red's in blue's hands is no key to red's blocks.
+    let stolen = blue.get(&in_red, &chain(&in_red, 1, 4), None).await;
+    assert!(
+        !matches!(&stolen, Ok(blocks) if blocks.iter().any(|b| b.bytes.is_some())),
+        "{stolen:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_socket_that_is_not_there_or_not_the_nodes_is_reported_and_gone_around() {
+    let (node, other) = (TestNode::start(|_| {}).await, TestNode::start(|_| {}).await);
+    let missing = node.dir.path().join("nothing.sock");
+    let others = other.node.local_path().unwrap().to_owned();
+    for socket in [missing, others] {
+        let client = Client::builder(&node.node.endpoint()).local(LocalPath::At(socket));
+        let client = client.connect().await.unwrap();
+        let ns = open(&client).await;
+        let chain = chain(&ns, 1, 2);
+        client.invalidate(&ns, Target::All).await.unwrap();
+        let data = put(&client, &ns, &chain, &[MIB; 2]).await;
+        assert!(get(&client, &ns, &chain, &[MIB; 2]).await == data);
+        let report = client.path();
+        assert_eq!(
+            (report.path, report.local.calls),
+            (Path::Grpc, 0),
+            "{report:?}"
+        );
+        assert!(report.why_grpc.is_some_and(|why| !why.is_empty()));
+    }
+}
