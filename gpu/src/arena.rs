@@ -11,6 +11,8 @@
 //! grows with them. A segment serves one trust domain. When a domain finds no room and another's segment
 //! is wholly empty, that segment is replaced by a new one (new memory, new number), in the background
 //! and one at a time: whoever mapped the old one keeps an empty corpse and never sees the new tenant.
+//! The new one is bound to the domain that asked, and is left to it for a while even if it is still empty:
+//! who asked comes again in its own time, and a busier domain must not have it first.
 //!
 //! Units: bytes, rounded up to 4 KiB pages per slot.
 //! Errors: [`ArenaError`] while opening; later a segment that cannot be had is missing from
@@ -38,6 +40,8 @@ pub const SEGMENT_BYTES: u64 = 1 << 30;
 pub const MAX_SEGMENTS: u64 = 4096;
 /// The most trust domains an arena serves.
 pub const MAX_DOMAINS: usize = 1024;
+/// How often others may ask for a segment in vain that was made for a domain and is still empty.
+const GRACE_ASKS: u32 = 1024;
 /// How many proposals [`Arena::clearings`] makes at most.
 pub const MAX_CLEARINGS: usize = 16;
 
@@ -51,8 +55,10 @@ struct State {
     next_segment: u32,
     /// Positions that are ready and no domain's.
     spare: Vec<usize>,
-    /// Positions that wait for memory.
-    wanted: VecDeque<usize>,
+    /// Positions that wait for memory, and the domain that each will be, if that is known.
+    wanted: VecDeque<(usize, Option<usize>)>,
+    /// By position: asks by others that are still turned away; see [`GRACE_ASKS`].
+    grace: Vec<u32>,
     /// Replaced segments, to be unmapped outside the lock.
     replaced: Vec<Arc<Segment>>,
     building: bool,
@@ -119,7 +125,8 @@ impl Arena {
             next_segment: 0,
             spare: Vec::new(),
             replaced: Vec::new(),
-            wanted: (0..count).collect(),
+            wanted: (0..count).map(|position| (position, None)).collect(),
+            grace: vec![0; count],
             building: false,
             note: None,
         };
@@ -250,6 +257,12 @@ impl Arena {
         }
     }
 
+    /// Whether a segment is being made or waited for.
+    pub fn is_building(&self) -> bool {
+        let state = self.shared.state.lock();
+        state.building || !state.wanted.is_empty()
+    }
+
     /// The ready segments.
     pub fn segments(&self) -> Vec<SegmentInfo> {
         let state = self.shared.state.lock();
@@ -262,6 +275,7 @@ impl Arena {
                     .segment_domain(position)
                     .map(|number| state.domains[number]),
                 length_bytes: memory.length() as u64,
+                used_bytes: u64::from(state.slots.segment_used_pages(position)) * PAGE_BYTES as u64,
                 huge_pages: memory.huge_pages(),
                 write_sealed: memory.write_sealed(),
                 memory: Arc::clone(memory),
@@ -335,10 +349,10 @@ impl std::fmt::Debug for Arena {
 impl Shared {
     /// Makes the segment that has waited longest; `Ok(false)` if none waits.
     fn build_next(&self) -> Result<bool, SegmentError> {
-        let (position, id, length, replaced) = {
+        let (position, domain, id, length, replaced) = {
             let mut state = self.state.lock();
             let replaced = std::mem::take(&mut state.replaced);
-            let Some(position) = state.wanted.pop_front() else {
+            let Some((position, domain)) = state.wanted.pop_front() else {
                 return Ok(false);
             };
             state.building = true;
@@ -346,6 +360,7 @@ impl Shared {
             state.next_segment += 1;
             (
                 position,
+                domain,
                 id,
                 state.slots.segment_pages(position) as usize * PAGE_BYTES,
                 replaced,
@@ -361,7 +376,13 @@ impl Shared {
         match made {
             Ok(segment) => {
                 state.segments[position] = Some(Arc::new(segment));
-                state.spare.push(position);
+                match domain {
+                    Some(number) => {
+                        state.slots.bind(position, number);
+                        state.grace[position] = GRACE_ASKS;
+                    }
+                    None => state.spare.push(position),
+                }
             }
             Err(error) => {
                 let cause = std::error::Error::source(&error).map(|e| format!(": {e}"));
@@ -417,18 +438,24 @@ impl State {
         if self.domains.len() == 1 || self.building || !self.wanted.is_empty() {
             return false;
         }
-        let empty = (0..self.segments.len()).find(|&i| {
+        let mut empty = (0..self.segments.len()).filter(|&i| {
             self.slots
                 .segment_domain(i)
                 .is_some_and(|theirs| theirs != number)
                 && self.slots.segment_used_pages(i) == 0
                 && self.slots.segment_pages(i) >= pages
         });
-        let Some(position) = empty else { return false };
+        let grace = &mut self.grace;
+        let Some(position) = empty.find(|&i| {
+            grace[i] = grace[i].saturating_sub(1);
+            grace[i] == 0
+        }) else {
+            return false;
+        };
         self.slots.unbind(position);
         // Nobody holds a slot in it; another process that mapped it keeps the memory until it unmaps.
         self.replaced.extend(self.segments[position].take());
-        self.wanted.push_back(position);
+        self.wanted.push_back((position, Some(number)));
         true
     }
 }

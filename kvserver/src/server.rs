@@ -328,13 +328,11 @@ async fn build(
     chosen
         .keep(&config)
         .map_err(|source| data_dir.refuse(source))?;
+    let tenants = Tenants::load(&config.tokens_file)?;
     let boot_id = BootId(clock.random_u64().max(1));
     let arena = Arena::new(ArenaConfig {
         capacity_bytes: chosen.ram_bytes,
-        segment_bytes: config
-            .segment_bytes
-            .min(chosen.ram_bytes)
-            .next_multiple_of(kvgpu::PAGE_BYTES as u64),
+        segment_bytes: segment_bytes(&config, &chosen, tenants.count()),
         huge_pages: if config.huge_pages {
             HugePages::Auto
         } else {
@@ -369,7 +367,6 @@ async fn build(
         },
         data_dir,
     );
-    let tenants = Tenants::load(&config.tokens_file)?;
     let namespaces = Namespaces::open(
         &config.data_dir,
         &config.secret_file,
@@ -378,6 +375,7 @@ async fn build(
             total: config.max_namespaces_total,
         },
         &tenants,
+        Arc::clone(engine.domains()),
         &*clock,
     )
     .map_err(NodeError::Namespaces)?;
@@ -432,6 +430,23 @@ async fn build(
         local,
         console,
     })
+}
+
+/// Length of a segment. A segment is one tenant's, so with several there have to be several for each.
+fn segment_bytes(config: &Config, chosen: &Chosen, tenants: usize) -> u64 {
+    const SEGMENTS_PER_TENANT: u64 = 4;
+    let length = match tenants as u64 {
+        0 | 1 => config.segment_bytes,
+        many => {
+            let share = chosen.ram_bytes / many.saturating_mul(SEGMENTS_PER_TENANT);
+            share.max(config.max_block_bytes).min(config.segment_bytes)
+        }
+    };
+    // An arena has so many segments at most.
+    length
+        .max(chosen.ram_bytes / kvgpu::arena::MAX_SEGMENTS)
+        .min(chosen.ram_bytes)
+        .next_multiple_of(kvgpu::PAGE_BYTES as u64)
 }
 
 fn engine_config(config: &Config, chosen: &Chosen) -> EngineConfig {

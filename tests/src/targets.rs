@@ -19,6 +19,7 @@ use kvproto::{
     BlockKey, NamespaceId, Place, SequenceHash, convert,
     frame::{Frame, FrameLimits, FrameReader},
     http2::{Fields, Lane, LaneLimits, Pump, Receiver, Role, Socket},
+    local::Inbox,
     v1,
 };
 use kvserver::{
@@ -35,6 +36,7 @@ pub type Target = fn(&[u8]);
 pub const TARGETS: &[(&str, Target)] = &[
     ("frame", frame),
     ("lane", lane),
+    ("local", local),
     ("convert_request", convert_request),
     ("convert_answer", convert_answer),
     ("key", key),
@@ -180,6 +182,49 @@ pub fn frame(bytes: &[u8]) {
             let _ = v1::PutRequest::decode(head.clone());
             let _ = v1::GetResponse::decode(head.clone());
         }
+    }
+}
+
+/// The same-host path, as either end reads it: however the bytes come, the same messages come out, and a request that
+/// is read is read again from what it is written as.
+pub fn local(bytes: &[u8]) {
+    let whole = read_local(bytes, usize::MAX);
+    for step in [1, 7, 4096] {
+        assert_eq!(read_local(bytes, step), whole, "cut every {step}");
+    }
+    for request in whole.0 {
+        let mut frame = Vec::new();
+        kvproto::local::encode(&request, &mut frame).expect("as short as it came");
+        assert_eq!(read_local(&frame, usize::MAX).0, [request]);
+    }
+    let mut inbox = Inbox::new();
+    feed(&mut inbox, bytes);
+    while let Ok(Some(_)) = inbox.take::<v1::LocalReply>() {}
+}
+
+/// The requests that the bytes are, and whether they break off in something that is none.
+fn read_local(bytes: &[u8], step: usize) -> (Vec<v1::LocalRequest>, bool) {
+    let (mut inbox, mut requests) = (Inbox::new(), Vec::new());
+    for piece in bytes.chunks(step.min(bytes.len().max(1))) {
+        feed(&mut inbox, piece);
+        loop {
+            match inbox.take() {
+                Ok(Some(request)) => requests.push(request),
+                Ok(None) => break,
+                Err(_) => return (requests, true),
+            }
+        }
+    }
+    (requests, false)
+}
+
+fn feed(inbox: &mut Inbox, mut bytes: &[u8]) {
+    while !bytes.is_empty() {
+        let room = inbox.room();
+        let count = room.len().min(bytes.len());
+        room[..count].copy_from_slice(&bytes[..count]);
+        inbox.filled(count);
+        bytes = &bytes[count..];
     }
 }
 

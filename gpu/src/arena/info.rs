@@ -111,6 +111,8 @@ pub struct SegmentInfo {
     pub domain: Option<DomainId>,
     /// Its length.
     pub length_bytes: u64,
+    /// Taken by slots, in whole pages.
+    pub used_bytes: u64,
     /// Whether it is of huge pages.
     pub huge_pages: bool,
     /// Whether the kernel refuses new write mappings; if not, keep the descriptors in the process.

@@ -40,7 +40,10 @@ use self::{
     names::{Names, Record},
 };
 use super::{BlocksError, tenants::Tenants};
-use crate::{clock::Clock, engine::TenantId};
+use crate::{
+    clock::Clock,
+    engine::{Domains, TenantId},
+};
 
 /// Asks that may wait for the registry's file; each is a caller that waits, and one write serves them all.
 const MAX_OPENING: usize = 256;
@@ -93,6 +96,8 @@ pub struct Namespaces {
 struct Shared {
     known: RwLock<HashMap<NamespaceId, Known>>,
     names: RwLock<Names>,
+    /// Told of a namespace before anybody can use it.
+    domains: Arc<Domains>,
 }
 
 /// A namespace to be opened, and who waits for it.
@@ -113,6 +118,7 @@ impl Namespaces {
         secret_file: &Path,
         bounds: Bounds,
         tenants: &Tenants,
+        domains: Arc<Domains>,
         clock: &dyn Clock,
     ) -> io::Result<Self> {
         let secret = match secret_file.as_os_str().is_empty() {
@@ -130,7 +136,7 @@ impl Namespaces {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
             Err(e) => return Err(e),
         };
-        let known = records
+        let known: HashMap<NamespaceId, Known> = records
             .iter()
             .filter_map(|record| {
                 // A tenant that is no longer in the token file cannot call; its blocks wait for it.
@@ -138,11 +144,15 @@ impl Namespaces {
                 Some((record.namespace().id(&record.tenant), record.known(tenant)))
             })
             .collect();
+        for (id, known) in &known {
+            domains.set(*id, known.tenant.domain());
+        }
         let mut names = Names::default();
         records.into_iter().for_each(|record| names.push(record));
         let shared = Arc::new(Shared {
             known: RwLock::new(known),
             names: RwLock::new(names),
+            domains,
         });
         let (asks, asked) = sync_channel(MAX_OPENING);
         let writer = Writer {
@@ -287,6 +297,9 @@ impl Writer {
         };
         match written {
             Ok(()) => {
+                for (id, known) in &new {
+                    self.shared.domains.set(*id, known.tenant.domain());
+                }
                 self.shared.known.write().extend(new);
                 *self.shared.names.write() = next;
             }
@@ -328,7 +341,16 @@ mod tests {
             total: 5,
         };
         let tenants = Tenants::open();
-        Namespaces::open(dir, Path::new(""), bounds, &tenants, &SystemClock::new()).unwrap()
+        let domains = Arc::default();
+        Namespaces::open(
+            dir,
+            Path::new(""),
+            bounds,
+            &tenants,
+            domains,
+            &SystemClock::new(),
+        )
+        .unwrap()
     }
 
     async fn open_as(

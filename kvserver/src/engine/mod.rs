@@ -24,6 +24,7 @@
 
 mod budget;
 mod config;
+mod domains;
 mod events;
 mod fence;
 mod hold;
@@ -50,12 +51,13 @@ use std::sync::{
 };
 
 use kvgpu::{Arena, SlotMut};
-use kvproto::{BlockKey, Kind, Place, Reason, TierKind};
+use kvproto::{BlockKey, Kind, NamespaceId, Place, Reason, TierKind};
 use parking_lot::Mutex;
 use tokio::sync::broadcast;
 
 pub use budget::{KindBudget, slot_bytes};
 pub use config::{Demotion, EngineConfig, EngineConfigError};
+pub use domains::Domains;
 pub use events::{BlockEvent, Change};
 pub use hold::Hold;
 pub use index::TierSet;
@@ -152,6 +154,7 @@ pub enum Published {
 pub struct Engine {
     config: EngineConfig,
     arena: Arc<Arena>,
+    domains: Arc<Domains>,
     clock: Arc<dyn Clock>,
     index: Index,
     ram: Mutex<Ram>,
@@ -205,6 +208,7 @@ impl Engine {
             rejected: Counts::default(),
             config,
             arena,
+            domains: Arc::default(),
             clock,
         }))
     }
@@ -215,6 +219,12 @@ impl Engine {
         &self.config
     }
 
+    /// In whose memory the blocks of each namespace lie.
+    #[must_use]
+    pub fn domains(&self) -> &Arc<Domains> {
+        &self.domains
+    }
+
     /// A place for a block, made by evicting if need be; never a leased block, never the other kind's reserve.
     pub fn reserve(&self, key: BlockKey, place: Place, length_bytes: u64, kind: Kind) -> Reserve {
         if let Some(presence) = self.present_for_writing(&key) {
@@ -222,7 +232,7 @@ impl Engine {
         }
         // Before room is made: an invalidation that comes in between must outlaw this put.
         let began = self.fences.now();
-        match self.room(kind, length_bytes) {
+        match self.room(&key.namespace, kind, length_bytes) {
             Ok((slot, charge)) => Reserve::Granted(Grant {
                 block: MutableBlock::new(key, place, length_bytes, slot),
                 ticket: Ticket {
@@ -247,9 +257,15 @@ impl Engine {
 
     /// A slot for a block on its way up from a lower tier. For a leased block this fails only while too much of
     /// it is out: under pressure it is ordinary memory, and the block is handed on without staying in RAM.
-    pub fn landing(&self, length_bytes: u64, kind: Kind, leased: bool) -> Option<Landing> {
+    pub fn landing(
+        &self,
+        namespace: &NamespaceId,
+        length_bytes: u64,
+        kind: Kind,
+        leased: bool,
+    ) -> Option<Landing> {
         let began = self.fences.now();
-        match self.room(kind, length_bytes) {
+        match self.room(namespace, kind, length_bytes) {
             Ok((slot, charge)) => Some(Landing {
                 slot,
                 ticket: Ticket {

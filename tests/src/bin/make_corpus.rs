@@ -8,7 +8,7 @@ use bytes::Bytes;
 use kvproto::{
     BlockHeader, BlockKey, NamespaceId, Part, Place, RunHash, SequenceHash, frame,
     http2::frame::{END_HEADERS, END_STREAM, Kind, put_field, put_frame},
-    v1,
+    v1::{self, local_request::Call},
 };
 use kvserver::tier::{Resident, journal, record};
 use prost::Message;
@@ -223,6 +223,39 @@ fn main() -> std::io::Result<()> {
         &block,
     );
     save(&root, "lane", "two_streams", &lane)?;
+    let mut local = Vec::new();
+    let calls = [
+        Call::Attach(v1::LocalAttach {
+            version: kvproto::local::VERSION,
+            token: "0123456789abcdef".to_owned(),
+            owner_id: Bytes::from_static(&[5; 16]),
+            boot_id: 2,
+            join: Bytes::from_static(&[9; 16]),
+            staging_bytes: 1 << 20,
+        }),
+        Call::Map(v1::LocalMap {
+            segments: vec![0, 3],
+        }),
+        Call::Lookup(v1::LookupRequest::decode(&requests[1].1[..]).expect("our own")),
+        Call::Get(v1::GetRequest::decode(&requests[2].1[..]).expect("our own")),
+        Call::Put(v1::LocalPut {
+            start: put.start.clone(),
+            blocks: vec![v1::LocalWritten {
+                header: Some(wire.clone()),
+                offset: 4096,
+            }],
+        }),
+    ];
+    for (i, call) in calls.into_iter().enumerate() {
+        let request = v1::LocalRequest {
+            sequence: i as u64 + 1,
+            timeout_ms: 500,
+            done: vec![1, 2],
+            call: Some(call),
+        };
+        kvproto::local::encode(&request, &mut local).expect("short");
+    }
+    save(&root, "local", "five_calls", &local)?;
     save(&root, "trace", "two_requests", b"{\"timestamp\": 0, \"input_length\": 1000, \"output_length\": 10, \"hash_ids\": [1, 2]}\n{\"timestamp\": 5, \"input_length\": 600, \"output_length\": 1, \"hash_ids\": [1, 3]}\n")?;
     save(
         &root,

@@ -368,9 +368,10 @@ impl Mover {
             // As of now: somebody with a lease may have joined since it was queued.
             let (is_leased, is_awaited) = self.reads.lock().wanted(&resident.key);
             let patient = is_leased && is_awaited && !self.stopping.is_cancelled();
-            let Some(landing) = self
-                .engine
-                .landing(resident.length_bytes, budget, is_leased)
+            let namespace = &resident.key.namespace;
+            let Some(landing) =
+                self.engine
+                    .landing(namespace, resident.length_bytes, budget, is_leased)
             else {
                 if !patient {
                     return Err(Reason::NoSlot);

@@ -282,8 +282,13 @@ fn leased_blocks_survive_the_reclaim_of_a_lower_tier() {
 fn a_leased_landing_never_fails() {
     let world = world_with(4, |config| config.lease_bytes_per_owner = 4 * PAGE);
     let held: Vec<Grant> = (0..4).map(|i| world.grant(&chain(1, 4), i)).collect();
-    assert!(world.engine.landing(PAGE, Kind::Kv, false).is_none());
-    let landing = world.engine.landing(PAGE, Kind::Kv, true).unwrap();
+    assert!(
+        world
+            .engine
+            .landing(&SPACE, PAGE, Kind::Kv, false)
+            .is_none()
+    );
+    let landing = world.engine.landing(&SPACE, PAGE, Kind::Kv, true).unwrap();
     assert!(landing.slot.location().is_none());
     drop((held, landing));
     world.assert_nothing_leaked();

@@ -116,7 +116,7 @@ fn a_promotion_of_what_was_invalidated_comes_to_nothing() {
         .engine
         .recover(TierKind::Nvme, vec![resident], Kind::Kv);
     let promote = |gone: bool| {
-        let landing = world.engine.landing(PAGE, Kind::Kv, false).unwrap();
+        let landing = world.engine.landing(&SPACE, PAGE, Kind::Kv, false).unwrap();
         let mut block =
             crate::tier::MutableBlock::new(key(&chain, 0), chain.place(0, RUN), PAGE, landing.slot);
         block.bytes_mut().fill(6);
@@ -145,7 +145,7 @@ fn what_was_read_before_a_key_was_put_anew_is_not_taken_for_it() {
     let world = world(64);
     let chain = chain(1, 1);
     world.below(&chain, 0..1);
-    let landing = world.engine.landing(PAGE, Kind::Kv, false).unwrap();
+    let landing = world.engine.landing(&SPACE, PAGE, Kind::Kv, false).unwrap();
     let mut old =
         crate::tier::MutableBlock::new(key(&chain, 0), chain.place(0, RUN), PAGE, landing.slot);
     old.bytes_mut().fill(6);
