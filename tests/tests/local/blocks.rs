@@ -219,7 +219,7 @@ async fn a_place_that_has_a_new_tenant_is_found_out() {
     // The next block comes to lie in the same slot.
     let (other, _) = put_one(&mut client, &space, 2, MIB);
     let fresh = client.raw.get(space.get(&other, 0)).blocks[0].clone();
-    let (old, new) = (stale.place.clone().unwrap(), fresh.place.clone().unwrap());
+    let (old, new) = (stale.place.unwrap(), fresh.place.unwrap());
     assert_eq!((old.segment, old.offset), (new.segment, new.offset));
     assert_ne!(old.generation, new.generation);
     assert!(client.read(&space, &fresh).is_ok());
