@@ -1,10 +1,11 @@
 # Every habit in one word. `make` alone lists them.
 CARGO ?= cargo
 ARGS ?=
+PROFILE ?= release
 VENV := .venv
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-rust test-python lint fmt bench fuzz doc deny gpu clean
+.PHONY: help build demo test test-rust test-python wheel lint lint-python fmt bench fuzz doc deny gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,15 +23,23 @@ test-rust: ## unit, behaviour, recovery, fault, property and bounded fuzz tests
 	$(CARGO) test --workspace --all-targets
 	$(CARGO) test --workspace --doc
 
-# Python's own grpcio against a node: proves that the bulk frames are ordinary gRPC to a stranger.
-test-python: ## stock Python grpcio against a node (skips, and says so, where Python or pip is missing)
+# Python's own grpcio against a node proves that the bulk frames are ordinary gRPC to a stranger; the package `terrace` runs
+# against a node and against fakes of the engines.
+test-python: ## stock Python grpcio and the package terrace (skips, and says so, where Python or pip is missing)
 	@$(CARGO) build -q -p kvserver
 	@tests/python/run $(VENV)
+
+wheel: ## the Python package terrace, into dist/ (PROFILE=dev builds faster; needs Python 3.10 and pip's index)
+	@kvclient/python/wheel $(VENV) $(PROFILE)
 
 lint: ## formatting, clippy without warnings, documentation without warnings
 	$(CARGO) fmt --all -- --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	$(CARGO) clippy -p terrace-python --features extension --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps -q
+
+lint-python: ## ruff and mypy --strict over the package terrace (needs pip's index once)
+	@tests/python/lint $(VENV)
 
 fmt: ## format
 	$(CARGO) fmt --all
@@ -53,4 +62,4 @@ gpu: ## check and measure the CUDA device where there is one; writes gpu/MEASURE
 
 clean: ## remove what was built
 	$(CARGO) clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) dist

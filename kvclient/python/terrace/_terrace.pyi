@@ -88,9 +88,7 @@ class Cache:
         The rest counts what went: `local_` and `grpc_` each with `calls`, `got_blocks`, `got_bytes`, `put_blocks`,
         `put_bytes`, and `local_failures`.
         """
-    def lookup(
-        self, request: str, hashes: bytes, width: int, first: int, probe: bool = False
-    ) -> int | None:
+    def lookup(self, request: str, hashes: bytes, width: int, first: int, probe: bool = False) -> int | None:
         """How many blocks from `first` on may be loaded. None: on its way, ask again.
 
         The same answer per request until `forget`. A node that is away or late answers 0, and so does a block that
@@ -111,9 +109,7 @@ class Cache:
 
         Raises ValueError for layers that overlap or differ in their number of blocks.
         """
-    def load(
-        self, job: int, lease: int, hashes: bytes, width: int, first: int, block_ids: Sequence[int]
-    ) -> bool:
+    def load(self, job: int, lease: int, hashes: bytes, width: int, first: int, block_ids: Sequence[int]) -> bool:
         """Starts to copy blocks `first`, `first + 1`, … of the chain into the engine's `block_ids`.
 
         False: the queue is full, and nothing was started. The engine must not use these blocks before the job is

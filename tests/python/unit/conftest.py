@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
 import terrace
 
 ROOT = Path(__file__).resolve().parents[3]

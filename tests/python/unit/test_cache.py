@@ -8,9 +8,8 @@ import time
 from collections.abc import Callable
 
 import pytest
-from conftest import OWNER, WIDTH, Memory, Node, ask, hashes, loaded, saved, until
-
 import terrace
+from conftest import OWNER, WIDTH, Memory, Node, ask, hashes, loaded, saved, until
 
 Connect = Callable[..., terrace.Cache]
 

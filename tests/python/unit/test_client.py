@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Node, free_port, until
-
 import terrace
+from conftest import Node, free_port, until
 from terrace import _terrace
 
 
