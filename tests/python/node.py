@@ -35,7 +35,7 @@ class Node:
         self.start()
 
     def start(self, seconds: float = 30) -> None:
-        log = (pathlib.Path(self.folder.name) / "log").open("ab")  # noqa: SIM115
+        log = (pathlib.Path(self.folder.name) / "log").open("ab")
         self.process = subprocess.Popen(
             [binary(), f"--listen=127.0.0.1:{self.port}", f"--http-listen=127.0.0.1:{self.http}",
              f"--data-dir={self.folder.name}/data", *self.arguments],

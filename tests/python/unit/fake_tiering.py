@@ -21,7 +21,9 @@ FIELDS = {
     "vllm.v1.kv_offload.tiering.base:JobResult": [
         "job_id", "success", "successful_keys", "transfer_time", "transfer_bytes",
     ],
-    "vllm.v1.kv_offload.config:OffloadingConfig": ["groups", "model", "parallel", "kv_cache_layout", "canonical_layout"],
+    "vllm.v1.kv_offload.config:OffloadingConfig": [
+        "groups", "model", "parallel", "kv_cache_layout", "canonical_layout",
+    ],
     "vllm.v1.kv_offload.config:OffloadingGroupConfig": ["tokens_per_block", "layer_names", "group_id"],
 }  # fmt: skip
 

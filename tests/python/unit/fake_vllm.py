@@ -5,7 +5,6 @@ look like this is checked in `tests/python/vllm/test_fakes.py`, name by name, fr
 """
 
 import logging
-import sys
 import types
 from dataclasses import dataclass, field
 from typing import Any

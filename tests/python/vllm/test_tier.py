@@ -171,15 +171,15 @@ def test_a_cache_salt_keeps_requests_apart(engine):
     first, second = engine(), engine()
     first.compute(first.request("a", PROMPT, salt="one"), range(6), content(first.pool.strides[0], 3))
     first.settle()
-    assert second.hits(second.request("b", PROMPT + [9], salt="two")) == 0
-    assert second.hits(second.request("c", PROMPT + [9], salt="one")) == len(PROMPT)
+    assert second.hits(second.request("b", [*PROMPT, 9], salt="two")) == 0
+    assert second.hits(second.request("c", [*PROMPT, 9], salt="one")) == len(PROMPT)
 
 
 def test_a_load_that_fails_after_its_hit_is_a_miss_and_nobody_asks_for_ever(engine, node):
     first, second = engine(), engine(transfer_timeout_ms=1000)
     first.compute(first.request("a", PROMPT), range(6), content(first.pool.strides[0], 4))
     first.settle()
-    other = second.request("b", PROMPT + [9])
+    other = second.request("b", [*PROMPT, 9])
     keys, context = second.keys(other)
 
     def found():
@@ -198,7 +198,7 @@ def test_a_node_killed_and_restarted_is_used_again(engine, node):
     one = engine(transfer_timeout_ms=1000)
     fill = content(one.pool.strides[0], 5)
     node.kill()
-    request = one.request("a", PROMPT + [9])
+    request = one.request("a", [*PROMPT, 9])
     assert one.hits(request) == 0
     one.compute(request, range(6), fill)  # dropped
     one.settle()
@@ -220,7 +220,7 @@ def test_a_frozen_node_holds_nobody_up(engine, node):
     first.settle()
     node.signal(signal.SIGSTOP)
     began = time.monotonic()
-    request = second.request("b", PROMPT + [9])
+    request = second.request("b", [*PROMPT, 9])
     assert second.hits(request) == 0
     second.compute(request, range(6), content(second.pool.strides[0], 6))
     second.settle()
@@ -228,7 +228,7 @@ def test_a_frozen_node_holds_nobody_up(engine, node):
     node.signal(signal.SIGCONT)
     wait_until(lambda: second.tier._cache.state() == "ready", "the node that woke is used again", 60)
     third = engine()
-    assert third.hits(third.request("c", PROMPT + [9])) == len(PROMPT)
+    assert third.hits(third.request("c", [*PROMPT, 9])) == len(PROMPT)
 
 
 def test_reset_drains_and_shares_nothing_with_the_old_weights(engine):

@@ -7,18 +7,18 @@
         "module_path": "terrace.sglang", "class_name": "TerraceHiCache", "interface_v1": 1,
         "hicache_storage_pass_prefix_keys": true, "endpoint": "127.0.0.1:7070"}'
 
-A page of a host pool is a block: its pieces (K and V, or one per layer) are copied from and to where they lie, in any of
-SGLang's layouts. A page's SHA-256 is the block's engine hash, `prefix_keys` the chain before it. `batch_exists` leases
-what it reports until it was read, `hold_ms` at most, so "exists, then gone" cannot happen by eviction.
+A page of a host pool is a block: its pieces (K and V, or one per layer) are copied from and to where they lie, in any
+of SGLang's layouts (`pages`). A page's SHA-256 is the block's engine hash, `prefix_keys` the chain before it.
+`batch_exists` leases what it reports until it was read, `hold_ms` at most: nothing it named is evicted before.
 
-    pool            namespace (packing)     part
-    KV, side pools  one each, by name       rank of the writer; 0 where SGLang has one writer for all ranks (MLA)
-    flat pages      "flat"                  the same; SGLang's older interface, which copies once more
+    pool            namespace            part
+    KV, side pools  one each, by name    the rank; the same for all where all have the same pages (MLA, one rank writes)
+    flat pages      "flat"               likewise; SGLang's older interface, which copies once more
 
 Units: pages, bytes, milliseconds.
-Errors: none leaves this file but a setting that can never work; a node that is away, late, full or wrong is False, None or
-0, and SGLang computes. Every call ends: lookups by `lookup_timeout_ms`, copies by `transfer_timeout_ms` in Rust; a copy
-that were still later has the pool's memory taken from it before False is said, since SGLang then reuses the pages.
+Errors: none leaves this file but a setting that can never work; a node that is away, late, full or wrong is False, None
+or 0, and SGLang computes. Every call ends: lookups by `lookup_timeout_ms`, copies by `transfer_timeout_ms` in Rust; a
+copy later still has the pool's memory taken from it before False is said, since SGLang then reuses the pages.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import logging
 import os
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -45,6 +44,7 @@ from sglang.srt.mem_cache.hicache_storage import (
 )
 
 from terrace import Cache, Finished
+from terrace.sglang.leases import Leases
 from terrace.sglang.pages import WIDTH, Layer, Pool, layers, name, spans
 from terrace.sglang.space import namespace, rank, replicated
 
@@ -54,8 +54,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sglang.terrace")
 
-MAX_HELD = 256
-"""Leases between `batch_exists` and the reads; the oldest goes first."""
 FLAT_PAGES = 128
 """Pages of the scratch of the older interface; SGLang's own limit of a batch."""
 GRACE_MS = 2000
@@ -66,7 +64,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def answers(otherwise: Callable[..., Any]) -> Callable[[F], F]:
-    """A failure is an answer, `otherwise(*args)`, and one line in the log; SGLang's threads would die of an exception."""
+    """A failure is an answer, `otherwise(*args)`, and one line in the log; SGLang's threads would die of it."""
 
     def wrap(method: F) -> F:
         @functools.wraps(method)
@@ -83,7 +81,7 @@ def answers(otherwise: Callable[..., Any]) -> Callable[[F], F]:
 
 
 class TerraceHiCache(HiCacheStorage):
-    """A dynamic storage back end; its settings are those of the module's text, `terrace.Cache`'s, `hold_ms` and `label`."""
+    """A dynamic storage back end. Settings: those above, `label`, `hold_ms`, and `terrace.Cache`'s."""
 
     def __init__(self, storage_config: HiCacheStorageConfig, kwargs: dict[str, Any] | None = None) -> None:
         settings = {**(storage_config.extra_config or {}), **(kwargs or {})}
@@ -92,20 +90,16 @@ class TerraceHiCache(HiCacheStorage):
         self.label = settings.get("label")
         self.lookup_ms = int(settings.get("lookup_timeout_ms", 200))
         self.transfer_ms = int(settings.get("transfer_timeout_ms", 5000))
-        self.hold_s = int(settings.get("hold_ms", 30_000)) / 1000
+        self.leases = Leases(int(settings.get("hold_ms", 30_000)) / 1000)
         self.settings = {key: settings[key] for key in CACHE_SETTINGS if key in settings}
+        self.settings.update(lookup_timeout_ms=self.lookup_ms, transfer_timeout_ms=self.transfer_ms)
         self.settings.setdefault("token", os.environ.get("TERRACE_TOKEN"))
         self.owner = os.urandom(16)
         self.pools: dict[str, Pool] = {}
-        self.held: OrderedDict[str, tuple[float, Pool, bytes]] = OrderedDict()
-        self.holder: dict[bytes, str] = {}
         self.lock, self.scratch = threading.Lock(), threading.Lock()
         self.numbers = itertools.count(1)
         self.said: set[str] = set()
         self.moved: dict[str, list[tuple[int, float]]] = {"load": [], "save": []}
-        self.closed = threading.Event()
-        self.sweeper = threading.Thread(target=self._sweep, name="terrace-leases", daemon=True)
-        self.sweeper.start()
 
     # Which memory there is.
 
@@ -130,9 +124,8 @@ class TerraceHiCache(HiCacheStorage):
         shared = replicated(self.config, pool, packing)
         spec = namespace(self.config, pool, packing, [layer[3] for layer in where], page_size, self.label)
         part = (rank(self.config, shared), 0)
-        timeouts = {"lookup_timeout_ms": self.lookup_ms, "transfer_timeout_ms": self.transfer_ms}
-        cache = Cache(self.endpoint, spec, owner=self.owner, part=part, **timeouts, **self.settings)
-        return Pool(cache, where, page_size, not shared or self.config.is_storage_writer)
+        cache = Cache(self.endpoint, spec, owner=self.owner, part=part, **self.settings)
+        return Pool(cache, where, page_size)
 
     # v1: pages of the KV pool, from and to where they lie.
 
@@ -245,11 +238,7 @@ class TerraceHiCache(HiCacheStorage):
         if not count:
             pool.cache.forget(request)
             return 0
-        ours = hashes[first * WIDTH : (first + count) * WIDTH]
-        with self.lock:
-            self.held[request] = (time.monotonic() + self.hold_s, pool, ours)
-            self.holder.update((self._slot(pool, ours, i), request) for i in range(count))
-        self._let_go(time.monotonic(), MAX_HELD)
+        self.leases.keep(request, pool, hashes[first * WIDTH : (first + count) * WIDTH])
         return count
 
     def _load(
@@ -263,17 +252,12 @@ class TerraceHiCache(HiCacheStorage):
             return [False] * len(keys)
         hashes, first = self._chain(keys, extra_info)
         rows = pool.rows(indices, len(keys))
-        ours = hashes[first * WIDTH :]
-        with self.lock:
-            request = self.holder.get(self._slot(pool, ours, 0), "")
+        request = self.leases.of(pool, hashes[first * WIDTH :][:WIDTH])
         job = next(self.numbers)
         done = [False] * len(keys)
         if pool.cache.load(job, pool.cache.lease(request) if request else 0, hashes, WIDTH, first, rows):
             done = self._end(pool, job, rows)
-        with self.lock:
-            read = request in self.held and self.held[request][2].endswith(ours[-WIDTH:])
-        if read:
-            self._forget(request)
+        self.leases.read(request, hashes[-WIDTH:])
         return done
 
     def _save(
@@ -283,8 +267,6 @@ class TerraceHiCache(HiCacheStorage):
         indices: torch.Tensor | range | None,
         extra_info: HiCacheStorageExtraInfo | None,
     ) -> list[bool]:
-        if not pool.writes:
-            return [True] * len(keys)  # another rank has the same bytes and saves them
         if not keys or not self._ready(pool):
             return [False] * len(keys)
         hashes, first = self._chain(keys, extra_info)
@@ -328,33 +310,6 @@ class TerraceHiCache(HiCacheStorage):
             )
         return state == "ready"
 
-    # Leases between `batch_exists` and the read.
-
-    def _slot(self, pool: Pool, hashes: bytes, i: int) -> bytes:
-        return id(pool).to_bytes(8, "little") + hashes[i * WIDTH : (i + 1) * WIDTH]
-
-    def _forget(self, request: str) -> None:
-        with self.lock:
-            _, pool, ours = self.held.pop(request, (0.0, None, b""))
-            for i in range(len(ours) // WIDTH if pool else 0):
-                slot = self._slot(pool, ours, i)
-                if self.holder.get(slot) == request:
-                    del self.holder[slot]
-        if pool is not None:
-            pool.cache.forget(request)
-
-    def _let_go(self, now: float, most: int) -> None:
-        while True:
-            with self.lock:
-                oldest = next(iter(self.held), None)
-                if oldest is None or (self.held[oldest][0] > now and len(self.held) <= most):
-                    return
-            self._forget(oldest)
-
-    def _sweep(self) -> None:
-        while not self.closed.wait(max(0.05, self.hold_s / 4)):
-            self._let_go(time.monotonic(), MAX_HELD)
-
     # The older interface: pages that SGLang copies into tensors of their own.
 
     @answers(lambda *_: None)
@@ -374,7 +329,8 @@ class TerraceHiCache(HiCacheStorage):
                     if there:
                         ctypes.memmove(spans(targets, sizes, len(keys))[at + i][0], *flat.span(i))
                 good += here
-        return [target if there else None for target, there in zip(targets, good, strict=True)]
+        found = [True if isinstance(target, int) else target for target in targets]
+        return [target if there else None for target, there in zip(found, good, strict=True)]
 
     @answers(lambda *_: False)
     def set(self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool:
@@ -442,10 +398,9 @@ class TerraceHiCache(HiCacheStorage):
         return {pool_name: pool.cache.stats() for pool_name, pool in self.pools.items()}
 
     def close(self) -> None:
-        self.closed.set()
+        self.leases.close()
         for pool in self.pools.values():
             pool.cache.close()
-        self.sweeper.join(timeout=5)
 
     def say(self, what: str) -> None:
         """One line for each kind of trouble, not one per page."""

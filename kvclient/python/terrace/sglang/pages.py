@@ -8,8 +8,8 @@
 
 Units: bytes, pages.
 Errors: ValueError for a pool or indices that are no whole pages; the back end then leaves that pool alone.
-Why the pool is asked instead of its tensors read: its layouts are SGLang's affair and change; what it says of three pages
-shows whether all lie at even distances.
+Why the pool is asked instead of its tensors read: its layouts are SGLang's affair and change; what it says of three
+pages shows whether all lie at even distances.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def layers(pool: HostKVCache) -> list[Layer]:
     pages = int(pool.size) // size
 
     def at(page: int) -> tuple[list[int], list[int]]:
-        return pool.get_page_buffer_meta(torch.arange(page * size, (page + 1) * size, dtype=torch.int64))
+        tokens = torch.arange(page * size, (page + 1) * size, dtype=torch.int64)
+        where: tuple[list[int], list[int]] = pool.get_page_buffer_meta(tokens)
+        return where
 
     (start, sizes), (last, _), (middle, _) = at(0), at(pages - 1), at(pages // 2)
     found: list[Layer] = []
@@ -69,8 +71,8 @@ def layers(pool: HostKVCache) -> list[Layer]:
 class Pool:
     """One host pool: its pages' places, and the cache that copies them."""
 
-    def __init__(self, cache: Cache, where: list[Layer], page_size: int, writes: bool) -> None:
-        self.cache, self.layers, self.page_size, self.writes = cache, where, page_size, writes
+    def __init__(self, cache: Cache, where: list[Layer], page_size: int) -> None:
+        self.cache, self.layers, self.page_size = cache, where, page_size
         self.was = ""
         self.keep: Any = None  # owner of memory that nobody else owns
         cache.layout(where)

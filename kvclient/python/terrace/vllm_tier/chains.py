@@ -3,9 +3,9 @@
     ReqContext: key ─► token at which it ends ──locate──► hashes of its chain, index in it
     keys asked one by one ──answer──► one lookup from the first to the chain's end, then HIT, MISS or RETRY
 
-Why one lookup: vLLM asks key by key and step by step, a node best answers a chain at once, under one lease. A key behind
-what a lookup found may still be there, when vLLM's own tier has what lies between: then it starts a lookup of its own,
-`MAX_ASKS` of them per request and group.
+Why one lookup: vLLM asks key by key and step by step, a node best answers a chain at once, under one lease. A key
+behind what a lookup found may still be there, when vLLM's own tier has what lies between: then it starts a lookup of
+its own, `MAX_ASKS` of them per request and group.
 Errors: none; whatever cannot be told is a MISS.
 """
 
