@@ -5,7 +5,7 @@ PROFILE ?= release
 VENV := .venv
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-rust test-python wheel lint lint-python fmt bench fuzz doc deny gpu clean
+.PHONY: help build demo test test-rust test-python test-sglang wheel lint lint-python fmt bench fuzz doc deny gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,10 @@ test-rust: ## unit, behaviour, recovery, fault, property and bounded fuzz tests
 test-python: ## stock Python grpcio and the package terrace (skips, and says so, where Python or pip is missing)
 	@$(CARGO) build -q -p kvserver
 	@tests/python/run $(VENV)
+
+test-sglang: ## SGLang's own storage classes with Terrace (uses test-vllm's environment, and 45 MB more)
+	@$(CARGO) build -q -p kvserver
+	@tests/python/sglang/run .venv-vllm $(ARGS)
 
 wheel: ## the Python package terrace, into dist/ (PROFILE=dev builds faster; needs Python 3.10 and pip's index)
 	@kvclient/python/wheel $(VENV) $(PROFILE)

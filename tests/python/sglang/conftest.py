@@ -18,7 +18,7 @@ HERE = pathlib.Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[1] / "unit"), str(HERE.parents[3] / ".venv-sglang")]
 os.environ.update(HF_HUB_OFFLINE="1", OMP_WAIT_POLICY="PASSIVE")
 
-import torch._inductor.compile_fx  # noqa: E402, F401
+import torch._inductor.compile_fx  # noqa: E402
 import torch.utils.flop_counter  # noqa: E402, F401
 import transformers.utils.import_utils  # noqa: E402
 

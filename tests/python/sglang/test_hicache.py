@@ -1,10 +1,12 @@
-"""terrace.sglang as SGLang itself builds and calls it: its factory, its base class, its host pools, its failure injector
-and its own test of a zero-copy store, against a real node."""
+"""terrace.sglang as SGLang itself builds and calls it, against a real node: its factory, base class, host pools,
+failure injector, and its own test of a zero-copy store."""
 
 import dataclasses
 import hashlib
 import importlib
 import inspect
+import pathlib
+import runpy
 import time
 
 import fake_hicache
@@ -40,7 +42,8 @@ def config(node, **changed):
     }
     facts = {
         "tp_rank": 0, "tp_size": 1, "pp_rank": 0, "pp_size": 1, "attn_cp_rank": 0, "attn_cp_size": 1,
-        "is_mla_model": False, "enable_storage_metrics": True, "is_page_first_layout": True, "model_name": "tiny", "extra_config": extra,
+        "is_mla_model": False, "enable_storage_metrics": True, "is_page_first_layout": True,
+        "model_name": "tiny", "extra_config": extra,
     }  # fmt: skip
     return HiCacheStorageConfig(**{**facts, **changed})
 
@@ -225,3 +228,11 @@ def test_a_node_that_is_away_is_false_and_never_an_exception(node):
     assert storage.clear() is False
     assert time.monotonic() - began < 10
     storage.close()
+
+
+def test_the_example_runs(node, capsys):
+    place = pathlib.Path(__file__).parents[3] / "examples" / "sglang_pages.py"
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(place))["main"](node.endpoint)
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and "finds 64 of 65 and reads them: equal, over local" in said

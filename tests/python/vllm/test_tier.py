@@ -5,12 +5,21 @@
 The only thing missing is the copy between a GPU and the pool, which needs one: a test writes the pool's rows itself.
 """
 
+import dataclasses
+import importlib
+import inspect
+import pathlib
 import signal
+import sys
 import time
 
 import pytest
 import torch
 from terrace import vllm_tier
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "unit"))
+
+import fake_tiering
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.engine.arg_utils import EngineArgs
@@ -19,6 +28,7 @@ from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.kv_offload.base import LookupResult, ScheduleEndContext
+from vllm.v1.kv_offload.tiering.base import SecondaryTierManager
 from vllm.v1.request import Request
 
 BLOCK, BLOCKS_PER_CHUNK, ROWS = 32, 2, 24
@@ -267,3 +277,22 @@ def test_identity_is_the_engines_own_and_the_log_says_what_differs(engine, caplo
     first.compute(request, range(6), content(first.pool.strides[0], 8))
     first.settle()
     assert second.hits(second.request("b", PROMPT)) == 0
+
+
+@pytest.mark.parametrize("place", fake_tiering.FIELDS)
+def test_the_fakes_of_the_unit_tests_are_like_the_real_classes(place):
+    module, _, name = place.partition(":")
+    real = getattr(importlib.import_module(module), name)
+    fields = {field.name for field in dataclasses.fields(real)} if dataclasses.is_dataclass(real) else set(real._fields)
+    assert set(fake_tiering.FIELDS[place]) <= fields
+    if fake := getattr(fake_tiering, name, None):
+        made = set(fake._fields if hasattr(fake, "_fields") else (field.name for field in dataclasses.fields(fake)))
+        assert made <= fields
+
+
+def test_every_method_has_the_base_classs_arguments():
+    for name, method in inspect.getmembers(SecondaryTierManager, inspect.isfunction):
+        ours = list(inspect.signature(getattr(vllm_tier.TerraceTier, name)).parameters)
+        theirs = list(inspect.signature(method).parameters)
+        assert ours[: len(theirs)] == theirs, name
+    assert not vllm_tier.TerraceTier.__abstractmethods__
