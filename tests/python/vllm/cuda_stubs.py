@@ -4,8 +4,8 @@
                                 undefined cublasCreate_v2@… ┴► stub.c ──gcc──► nvidia/cu13/lib/libcublas.so.13, …
 
 The real ones are 3 GB of wheels whose code a CPU engine never runs; the dynamic linker, however, wants every NEEDED
-library and every symbol to exist when torch is loaded. A stand-in defines the symbols that torch itself names, under the
-versions it names, and each returns an error. Registration of kernels at load time does nothing; "how many devices"
+library and every symbol to exist when torch is loaded. A stand-in defines the symbols that torch itself names, under
+the versions it names, and each returns an error. Registration of kernels at load time does nothing; "how many devices"
 answers none.
 
     python cuda_stubs.py SITE_PACKAGES
@@ -81,10 +81,14 @@ def main(site_packages: Path) -> None:
             source, script = Path(scratch, "stub.c"), Path(scratch, "stub.map")
             source.write_text("#include <stdio.h>\n" + "\n".join(map(body, names)) + "\n")
             script.write_text("".join(f"{v} {{ {'; '.join(sorted(n))}; }};\n" for v, n in versions.items() if v))
-            command = ["gcc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{library}", "-o", folder / library, source]
+            built = Path(scratch, library)
+            command = ["gcc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{library}", "-o", built, source]
             if script.stat().st_size:
                 command.append(f"-Wl,--version-script={script}")
             subprocess.run(command, check=True)
+            fresh = folder / f"{library}.new"
+            fresh.write_bytes(built.read_bytes())
+            fresh.replace(folder / library)  # a process that has the old one mapped keeps it
     print(f"stand-ins for {len(libraries)} CUDA libraries in {folder}")
 
 
