@@ -307,6 +307,84 @@ pub fn ratios(measured: &[Measured]) -> Vec<Bar> {
         );
     }
     bars[aim].aim = true;
+    bars.extend(same_host(measured));
+    bars
+}
+
+/// The bars of the same-host path.
+fn same_host(measured: &[Measured]) -> Vec<Bar> {
+    let cell = |peer, op, bytes, keys| Cell {
+        peer,
+        op,
+        transport: Transport::Shared,
+        bytes,
+        concurrency: 1,
+        keys,
+    };
+    let mut bars = Vec::new();
+    let mut claim = |what: &str, op, bytes, keys, peer, figure: Figure, bound| {
+        let ours = find(measured, &cell("terrace", op, bytes, keys));
+        let theirs = find(measured, &cell(peer, op, bytes, keys));
+        let ratio = ours.zip(theirs).and_then(|(a, b)| figure.ratio(a, b));
+        bars.push(Bar::ratio(what.into(), bound, ratio));
+    };
+    use Bound::{AtLeast, AtMost};
+    use Figure::{Cpu, P50, Rate};
+    let batch = crate::peers::same_host::BATCH;
+    claim(
+        "get 1 MiB same host c1, copied and verified: rate, to memcpy",
+        Op::Get,
+        MIB,
+        1,
+        "memcpy",
+        Rate,
+        AtLeast(0.7),
+    );
+    claim(
+        "get 1 MiB same host c1: p50, to mooncake",
+        Op::Get,
+        MIB,
+        1,
+        "mooncake",
+        P50,
+        AtMost(0.6),
+    );
+    claim(
+        "put 1 MiB same host c1: rate, to mooncake",
+        Op::Put,
+        MIB,
+        1,
+        "mooncake",
+        Rate,
+        AtLeast(2.0),
+    );
+    for (op, what) in [(Op::Get, "get"), (Op::Put, "put")] {
+        claim(
+            &format!("{what} 16 × 1 MiB same host: rate, to mooncake's batch"),
+            op,
+            MIB,
+            batch,
+            "mooncake",
+            Rate,
+            AtLeast(1.0),
+        );
+        claim(
+            &format!("{what} 16 × 1 MiB same host: CPU per GiB, to mooncake's batch"),
+            op,
+            MIB,
+            batch,
+            "mooncake",
+            Cpu,
+            AtMost(1.0),
+        );
+    }
+    for bytes in crate::peers::SIZES {
+        let what = format!(
+            "lease {} same host, no copy, unverified: p50, to a bare request and reply",
+            crate::report::size(bytes)
+        );
+        claim(&what, Op::Lease, bytes, 1, "echo", P50, AtMost(1.5));
+    }
     bars
 }
 
@@ -377,7 +455,7 @@ mod tests {
     #[test]
     fn every_bar_of_the_table_is_there() {
         let bars = ratios(&[]);
-        assert_eq!(bars.len(), 3 + 1 + 4 + 1 + 6 + 8);
+        assert_eq!(bars.len(), 3 + 1 + 4 + 1 + 6 + 8 + 11);
         assert!(
             bars.iter().all(|b| b.verdict == Verdict::NotRun)
                 && bars.iter().filter(|b| b.aim).count() == 1

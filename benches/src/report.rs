@@ -157,7 +157,9 @@ pub fn tables(measured: &[Measured]) -> String {
         };
         let c = &first.cell;
         let mixed = group.series.iter().any(|s| s.cell.bytes != c.bytes);
-        let what = if c.keys > 1 {
+        let what = if c.keys > 1 && matches!(c.op, Op::Get | Op::Put) {
+            format!("{} × {}", c.keys, size(c.bytes))
+        } else if c.keys > 1 {
             format!("{} keys", c.keys)
         } else if mixed {
             "by size".into()
@@ -175,7 +177,7 @@ pub fn tables(measured: &[Measured]) -> String {
             c.op.as_str(),
             c.concurrency
         );
-        let unit = if c.keys > 1 || c.op == Op::Lease {
+        let unit = if matches!(c.op, Op::Lease | Op::Exists | Op::LookupLease) {
             ("k op/s", "CPU µs/op")
         } else {
             ("GiB/s", "CPU s/GiB")

@@ -77,6 +77,8 @@ pub enum Transport {
     Tcp,
     /// A Unix socket.
     Unix,
+    /// Shared memory, and a Unix socket for words.
+    Shared,
     /// A function call.
     InProcess,
 }
@@ -87,6 +89,7 @@ impl Transport {
         match self {
             Self::Tcp => "tcp",
             Self::Unix => "unix",
+            Self::Shared => "shm",
             Self::InProcess => "in-process",
         }
     }

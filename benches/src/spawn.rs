@@ -158,6 +158,68 @@ pub fn install(programs: &[(&'static str, &'static str)], allowed: bool) -> Vec<
         .collect()
 }
 
+/// Installs Debian packages for shared `libraries` that are missing.
+///
+/// # Errors
+/// One stays missing.
+pub fn libraries(libraries: &[(&str, &str)], allowed: bool) -> Result<()> {
+    let missing = || -> Vec<&str> {
+        let known = Command::new("ldconfig").arg("-p").output();
+        let known = known.map_or_else(|_| Vec::new(), |output| output.stdout);
+        let known = String::from_utf8_lossy(&known).into_owned();
+        let absent = libraries
+            .iter()
+            .filter(|(library, _)| !known.contains(library));
+        absent.map(|(_, package)| *package).collect()
+    };
+    let packages = missing();
+    if allowed && !packages.is_empty() && getuid().is_root() && !apt_install(&packages) {
+        let _ = apt(&["update", "-qq"]); // the lists may be absent or old
+        apt_install(&packages);
+    }
+    match missing().as_slice() {
+        [] => Ok(()),
+        packages => bail!("not installed (apt-get install {})", packages.join(" ")),
+    }
+}
+
+/// A virtual environment in `dir` with these packages, made or completed if that is `allowed`.
+///
+/// # Errors
+/// There is no Python, or what is missing could not be, or may not be, installed.
+pub fn python(dir: &Path, packages: &[&str], allowed: bool) -> Result<()> {
+    let stamp = dir.join("installed.txt");
+    let wanted = packages.join("\n");
+    if std::fs::read_to_string(&stamp).is_ok_and(|installed| installed == wanted) {
+        return Ok(());
+    }
+    if !allowed {
+        bail!(
+            "{} lacks {}, and nothing may be installed",
+            dir.display(),
+            packages.join(", ")
+        );
+    }
+    eprintln!("installing {} to compare with", packages.join(", "));
+    let run = |command: &mut Command| -> Result<()> {
+        let output = command.stdin(Stdio::null()).output()?;
+        if output.status.success() {
+            return Ok(());
+        }
+        let words = String::from_utf8_lossy(&output.stderr);
+        bail!(
+            "{}",
+            words.lines().last().unwrap_or("it ended without a word")
+        )
+    };
+    run(Command::new("python3").args(["-m", "venv"]).arg(dir))
+        .context("making a virtual environment")?;
+    let pip = dir.join("bin").join("pip");
+    run(Command::new(pip).args(["install", "-q"]).args(packages))
+        .with_context(|| format!("pip install {}", packages.join(" ")))?;
+    Ok(std::fs::write(stamp, wanted)?)
+}
+
 fn apt_install(packages: &[&str]) -> bool {
     eprintln!("installing {} to compare with", packages.join(", "));
     apt(&[

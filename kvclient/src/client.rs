@@ -31,6 +31,7 @@ use crate::{
     get::{self, Fetched, GetOptions, Got, Wanted, sink::Destination},
     lease::{Lease, millis},
     local,
+    local::Held,
     namespace::NamespaceHandle,
     path::PathReport,
     put::{self, PutBlock, PutOptions},
@@ -344,6 +345,27 @@ impl Client {
                 }
             }
         }
+    }
+
+    /// Blocks of `chain` that stay where they lie, in the node's memory, without a byte being copied or
+    /// verified; [`Held::read`] does both. `None`: the node is not to be reached on the same host, or has a
+    /// block that cannot be shared; get them instead.
+    ///
+    /// # Errors
+    /// [`Error::Request`] for a chain that is not the namespace's.
+    pub async fn hold<'o>(
+        &self,
+        namespace: &NamespaceHandle,
+        chain: &Chain,
+        options: impl Into<GetOptions<'o>>,
+    ) -> Result<Option<Held>, Error> {
+        namespace.check(chain)?;
+        let wanted = Wanted {
+            namespace,
+            chain,
+            options: options.into(),
+        };
+        Ok(local::hold(&self.inner, self.until(), &wanted).await)
     }
 
     /// Puts blocks of `chain`, and answers what became of each. A rejection is an answer.

@@ -62,6 +62,7 @@ pub use error::{Error, ErrorKind};
 pub use get::{Fetched, GetOptions, Got};
 pub use lease::{Lease, MAX_RELEASES};
 pub use link::Tuning;
+pub use local::Held;
 pub use namespace::NamespaceHandle;
 pub use path::{LocalPath, Path, PathReport, Traffic};
 pub use put::{Payload, PutBlock, PutOptions};

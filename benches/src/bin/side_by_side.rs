@@ -8,8 +8,8 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand, ValueEnum};
 use kvbenches::bars::{self, Bar, Verdict};
 use kvbenches::load::Window;
-use kvbenches::peers::{tcp, tonic_stock};
-use kvbenches::phases::{Found, Options, facts, inside, network, nvme};
+use kvbenches::peers::{echo, tcp, tonic_stock};
+use kvbenches::phases::{Found, Options, facts, inside, network, nvme, same_host};
 use kvbenches::spawn::{Cores, end_with_parent, install};
 use kvbenches::{procfs, report};
 use serde::Serialize;
@@ -82,6 +82,7 @@ enum Serve {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum What {
+    Echo,
     Plain,
     Tonic,
     TonicTuned,
@@ -109,6 +110,7 @@ fn main() -> Result<()> {
             .build()?;
         return runtime.block_on(async {
             match what {
+                What::Echo => echo::serve(&unix),
                 What::Plain => tcp::serve(&tcp, &unix).await,
                 What::Tonic => tonic_stock::serve(&tcp, &unix, false).await,
                 What::TonicTuned => tonic_stock::serve(&tcp, &unix, true).await,
@@ -155,6 +157,7 @@ fn compare(arguments: &Arguments) -> Result<()> {
         trace: arguments.trace.clone(),
         dir: scratch.path().to_owned(),
         progress: true,
+        installs: !arguments.no_install,
     };
     let programs = [("redis-server", "redis-server"), ("memcached", "memcached")];
     let mut found = Found {
@@ -182,6 +185,11 @@ fn compare(arguments: &Arguments) -> Result<()> {
                         .unwrap_or_else(|e| Found::failed("network", &e)),
                 );
             }
+            found.add(
+                same_host::run(&options)
+                    .await
+                    .unwrap_or_else(|e| Found::failed("same host", &e)),
+            );
             found.add(
                 nvme::run(&options)
                     .await

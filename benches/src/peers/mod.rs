@@ -14,11 +14,14 @@
 //! what it reads.
 
 pub mod disk;
+pub mod echo;
 pub mod memcached;
 pub mod memory;
+pub mod mooncake;
 pub mod network;
 pub mod node;
 pub mod redis;
+pub mod same_host;
 pub mod socket;
 pub mod tcp;
 pub mod terrace;

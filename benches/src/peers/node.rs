@@ -20,6 +20,8 @@ use crate::spawn::{Cores, Server, free_port};
 
 /// Blocks of one run of the bench's namespace.
 pub const RUN_BLOCKS: u32 = 64;
+/// Of every call.
+const DEADLINE: Duration = Duration::from_secs(30);
 /// Blocks per call when a node is filled.
 const FILL_BATCH: usize = 16;
 
@@ -86,12 +88,21 @@ impl Node {
         };
         client(&endpoint, connections).await
     }
+
+    /// A client that reaches it through shared memory.
+    ///
+    /// # Errors
+    /// The node does not answer.
+    pub async fn attached(&self) -> Result<Client> {
+        let builder = ClientBuilder::new(&format!("http://{}", self.tcp));
+        Ok(builder.deadline(DEADLINE).connect().await?)
+    }
 }
 
 async fn client(endpoint: &str, connections: Option<usize>) -> Result<Client> {
-    // What goes over sockets is measured over sockets.
+    // Rows are named by their transport: no shared memory behind their back.
     let builder = ClientBuilder::new(endpoint)
-        .deadline(Duration::from_secs(30))
+        .deadline(DEADLINE)
         .local(LocalPath::Off);
     let builder = connections
         .into_iter()

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   network   gets, puts and lookups against every peer, TCP and Unix sockets     client on its own runtime
+//!   same host shared memory, beside memcpy, a bare request and reply, and Mooncake's daemon
 //!   nvme      blocks that lie on the disk, beside direct reads of the same disk   node in this process, and by gRPC
 //!   lease     a reference without a copy                                          node in this process
 //!   memory    resident bytes per stored byte            ┐
@@ -15,6 +16,7 @@ pub mod memory;
 pub mod network;
 pub mod nvme;
 pub mod overcommit;
+pub mod same_host;
 pub mod trace;
 
 use std::path::PathBuf;
@@ -23,7 +25,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::bars::Bar;
 use crate::load::Window;
-use crate::rounds::{Cell, Group, Measured};
+use crate::rounds::{Cell, Group, Measured, Op};
 use crate::spawn::Cores;
 
 /// How everything is run.
@@ -47,6 +49,8 @@ pub struct Options {
     pub dir: PathBuf,
     /// Whether a bar of progress is wanted.
     pub progress: bool,
+    /// Whether what is missing may be installed.
+    pub installs: bool,
 }
 
 impl Options {
@@ -83,8 +87,12 @@ impl Options {
 /// What `--only` is matched against: `get tcp 1MiB c8 redis`.
 pub fn label(cell: &Cell) -> String {
     let size = crate::report::size(cell.bytes).replace(' ', "");
+    let batch = match (cell.op, cell.keys) {
+        (Op::Get | Op::Put, 2..) => " batch",
+        _ => "",
+    };
     format!(
-        "{} {} {size} c{} {}",
+        "{}{batch} {} {size} c{} {}",
         cell.op.as_str(),
         cell.transport.as_str(),
         cell.concurrency,

@@ -167,8 +167,13 @@ impl Attachment {
 
     /// The call of `turn` ended in good order: its link may carry another.
     pub(super) fn keep(self: &Arc<Self>, turn: Turn<'_>) {
-        let owes = !turn.link.done.is_empty();
-        self.idle.lock().push(turn.link);
+        self.give_back(turn.link);
+    }
+
+    /// A link that was taken out of its turn is idle again.
+    pub(super) fn give_back(self: &Arc<Self>, link: Link) {
+        let owes = !link.done.is_empty();
+        self.idle.lock().push(link);
         if owes && !self.is_flushing.swap(true, Ordering::AcqRel) {
             self.runtime
                 .spawn(flush(Arc::downgrade(self), self.clock.sleep(FLUSH_AFTER)));

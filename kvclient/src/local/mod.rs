@@ -21,6 +21,7 @@
 
 mod attachment;
 mod error;
+mod hold;
 mod link;
 mod read;
 mod staging;
@@ -40,11 +41,12 @@ use bytes::Bytes;
 use kvproto::OwnerId;
 use parking_lot::Mutex;
 
+pub use self::hold::Held;
 use self::{
     attachment::{Attachment, Caller, Turn},
     error::LocalError,
 };
-pub(crate) use self::{read::get, unary::unary, write::put};
+pub(crate) use self::{hold::hold, read::get, unary::unary, write::put};
 use crate::{
     call::{Deadline, Inner},
     clock::{Tick, within},
@@ -302,18 +304,31 @@ impl Way<'_> {
         &self,
         work: impl AsyncFnOnce(&mut Turn<'_>) -> Result<T, LocalError>,
     ) -> Option<Result<T, LocalError>> {
+        let outcome = self.take(work).await?;
+        Some(outcome.map(|(answer, turn)| {
+            self.attachment.keep(turn);
+            answer
+        }))
+    }
+
+    /// As [`Way::run`], and the link with it.
+    async fn take<T>(
+        &self,
+        work: impl AsyncFnOnce(&mut Turn<'_>) -> Result<T, LocalError>,
+    ) -> Option<Result<(T, Turn<'_>), LocalError>> {
         let inner = self.inner;
         let began = inner.clock.now();
         let whole = async {
             let mut turn = self.attachment.turn(self.left()).await?;
-            let outcome = work(&mut turn).await;
-            if outcome
-                .as_ref()
-                .map_or_else(LocalError::is_harmless, |_| true)
-            {
-                self.attachment.keep(turn);
+            match work(&mut turn).await {
+                Ok(answer) => Ok((answer, turn)),
+                Err(error) => {
+                    if error.is_harmless() {
+                        self.attachment.keep(turn);
+                    }
+                    Err(error)
+                }
             }
-            outcome
         };
         let outcome = within(&*inner.clock, self.until, whole).await;
         let outcome = outcome.unwrap_or_else(|| Err(silent(inner.clock.now().since(began))));

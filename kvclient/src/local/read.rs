@@ -13,6 +13,8 @@
 //! Units: bytes.
 //! Errors: [`LocalError`]; a block that is gone, expired or corrupt is an outcome.
 
+use std::{collections::HashMap, sync::Arc};
+
 use bytes::Bytes;
 use kvgpu::ReadSegment;
 use kvproto::{
@@ -84,15 +86,23 @@ pub(crate) async fn get<S: Sink>(
     Ok(Some(got))
 }
 
+/// What the node says of the blocks asked for.
+pub(super) struct Asked {
+    pub(super) said: Vec<Said>,
+    pub(super) segments: HashMap<u32, Arc<ReadSegment>>,
+    /// What keeps them there; 0: the lease does.
+    pub(super) hold: u64,
+}
+
 /// A block that is there, by the node's word.
-struct Found {
-    header: BlockHeader,
-    tier: Option<TierKind>,
+pub(super) struct Found {
+    pub(super) header: BlockHeader,
+    pub(super) tier: Option<TierKind>,
     place: v1::LocalPlace,
 }
 
 /// What the node says of a block.
-enum Said {
+pub(super) enum Said {
     Found(Found),
     /// There, but not where it can be mapped.
     Elsewhere,
@@ -107,6 +117,62 @@ impl Way<'_> {
         wanted: &Wanted<'_>,
         sink: &mut S,
     ) -> Result<Vec<Option<Got>>, LocalError> {
+        let Asked {
+            said,
+            segments,
+            hold,
+        } = self.ask(turn, wanted).await?;
+        let mut got = Vec::with_capacity(said.len());
+        let (mut hits, mut hit_bytes, mut in_turn) = (0, 0, 0);
+        for (slot, said) in said.into_iter().enumerate() {
+            let found = match said {
+                Said::Found(found) => found,
+                Said::Elsewhere => {
+                    got.push(None);
+                    continue;
+                }
+                Said::Not(outcome) => {
+                    got.push(Some(Got::not(outcome)));
+                    continue;
+                }
+            };
+            let Some(segment) = segments.get(&found.place.segment) else {
+                got.push(None);
+                continue;
+            };
+            let length_bytes = found.header.length_bytes as usize;
+            if in_turn + length_bytes > TURN_BYTES && in_turn > 0 {
+                tokio::task::yield_now().await;
+                in_turn = 0;
+            }
+            in_turn += length_bytes;
+            let outcome = copy(segment, &found, slot, sink)?;
+            if outcome != GetOutcome::Hit {
+                tracing::warn!(key = %found.header.key, %outcome, "a block changed while it was read, or lies wrong");
+                sink.spoil(slot);
+                got.push(Some(Got::not(outcome)));
+                continue;
+            }
+            (hits, hit_bytes) = (hits + 1, hit_bytes + found.header.length_bytes);
+            got.push(Some(Got {
+                outcome,
+                tier: found.tier,
+                length_bytes,
+            }));
+        }
+        if hold != 0 {
+            turn.link.done.push(hold);
+        }
+        self.inner.local.local.got(hits, hit_bytes);
+        Ok(got)
+    }
+
+    /// Where the leading blocks lie that the node kept for us, and the segments they lie in.
+    pub(super) async fn ask(
+        &self,
+        turn: &mut Turn<'_>,
+        wanted: &Wanted<'_>,
+    ) -> Result<Asked, LocalError> {
         let asked = Call::Get(v1::GetRequest {
             context: Some(self.inner.context(&self.inner.unique())),
             namespace_id: Bytes::copy_from_slice(&wanted.namespace.id().0),
@@ -146,55 +212,16 @@ impl Way<'_> {
             .attachment
             .segments(&mut turn.link, &named, self.left())
             .await?;
-
-        let mut got = Vec::with_capacity(said.len());
-        let (mut hits, mut hit_bytes, mut in_turn) = (0, 0, 0);
-        for (slot, said) in said.into_iter().enumerate() {
-            let found = match said {
-                Said::Found(found) => found,
-                Said::Elsewhere => {
-                    got.push(None);
-                    continue;
-                }
-                Said::Not(outcome) => {
-                    got.push(Some(Got::not(outcome)));
-                    continue;
-                }
-            };
-            let Some(segment) = segments.get(&found.place.segment) else {
-                got.push(None);
-                continue;
-            };
-            let length_bytes = found.header.length_bytes as usize;
-            if in_turn + length_bytes > TURN_BYTES && in_turn > 0 {
-                tokio::task::yield_now().await;
-                in_turn = 0;
-            }
-            in_turn += length_bytes;
-            let outcome = copy(segment, &found, slot, sink)?;
-            if outcome != GetOutcome::Hit {
-                tracing::warn!(key = %found.header.key, %outcome, "a block changed while it was read, or lies wrong");
-                sink.spoil(slot);
-                got.push(Some(Got::not(outcome)));
-                continue;
-            }
-            (hits, hit_bytes) = (hits + 1, hit_bytes + found.header.length_bytes);
-            got.push(Some(Got {
-                outcome,
-                tier: found.tier,
-                length_bytes,
-            }));
-        }
-        if answer.hold != 0 {
-            turn.link.done.push(answer.hold);
-        }
-        self.inner.local.local.got(hits, hit_bytes);
-        Ok(got)
+        Ok(Asked {
+            said,
+            segments,
+            hold: answer.hold,
+        })
     }
 }
 
 impl Said {
-    fn segment(&self) -> Option<u32> {
+    pub(super) fn segment(&self) -> Option<u32> {
         match self {
             Self::Found(found) => Some(found.place.segment),
             _ => None,
@@ -228,7 +255,7 @@ fn judge(wanted: &Wanted<'_>, slot: usize, block: v1::LocalBlock) -> Result<Said
 }
 
 /// Copies a block to where it belongs. Anything but a hit: what lies there now is not the block.
-fn copy<S: Sink>(
+pub(super) fn copy<S: Sink>(
     segment: &ReadSegment,
     found: &Found,
     slot: usize,

@@ -3,7 +3,10 @@
 use std::io::Write;
 
 use kvclient::{Client, GetOutcome, LocalPath, Path, PutBlock, PutOptions, PutOutcome, Target};
-use kvtests::node::{TestNode, filled};
+use kvtests::{
+    node::{TestNode, filled},
+    patience::eventually,
+};
 
 use crate::{MIB, assert_is_local, builder, chain, get, open, put};
 
@@ -174,4 +177,29 @@ async fn a_socket_that_is_not_there_or_not_the_nodes_is_reported_and_gone_around
         );
         assert!(report.why_grpc.is_some_and(|why| !why.is_empty()));
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_held_is_read_when_it_is_wanted_and_not_after_it_was_let_go() {
+    let node = TestNode::start(|_| {}).await;
+    let client = builder(&node).connect().await.unwrap();
+    let ns = open(&client).await;
+    let chain = chain(&ns, 1, 3);
+    let data = put(&client, &ns, &chain, &[MIB, 5000, 70_000]).await;
+    let held = client.hold(&ns, &chain, None).await.unwrap().unwrap();
+    assert_eq!((held.len(), held.block(1).unwrap().0), (3, 5000));
+    // What is held outlives its own invalidation, whole.
+    client.invalidate(&ns, Target::All).await.unwrap();
+    for (i, bytes) in data.iter().enumerate() {
+        let mut into = vec![0; bytes.len()];
+        assert_eq!(held.read(i, &mut into).unwrap(), GetOutcome::Hit);
+        assert!(into == *bytes, "block {i}");
+    }
+    assert!(held.read(0, &mut [0; 10]).is_err(), "too short a buffer");
+    assert!(node.arena_bytes() > 0);
+    drop(held);
+    eventually("what was let go is free", || node.arena_bytes() == 0).await;
+    let gone = client.hold(&ns, &chain, None).await.unwrap().unwrap();
+    assert_eq!(gone.outcome(0), GetOutcome::Invalidated);
+    assert_eq!(gone.block(0), None);
 }
