@@ -38,7 +38,7 @@ def engine(endpoint: str, pool: Pages) -> TerraceHiCache:
     config = HiCacheStorageConfig(
         tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, attn_cp_rank=0, attn_cp_size=1, is_mla_model=False,
         enable_storage_metrics=False, is_page_first_layout=True, model_name="example",
-        extra_config={"endpoint": endpoint},
+        extra_config={"endpoint": endpoint, "interface_v1": 1},
     )  # fmt: skip
     storage = TerraceHiCache(config)
     storage.register_mem_pool_host(pool)

@@ -140,14 +140,14 @@ def test_pages_of_sglangs_own_pools_come_back_byte_for_byte(make, node, layout):
 
 
 def test_the_older_interface_moves_the_same_pages(make, node):
-    pool = host_pool("page_first")
+    pool, facts = host_pool("page_first"), config(node)
+    del facts.extra_config["interface_v1"]
     fill(pool, 3)
-    storage = make(pool)
+    store, load = make(pool, facts), make(pool, dataclasses.replace(facts))
     page = page_of(pool, 3)
-    storage.batch_set(keys("a"), [page])  # the first call opens the namespace of flat pages
-    ready(storage)
-    assert storage.batch_set(keys("a", "b"), [page, page + 1]) is True
-    (first, second, none) = storage.batch_get(keys("a", "b", "c"), [pool.get_dummy_flat_data_page() for _ in range(3)])
+    assert store.batch_set(keys("a", "b"), [page, page + 1]) is True
+    assert load.batch_exists(keys("a", "b", "c"), PREFIX) == 2
+    (first, second, none) = load.batch_get(keys("a", "b", "c"), [pool.get_dummy_flat_data_page() for _ in range(3)])
     assert torch.equal(first, page) and torch.equal(second, page + 1) and none is None
 
 

@@ -162,6 +162,9 @@ class HostPool:
         where = [self.address(page, piece) for page in pages for piece in range(self.pieces)]
         return where, [self.piece] * len(where)
 
+    def get_dummy_flat_data_page(self):
+        return Page(bytes(self.piece * self.pieces))
+
     def write(self, page, data):
         for i in range(self.pieces):
             ctypes.memmove(self.address(page, i), data[i * self.piece : (i + 1) * self.piece], self.piece)

@@ -38,9 +38,9 @@ def nodes():
 def make(monkeypatch, nodes):
     made = []
 
-    def make(pool=None, sides=(), hold_ms=30_000, **config):
+    def make(pool=None, sides=(), hold_ms=30_000, zero_copy=1, **config):
         monkeypatch.setattr(backend, "Cache", lambda endpoint, spec, *, owner, part, **_: Cache(nodes, spec, part))
-        config["extra_config"] = {"endpoint": "x", "hold_ms": hold_ms}
+        config["extra_config"] = {"endpoint": "x", "hold_ms": hold_ms, "interface_v1": zero_copy}
         storage = backend.TerraceHiCache(HiCacheStorageConfig(**config), {})
         storage.register_mem_pool_host(pool or HostPool())
         for name, side in sides:
@@ -136,17 +136,6 @@ def test_leases_are_bounded(make, nodes, monkeypatch):
     assert len(node.leases) == 3
 
 
-def test_pages_that_are_there_are_not_sent_again(make):
-    storage = make()
-    pool = storage.mem_pool_host
-    storage.batch_set_v1(keys("a", "b"), pool.indices(1, 2), PREFIX)
-    cache = storage.pools["kv"].cache
-    jobs = len(cache.used)
-    assert storage.batch_set_v1(keys("a", "b"), pool.indices(1, 2), PREFIX) == [True, True]
-    assert len(cache.used) == jobs
-    assert storage.batch_set_v1(keys("a", "b", "c"), pool.indices(1, 2, 3), PREFIX) == [True] * 3
-
-
 def test_a_failed_page_is_false_and_not_found_again(make):
     storage = make()
     pool = storage.mem_pool_host
@@ -189,12 +178,10 @@ def test_a_copy_that_does_not_end_has_the_pool_taken_from_it(make):
     assert cache.log == [("layout", 2), ("layout", 0), ("layout", 2)]
 
 
-def test_mla_pages_are_one_for_all_ranks_and_sent_once(make):
+def test_mla_pages_are_one_for_all_ranks(make):
     writer, reader = make(is_mla_model=True, tp_size=2), make(is_mla_model=True, tp_size=2, tp_rank=1)
     writer.batch_set_v1(keys("a"), writer.mem_pool_host.indices(1), PREFIX)
     assert reader.batch_exists(keys("a"), PREFIX) == 1
-    assert reader.batch_set_v1(keys("a"), reader.mem_pool_host.indices(1), PREFIX) == [True]
-    assert not reader.pools["kv"].cache.used
 
 
 def test_shards_of_ranks_never_meet(make):
@@ -281,6 +268,14 @@ def test_the_older_interface_copies_pages_from_anywhere(make):
     assert storage.set("any name at all", target_location=pages[0].data_ptr(), target_sizes=64) is True
     assert storage.set("any name at all") is False
     assert storage.batch_set(keys("x"), [Page(b"other length")]) is False
+
+
+def test_without_zero_copy_another_engine_finds_flat_pages_before_it_stores_any(make):
+    make(zero_copy=0).batch_set(keys("a", "b"), [Page(bytes([i]) * 64) for i in range(2)])
+    other = make(zero_copy=0)
+    assert other.batch_exists(keys("a", "b", "c"), PREFIX) == 2
+    found = other.batch_get(keys("a", "b"), [Page(bytes(64)) for _ in range(2)])
+    assert [bytes(page) for page in found] == [bytes(64), b"\1" * 64]
 
 
 def test_clear_forgets_everything(make):

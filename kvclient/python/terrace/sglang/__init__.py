@@ -88,6 +88,7 @@ class TerraceHiCache(HiCacheStorage):
         self.config = storage_config
         self.endpoint = str(settings.get("endpoint", "127.0.0.1:7070"))
         self.label = settings.get("label")
+        self.zero_copy = bool(settings.get("interface_v1", 0))  # which of its interfaces SGLang uses for KV
         self.lookup_ms = int(settings.get("lookup_timeout_ms", 200))
         self.transfer_ms = int(settings.get("transfer_timeout_ms", 5000))
         self.leases = Leases(int(settings.get("hold_ms", 30_000)) / 1000)
@@ -105,20 +106,26 @@ class TerraceHiCache(HiCacheStorage):
 
     def register_mem_pool_host(self, mem_pool_host: HostKVCache) -> None:
         super().register_mem_pool_host(mem_pool_host)
-        self._register(mem_pool_host, PoolName.KV)
+        if self.zero_copy:
+            self._register(mem_pool_host, PoolName.KV)
+        else:
+            self._flat(spans([mem_pool_host.get_dummy_flat_data_page()], [None], 1))
 
     def register_mem_host_pool_v2(self, host_pool: HostKVCache, host_pool_name: Any) -> None:
         super().register_mem_host_pool_v2(host_pool, host_pool_name)
         if str(host_pool_name) not in self.pools:
             self._register(host_pool, host_pool_name)
 
-    @answers(lambda *_: None)
     def _register(self, pool: HostKVCache, pool_name: Any) -> None:
         if getattr(pool, "kv_buffer", self) is None:
             return  # a logical anchor: it has no bytes, its side pools have
-        self.pools[str(pool_name)] = self._open(
-            pool, str(pool_name), layers(pool), int(getattr(pool, "page_size", 1) or 1)
-        )
+        try:
+            where = layers(pool)
+        except Exception as error:
+            self.say(f"pool {pool_name} is not stored: {error!r}")
+            return
+        size = int(getattr(pool, "page_size", 1) or 1)
+        self.pools[str(pool_name)] = self._open(pool, str(pool_name), where, size)
 
     def _open(self, pool: Any, packing: str, where: list[Layer], page_size: int) -> Pool:
         shared = replicated(self.config, pool, packing)
@@ -131,7 +138,7 @@ class TerraceHiCache(HiCacheStorage):
 
     @answers(lambda *_: 0)
     def batch_exists(self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None) -> int:
-        pool = self.pools.get(PoolName.KV.value)
+        pool = self.pools.get(PoolName.KV.value if self.zero_copy else "flat")
         if pool is None:
             return len(keys) if self._anchor() else 0
         return self._exists(pool, keys, extra_info)
@@ -204,18 +211,22 @@ class TerraceHiCache(HiCacheStorage):
         return moved
 
     def _windows(self, pool: Pool, keys: list[str], window: int) -> set[int]:
-        """Prefix lengths whose last `window` pages are all there: states are kept at some pages only, so each is asked
-        for by itself, the longest prefix first, for as long as one lookup may take."""
+        """Prefix lengths whose last `window` pages are all there, of which the longest is leased.
+
+        States are kept at some pages only, so each page is asked for by itself, the longest prefix first, for as long
+        as one lookup may take.
+        """
         until = time.monotonic() + self.lookup_ms / 1000
         there: dict[int, bool] = {}
         ends: set[int] = set()
         for end in range(len(keys), 0, -1):
-            for page in range(max(0, end - window), end):
-                if page not in there:
-                    if time.monotonic() > until:
-                        return ends
-                    there[page] = self._exists(pool, [keys[page]], None) == 1
-            if all(there[page] for page in range(max(0, end - window), end)):
+            pages = range(max(0, end - window), end)
+            for page in pages:
+                if page not in there and time.monotonic() < until:
+                    there[page] = pool.cache.exists(name(keys[page]), WIDTH, self.lookup_ms) == 1
+            if all(there.get(page) for page in pages) and (
+                ends or all(self._exists(pool, [keys[page]], None) for page in pages)
+            ):
                 ends.add(end)
         return ends
 
@@ -271,13 +282,10 @@ class TerraceHiCache(HiCacheStorage):
             return [False] * len(keys)
         hashes, first = self._chain(keys, extra_info)
         rows = pool.rows(indices, len(keys))
-        have = min(pool.cache.exists(hashes, WIDTH, self.lookup_ms, first), len(keys))
-        if have == len(keys):
-            return [True] * len(keys)
         job = next(self.numbers)
-        if not pool.cache.save(job, hashes, WIDTH, first + have, rows[have:]):
-            return [True] * have + [False] * (len(keys) - have)
-        return [True] * have + self._end(pool, job, rows[have:])
+        if not pool.cache.save(job, hashes, WIDTH, first, rows):  # what the node has is not sent again
+            return [False] * len(keys)
+        return self._end(pool, job, rows)
 
     def _end(self, pool: Pool, job: int, rows: list[int]) -> list[bool]:
         """Waits for a job; afterwards nothing reads or writes its pages."""
@@ -299,15 +307,10 @@ class TerraceHiCache(HiCacheStorage):
 
     def _ready(self, pool: Pool) -> bool:
         state = pool.cache.state()
-        if state != pool.was:
-            pool.was = state
-            logger.info(
-                "terrace at %s: %s (%s) %s",
-                self.endpoint,
-                state,
-                pool.cache.path().get("in_use"),
-                pool.cache.difference() or "",
-            )
+        now = f"{state} ({pool.cache.path()['in_use']})"
+        if now != pool.was:
+            pool.was, differs = now, pool.cache.difference()
+            logger.info("Terrace at %s is %s%s", self.endpoint, now, f"; {differs}" if differs else "")
         return state == "ready"
 
     # The older interface: pages that SGLang copies into tensors of their own.
@@ -354,7 +357,7 @@ class TerraceHiCache(HiCacheStorage):
 
     @answers(lambda *_: False)
     def exists(self, key: str) -> bool:
-        pool = self.pools.get("flat") or self.pools.get(PoolName.KV.value)
+        pool = self.pools.get("flat", self.pools.get(PoolName.KV.value))
         return pool is not None and pool.cache.exists(name(key), WIDTH, self.lookup_ms) == 1
 
     def _flat(self, found: list[tuple[int, int]]) -> Pool:

@@ -122,6 +122,7 @@ class TerraceTier(SecondaryTierManager):
         self._step = 0
         self._said: str | None = None
         self._ready: int | None = None
+        self._told = ""
         rows, stride = primary_kv_view.shape or (0,), self._block_size_bytes
         self._layout = [(_address(primary_kv_view), rows[0], stride, stride)] if rows[0] else []
         spec = namespace(offloading_spec, stride, label)
@@ -312,15 +313,17 @@ class TerraceTier(SecondaryTierManager):
         }
 
     def get_stats(self) -> OffloadingConnectorStats | None:
-        stats = OffloadingConnectorStats()
+        stats, ready = OffloadingConnectorStats(), int(self._cache.state() == "ready")
+        if self._tally or ready != self._ready:
+            told = f"{self._cache.state()} ({self._cache.path()['in_use']})"
+            if told != self._told:
+                self._told, differs = told, self._cache.difference()
+                logger.info("Terrace is %s%s", told, f"; {differs}" if differs else "")
         for (name, labels), value in self._tally.items():
             stats.increase_counter(name, value, labels)
         self._tally.clear()
-        ready = int(self._cache.state() == "ready")
         if ready != self._ready:
             self._ready = ready
-            path, differs = self._cache.path().get("in_use"), self._cache.difference()
-            logger.info("Terrace is %s (%s)%s", self._cache.state(), path, f"; {differs}" if differs else "")
             stats.set_gauge(READY, ready)
         return None if stats.is_empty() else stats
 
