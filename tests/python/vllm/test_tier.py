@@ -39,7 +39,7 @@ PROMPT = [3 + i * 7 % 500 for i in range(6 * CHUNK)]
 class Engine:
     """The scheduler's half of an engine with an offloading connector, stepped by hand."""
 
-    def __init__(self, model, endpoint, events=False, hashing="sha256", **tier):
+    def __init__(self, model, endpoint, events=False, hashing="sha256", lora=False, **tier):
         pages = 2 * BLOCK * 2 * 64 * 4 * 4  # K and V, tokens, heads, width, float32, layers
         settings = {
             "spec_name": "TieringOffloadingSpec",
@@ -52,7 +52,8 @@ class Engine:
         transfer = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": settings}
         config = EngineArgs(
             model=model, dtype="float32", block_size=BLOCK, max_model_len=1024, kv_transfer_config=transfer,
-            prefix_caching_hash_algo=hashing, kv_events_config={"enable_kv_cache_events": True} if events else None,
+            prefix_caching_hash_algo=hashing, enable_lora=lora,
+            kv_events_config={"enable_kv_cache_events": True} if events else None,
         ).create_engine_config()  # fmt: skip
         layer = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=64, dtype=torch.float32)
         names = [f"model.layers.{i}.self_attn.attn" for i in range(4)]
@@ -277,6 +278,14 @@ def test_identity_is_the_engines_own_and_the_log_says_what_differs(engine, caplo
     first.compute(request, range(6), content(first.pool.strides[0], 8))
     first.settle()
     assert second.hits(second.request("b", PROMPT)) == 0
+
+
+def test_an_engine_with_adapters_shares_with_nobody(engine):
+    first, second = engine(lora=True), engine(lora=True)
+    request = first.request("a", PROMPT)
+    first.compute(request, range(6), content(first.pool.strides[0], 9))
+    first.settle()
+    assert second.hits(second.request("b", [*PROMPT, 9])) == 0
 
 
 @pytest.mark.parametrize("place", fake_tiering.FIELDS)

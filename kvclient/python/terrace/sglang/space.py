@@ -51,6 +51,9 @@ def namespace(
     layout = getattr(pool, "layout", "none")
     rules = [config.model_name, config.dcp_size, config.logical_page_size, type(pool).__name__, list(pieces)]
     rules += [str(getattr(server, argument, None)) for argument in ARGUMENTS]
+    for adapter in getattr(server, "lora_paths", None) or ():  # SGLang's keys have its name and path, not its weights
+        place = str(getattr(adapter, "lora_path", adapter)).partition("=")
+        rules.append(identity.weights(place[2] or place[0]))
     return {
         "label": identity.text(f"{label or identity.name_of(model, revision)} {name}", identity.LABEL_BYTES),
         "model": identity.text(identity.name_of(model, revision)),

@@ -20,7 +20,7 @@ def namespace(spec: OffloadingSpec, stride: int, label: str | None) -> identity.
 
     vLLM 0.32 hands a tier an extract of its configuration, without the model's revision and how blocks are hashed. Both
     decide who may share, so they are taken from the frame that builds the connector and has them in hand. Where it is
-    not found, this engine shares with nobody.
+    not found, this engine shares with nobody; nor does one with LoRA adapters, whose weights no key tells.
     """
     config, chunk, frame = spec.config, spec.blocks_per_chunk, sys._getframe(1)
     while frame.f_back is not None and not {"vllm_config", "kv_cache_config"} <= frame.f_locals.keys():
@@ -29,6 +29,9 @@ def namespace(spec: OffloadingSpec, stride: int, label: str | None) -> identity.
     base: identity.Spec
     if engine is not None and caches is not None:
         base = identity.vllm(engine, caches, label=label)
+        if engine.lora_config is not None:
+            logger.warning("Terrace: vLLM's keys have an adapter's name only; with LoRA the tier shares with no engine")
+            base["weights"] = f"{base['weights']} with adapters of {os.urandom(8).hex()}"
     else:
         logger.warning("Terrace: this vLLM does not tell its configuration; the tier shares with no other engine")
         base = {"label": label or config.model.name, "weights": os.urandom(16).hex()}
