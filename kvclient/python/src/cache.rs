@@ -38,6 +38,9 @@ use crate::{
 /// Leases are given up this many lives after their lookup, whatever the engine does.
 const LEASE_LIVES: u32 = 12;
 
+/// Shortest pause between two looks at which leases are due.
+const RENEW_PAUSE: Duration = Duration::from_millis(20);
+
 /// How long closing may take to give leases back.
 const FAREWELL: Duration = Duration::from_millis(200);
 
@@ -649,7 +652,8 @@ async fn ask(shared: Arc<Shared>, way: Way, asking: Asking) {
 /// Keeps the leases of answered lookups alive.
 async fn renew(shared: Arc<Shared>) {
     loop {
-        shared.node.clock.sleep(shared.lease / 4).await;
+        let pause = (shared.lease / 4).max(RENEW_PAUSE);
+        shared.node.clock.sleep(pause).await;
         let now = shared.node.clock.now();
         let (due, given_up) = shared.lookups.lock().due(now, shared.lease * LEASE_LIVES);
         drop(given_up);

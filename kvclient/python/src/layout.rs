@@ -147,18 +147,24 @@ impl Layout {
         self.block_bytes
     }
 
+    /// Whether there is such a block.
+    ///
+    /// # Errors
+    /// When there is not.
+    pub fn check(&self, block: u32) -> Result<(), LayoutError> {
+        let blocks = self.blocks;
+        ((block as usize) < blocks)
+            .then_some(())
+            .ok_or(LayoutError::Block { block, blocks })
+    }
+
     /// Where the bytes of `block` lie, in the order of the layers; neighbours are one piece.
     ///
     /// # Errors
     /// When there is no such block.
     pub fn pieces(&self, block: u32) -> Result<Vec<Range<usize>>, LayoutError> {
+        self.check(block)?;
         let index = block as usize;
-        if index >= self.blocks {
-            return Err(LayoutError::Block {
-                block,
-                blocks: self.blocks,
-            });
-        }
         let mut pieces: Vec<Range<usize>> = Vec::with_capacity(self.layers.len());
         for layer in &self.layers {
             let start = layer.address + index * layer.stride_bytes;

@@ -118,10 +118,9 @@ impl EngineMemory {
     }
 
     fn claim(self: &Arc<Self>, blocks: &[u32], write: bool) -> Result<Claim, ClaimError> {
-        let pieces = blocks
-            .iter()
-            .map(|&block| self.layout.pieces(block))
-            .collect::<Result<_, _>>()?;
+        for &block in blocks {
+            self.layout.check(block)?;
+        }
         let mut claims = self.claims.lock();
         if claims.retired {
             return Err(ClaimError::Retired);
@@ -147,7 +146,6 @@ impl EngineMemory {
         Ok(Claim {
             memory: self.clone(),
             blocks: blocks.into(),
-            pieces,
         })
     }
 }
@@ -170,7 +168,17 @@ impl Claims {
 struct Claim {
     memory: Arc<EngineMemory>,
     blocks: Box<[u32]>,
-    pieces: Vec<Vec<Range<usize>>>,
+}
+
+impl Claim {
+    /// Where the bytes of each of the blocks in `range` lie.
+    fn pieces(&self, range: Range<usize>) -> impl Iterator<Item = Vec<Range<usize>>> {
+        let pieces = |&block: &u32| {
+            let pieces = self.memory.layout.pieces(block);
+            pieces.expect("a claimed block is one of the layout's")
+        };
+        self.blocks[range].iter().map(pieces)
+    }
 }
 
 impl Drop for Claim {
@@ -203,15 +211,15 @@ impl ReadClaim {
     /// The bytes of those in `range`, each block's pieces in the order of the layers.
     #[must_use]
     pub fn pieces(&self, range: Range<usize>) -> Vec<Vec<&[u8]>> {
-        let piece = |piece: &Range<usize>| {
+        let piece = |piece: Range<usize>| {
             let address = std::ptr::with_exposed_provenance::<u8>(piece.start);
             // SAFETY: mapped and readable until `retire` returns, which waits for this claim; no other job writes it,
             // because a write claim excludes this one; the engine does not, by the promise of `EngineMemory::new`.
             // The length fits isize, `Layout::new` has checked. The slice lives no longer than the claim.
             unsafe { slice::from_raw_parts(address, piece.len()) }
         };
-        let block = |pieces: &Vec<Range<usize>>| pieces.iter().map(piece).collect();
-        self.0.pieces[range].iter().map(block).collect()
+        let block = |pieces: Vec<Range<usize>>| pieces.into_iter().map(piece).collect();
+        self.0.pieces(range).map(block).collect()
     }
 }
 
@@ -235,15 +243,15 @@ impl WriteClaim {
     /// The memory of those in `range`, each block's pieces in the order of the layers.
     #[must_use]
     pub fn pieces(&mut self, range: Range<usize>) -> Vec<Vec<&mut [u8]>> {
-        let piece = |piece: &Range<usize>| {
+        let piece = |piece: Range<usize>| {
             let address = std::ptr::with_exposed_provenance_mut::<u8>(piece.start);
             // SAFETY: as in `ReadClaim::pieces`, and writable. No two of these slices overlap: the claim's blocks are
             // all different (`EngineMemory::write`) and no byte of a layout is in two blocks or layers (`Layout::new`).
             // `&mut self` keeps a second set of them from being made meanwhile.
             unsafe { slice::from_raw_parts_mut(address, piece.len()) }
         };
-        let block = |pieces: &Vec<Range<usize>>| pieces.iter().map(piece).collect();
-        self.0.pieces[range].iter().map(block).collect()
+        let block = |pieces: Vec<Range<usize>>| pieces.into_iter().map(piece).collect();
+        self.0.pieces(range).map(block).collect()
     }
 }
 

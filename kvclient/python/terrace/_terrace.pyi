@@ -81,7 +81,7 @@ class Cache:
     def state(self) -> Literal["connecting", "ready", "down"]:
         """Whether lookups are asked at all. While it is not "ready", they answer 0."""
     def difference(self) -> str | None:
-        """One line: what differs from the namespace last opened under this label, or why it was refused."""
+        """One line: what differs from the namespace last opened under this label; while not "ready", why not."""
     def path(self) -> dict[str, str | int]:
         """Which way loads and saves go: `in_use` is "local" or "grpc"; `why_grpc` says why not the other.
 
