@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable
 
 import pytest
-import terrace
 from conftest import OWNER, WIDTH, Memory, Node, ask, hashes, loaded, saved, until
+
+import terrace
 
 Connect = Callable[..., terrace.Cache]
 

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import terrace
 from conftest import Node, free_port, until
+
+import terrace
 from terrace import _terrace
 
 

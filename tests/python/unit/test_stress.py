@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 
 import pytest
-import terrace
-
 from conftest import WIDTH, Memory, Node, hashes
+
+import terrace
 
 BLOCKS, SALTS, PHASE_BLOCKS, LIMIT_S = 4, 6, 16, 90.0
 
