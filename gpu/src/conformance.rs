@@ -11,6 +11,7 @@ macro_rules! ensure {
     };
 }
 
+mod batches;
 mod engine;
 mod paged;
 mod transfer;
@@ -44,7 +45,7 @@ struct Bench {
 
 /// Runs the whole suite. Takes a few tens of megabytes of device and host memory.
 pub fn run(device: &Arc<dyn Device>) -> Vec<Check> {
-    let checks: [(&'static str, Test); 18] = [
+    let checks: [(&'static str, Test); 21] = [
         ("a device names and sizes itself", transfer::names_itself),
         (
             "new memory is zero and counted",
@@ -113,6 +114,18 @@ pub fn run(device: &Arc<dyn Device>) -> Vec<Check> {
         (
             "layers of several shapes share their blocks",
             engine::shapes_share_blocks,
+        ),
+        (
+            "batches leave and enter an engine's pages as its blocks, several at once",
+            batches::come_and_go,
+        ),
+        (
+            "batches and the engine's stream wait for each other",
+            batches::keep_to_the_engines_turn,
+        ),
+        (
+            "batches that cannot be are refused, and no slot is lost",
+            batches::are_checked,
         ),
     ];
     let config = ArenaConfig {

@@ -43,7 +43,8 @@ struct Shared {
     memory: Mutex<Memory>,
     faults: Mutex<Faults>,
     changed: Condvar,
-    locked: Mutex<HashSet<u32>>,
+    /// By address: segments of two arenas may have one number.
+    locked: Mutex<HashSet<usize>>,
     streams: Mutex<Streams>,
 }
 
@@ -57,6 +58,8 @@ struct Streams {
 #[derive(Default)]
 struct Faults {
     held: bool,
+    /// By handle; streams of which alone nothing is done.
+    held_streams: HashSet<u64>,
     /// Operations that still succeed before one fails.
     fail_after: Option<u64>,
 }
@@ -95,9 +98,17 @@ impl HostDevice {
         self.shared.faults.lock().held = true;
     }
 
-    /// Ends [`Self::hold`].
+    /// From now on nothing is done of the stream with this handle.
+    pub fn hold_stream(&self, handle: u64) {
+        self.shared.faults.lock().held_streams.insert(handle);
+    }
+
+    /// Ends [`Self::hold`] and [`Self::hold_stream`].
     pub fn release(&self) {
-        self.shared.faults.lock().held = false;
+        let mut faults = self.shared.faults.lock();
+        faults.held = false;
+        faults.held_streams.clear();
+        drop(faults);
         self.shared.changed.notify_all();
     }
 
@@ -138,12 +149,14 @@ impl Device for HostDevice {
     }
 
     fn page_lock(&self, segment: &SegmentInfo) -> Result<PageLock, DeviceError> {
-        let number = segment.segment;
-        if !self.shared.locked.lock().insert(number) {
-            return Err(DeviceError::AlreadyLocked { segment: number });
+        let base = segment.base().addr();
+        if !self.shared.locked.lock().insert(base) {
+            return Err(DeviceError::AlreadyLocked {
+                segment: segment.segment,
+            });
         }
         let lock = Locked {
-            number,
+            base,
             shared: Arc::clone(&self.shared),
             _segment: segment.clone(),
         };
@@ -179,22 +192,22 @@ impl fmt::Debug for Shared {
 }
 
 struct Locked {
-    number: u32,
+    base: usize,
     shared: Arc<Shared>,
     _segment: SegmentInfo,
 }
 
 impl Drop for Locked {
     fn drop(&mut self) {
-        self.shared.locked.lock().remove(&self.number);
+        self.shared.locked.lock().remove(&self.base);
     }
 }
 
 impl Shared {
     /// Waits while the device is held; fails if it was told to.
-    fn admit(&self) -> Result<(), DeviceError> {
+    fn admit(&self, handle: u64) -> Result<(), DeviceError> {
         let mut faults = self.faults.lock();
-        while faults.held {
+        while faults.held || faults.held_streams.contains(&handle) {
             self.changed.wait(&mut faults);
         }
         match faults.fail_after {

@@ -25,6 +25,7 @@ pub mod shared;
 pub mod slot;
 pub mod slots;
 pub mod stage;
+pub mod transfer;
 
 pub use arena::{
     Arena, ArenaConfig, ArenaError, ArenaStats, Clearing, DomainId, HugePages, SegmentInfo,
@@ -45,3 +46,4 @@ pub use shared::{OutOfBounds, ReadSegment, SegmentFds, SharedError, Staging, Sta
 pub use slot::{Location, Slot, SlotMut};
 pub use slots::{MAX_SLOT_BYTES, PAGE_BYTES};
 pub use stage::Stage;
+pub use transfer::{KvPool, Moving, Staged, Transfer, TransferConfig, TransferError};

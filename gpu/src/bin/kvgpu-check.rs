@@ -106,7 +106,9 @@ fn check() -> Result<bool, Failure> {
     }
     write!(std::io::stdout(), "{report}")?;
     if let Some(path) = &options.write {
-        std::fs::write(path, page(&report, measured, &info.name))?;
+        let before = std::fs::read_to_string(path).unwrap_or_default();
+        let page = page(&report, measured, &info.name) + with_tensors(&before);
+        std::fs::write(path, page)?;
     }
     Ok(passed == checks.len())
 }
@@ -126,6 +128,13 @@ fn page(report: &str, measured: bool, name: &str) -> String {
          driver.\n\n```text\n{}\n```\n",
         report.trim_end()
     )
+}
+
+/// What `python/torch_check.py` wrote behind our own report: another run, with a headline of its own.
+fn with_tensors(before: &str) -> &str {
+    before
+        .find("\n## With PyTorch tensors\n")
+        .map_or("", |at| &before[at..])
 }
 
 /// One thing timed, and what it is held against.

@@ -22,6 +22,9 @@ const THREADS: u32 = 256;
 /// Words that each thread moves, if the page is long enough.
 const WORDS_PER_THREAD: u32 = 4;
 
+/// Room for the tables of some thousand pages.
+const MIN_TABLES_BYTES: usize = 16 << 10;
+
 /// What an operation uses until it is done.
 type Kept = Box<dyn Any + Send>;
 
@@ -77,9 +80,10 @@ impl Completion for Moment {
 struct State {
     /// Operations that may not be done, in order.
     moments: VecDeque<Arc<Moment>>,
-    /// Device memory for the kernels' tables of layers and pages, and its length. Operations of a stream
-    /// run in turn, so one is enough.
-    tables: Option<(Arc<Allocation>, usize)>,
+    /// Device memory for the kernels' tables of layers and pages, and its length: the last is in use. Operations of a
+    /// stream run in turn, so one is enough; what it outgrew stays, because operations before may use it, and whoever
+    /// enqueues shall not wait for them. Each is twice the one before, so all together are less than twice the last.
+    tables: Vec<(Arc<Allocation>, usize)>,
 }
 
 pub(super) struct Queue {
@@ -92,7 +96,7 @@ impl Queue {
     pub(super) fn new(shared: Arc<Shared>, stream: Arc<CudaStream>) -> Self {
         let state = State {
             moments: VecDeque::new(),
-            tables: None,
+            tables: Vec::new(),
         };
         Self {
             shared,
@@ -165,16 +169,12 @@ impl Queue {
         let tables: Arc<[u8]> = tables.into();
         let kept = Box::new((paged.clone(), blocks.clone(), Arc::clone(&tables)));
         self.submit(kept, |state| {
-            let device = match &state.tables {
+            let device = match state.tables.last() {
                 Some((device, length)) if *length >= tables.len() => Arc::clone(device),
                 _ => {
-                    // The old tables may be in use. This is rare: they only ever grow.
-                    self.stream
-                        .synchronize()
-                        .map_err(failed("an operation on the GPU"))?;
-                    let length = tables.len().next_power_of_two();
+                    let length = tables.len().next_power_of_two().max(MIN_TABLES_BYTES);
                     let device = Arc::new(self.shared.alloc(length)?);
-                    state.tables = Some((Arc::clone(&device), length));
+                    state.tables.push((Arc::clone(&device), length));
                     device
                 }
             };

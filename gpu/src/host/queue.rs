@@ -28,19 +28,19 @@ pub(super) struct HostStream {
 impl HostStream {
     pub(super) fn start(shared: &Arc<Shared>) -> Result<Self, DeviceError> {
         let queue = Arc::new(Queue::default());
-        let (theirs, device) = (Arc::clone(&queue), Arc::clone(shared));
-        let worker = std::thread::Builder::new()
-            .name("terrace-host-stream".into())
-            .spawn(move || theirs.work(&device))
-            .map_err(|source| DeviceError::Failed {
-                step: "starting a stream's thread",
-                problem: source.to_string(),
-            })?;
         let mut streams = shared.streams.lock();
         streams.last += 1;
         let handle = streams.last;
         streams.by_handle.insert(handle, Arc::downgrade(&queue));
         drop(streams);
+        let (theirs, device) = (Arc::clone(&queue), Arc::clone(shared));
+        let worker = std::thread::Builder::new()
+            .name("terrace-host-stream".into())
+            .spawn(move || theirs.work(&device, handle))
+            .map_err(|source| DeviceError::Failed {
+                step: "starting a stream's thread",
+                problem: source.to_string(),
+            })?;
         Ok(Self {
             device: shared.device,
             handle,
@@ -311,7 +311,7 @@ impl Queue {
     }
 
     /// Works until the stream is closed and its queue is empty.
-    fn work(&self, shared: &Shared) {
+    fn work(&self, shared: &Shared, handle: u64) {
         loop {
             let (job, failed) = {
                 let mut state = self.state.lock();
@@ -334,7 +334,7 @@ impl Queue {
                 Job::Work(mut work, moment) => {
                     let outcome = match failed {
                         Some(error) => Err(error),
-                        None => shared.admit(),
+                        None => shared.admit(handle),
                     };
                     match &outcome {
                         Ok(()) => work(&mut shared.memory.lock()),
