@@ -25,6 +25,7 @@ use parking_lot::{Condvar, Mutex};
 use tokio::runtime::{Builder, Handle, Runtime};
 
 use crate::{
+    device::{DeviceProblem, OnDevice},
     hashes::{self, EngineHashes},
     jobs::{Finished, JobKind, Jobs, Outcome, Refused, Taken},
     layout::{Layer, Layout, LayoutError},
@@ -59,6 +60,9 @@ pub enum Error {
     /// A block is named twice by one load.
     #[error(transparent)]
     Claim(ClaimError),
+    /// The device of the engine's memory.
+    #[error(transparent)]
+    Device(#[from] DeviceProblem),
     /// Blocks are named before the layout was.
     #[error("the engine's memory is not known; call layout first")]
     NoLayout,
@@ -346,6 +350,37 @@ impl Cache {
     /// `load` or `save` until its job is reported, or for a save until [`Cache::wait_gathered`] has returned.
     #[allow(unsafe_code)]
     pub unsafe fn layout(&self, layers: Vec<Layer>) -> Result<(), Error> {
+        // SAFETY: the caller's promise is the same.
+        self.relayout(layers, |layout| Ok(unsafe { EngineMemory::new(layout) }))
+    }
+
+    /// As [`Cache::layout`], with addresses of `device` (`cuda:N`, or `host`) and the number of the engine's stream there. Jobs
+    /// wait on the device for what that stream was given before them.
+    ///
+    /// # Errors
+    /// As [`Cache::layout`], and for a device that is not there; then nothing is known any more.
+    ///
+    /// # Safety
+    /// As [`Cache::layout`], for memory of the device, and the stream exists as long.
+    #[allow(unsafe_code)]
+    pub unsafe fn layout_on(
+        &self,
+        layers: Vec<Layer>,
+        device: &str,
+        stream: u64,
+    ) -> Result<(), Error> {
+        self.relayout(layers, |layout| {
+            // SAFETY: the caller's promise is the same.
+            let device = unsafe { OnDevice::new(&layout, device, stream) }?;
+            Ok(EngineMemory::on_device(layout, device))
+        })
+    }
+
+    fn relayout(
+        &self,
+        layers: Vec<Layer>,
+        memory_of: impl FnOnce(Layout) -> Result<Arc<EngineMemory>, Error>,
+    ) -> Result<(), Error> {
         let layout = (!layers.is_empty())
             .then(|| Layout::new(layers))
             .transpose()?;
@@ -356,8 +391,7 @@ impl Cache {
                 .wait_gathered(Duration::ZERO, &*self.shared.node.clock);
             old.retire();
         }
-        // SAFETY: the caller's promise is the same.
-        *memory = layout.map(|layout| unsafe { EngineMemory::new(layout) });
+        *memory = layout.map(memory_of).transpose()?;
         Ok(())
     }
 
@@ -425,7 +459,7 @@ impl Cache {
         let submitted = match claim {
             Ok(claim) => jobs.submit(job, kind, block_ids, now, || work(claim)),
             // The engine's other jobs are at these blocks, or its memory is just going: an outcome like any other.
-            Err(busy @ (ClaimError::Busy { .. } | ClaimError::Retired)) => {
+            Err(busy @ (ClaimError::Busy { .. } | ClaimError::Retired | ClaimError::Stream(_))) => {
                 jobs.submit_failed(job, kind, block_ids, &busy.to_string(), now)
             }
             Err(ClaimError::Layout(error)) => return Err(error.into()),

@@ -135,6 +135,12 @@ impl Layout {
         })
     }
 
+    /// Its layers.
+    #[must_use]
+    pub fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
     /// Blocks of the engine.
     #[must_use]
     pub fn blocks(&self) -> usize {

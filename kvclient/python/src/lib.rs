@@ -11,13 +11,14 @@
 //! adds `py` and makes this the module `terrace._terrace`. `kvclient/python/terrace/_terrace.pyi` is its description.
 //!
 //! Units: blocks, bytes. Errors: a call that can never work is an error; a node that is away is an answer.
-//! `unsafe` is in [`memory`] alone, but for the two calls that hand its one promise to Python's caller.
+//! `unsafe` is in [`memory`] and [`device`], but for the calls that hand their promise to Python's caller.
 
 #![deny(unsafe_code)]
 
 pub mod cache;
 pub mod client;
 pub mod counters;
+pub mod device;
 pub mod hashes;
 pub mod jobs;
 pub mod layout;

@@ -14,7 +14,9 @@
 //! Against the engine itself the engine keeps it: it must not touch a block between handing it over and its return, which
 //! is what `Cache`'s docstrings demand.
 //!
-//! This is the only file here with `unsafe`.
+//! Blocks on a device are claimed alike; their pieces are never slices, and copies by the device share the claim.
+//!
+//! Beside `device`, which hands its promise on, this is the only file here with `unsafe`.
 #![allow(unsafe_code)]
 
 use std::{
@@ -24,9 +26,13 @@ use std::{
     sync::Arc,
 };
 
+use kvgpu::{DeviceError, Event};
 use parking_lot::{Condvar, Mutex};
 
-use crate::layout::{Layout, LayoutError};
+use crate::{
+    device::OnDevice,
+    layout::{Layout, LayoutError},
+};
 
 /// Why blocks were not handed over.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -49,12 +55,17 @@ pub enum ClaimError {
     /// The engine has taken its memory back.
     #[error("the engine's memory is not known any more")]
     Retired,
+    /// The device does not say when it is the blocks' turn.
+    #[error("the engine's stream: {0}")]
+    Stream(#[from] DeviceError),
 }
 
 /// Blocks of an engine, at addresses of this process.
 #[derive(Debug)]
 pub struct EngineMemory {
     layout: Layout,
+    /// Where the addresses are those of a device.
+    device: Option<OnDevice>,
     claims: Mutex<Claims>,
     idle: Condvar,
 }
@@ -76,8 +87,19 @@ impl EngineMemory {
     /// belongs to one allocation. Nobody else writes a block while there is a [`ReadClaim`] on it, and nobody
     /// else reads or writes a block while there is a [`WriteClaim`] on it.
     pub unsafe fn new(layout: Layout) -> Arc<Self> {
+        Self::with(layout, None)
+    }
+
+    /// The memory that `layout` describes, at addresses of `device`, which was made of it and keeps the promise for it.
+    #[must_use]
+    pub fn on_device(layout: Layout, device: OnDevice) -> Arc<Self> {
+        Self::with(layout, Some(device))
+    }
+
+    fn with(layout: Layout, device: Option<OnDevice>) -> Arc<Self> {
         Arc::new(Self {
             layout,
+            device,
             claims: Mutex::default(),
             idle: Condvar::new(),
         })
@@ -93,7 +115,7 @@ impl EngineMemory {
     /// # Errors
     /// When one is not there or being written.
     pub fn read(self: &Arc<Self>, blocks: &[u32]) -> Result<ReadClaim, ClaimError> {
-        Ok(ReadClaim(self.claim(blocks, false)?))
+        Ok(ReadClaim(Arc::new(self.claim(blocks, false)?)))
     }
 
     /// These blocks, to be written; all different.
@@ -105,7 +127,7 @@ impl EngineMemory {
         if let Some(&block) = blocks.iter().find(|block| !seen.insert(**block)) {
             return Err(ClaimError::Twice { block });
         }
-        Ok(WriteClaim(self.claim(blocks, true)?))
+        Ok(WriteClaim(Arc::new(self.claim(blocks, true)?)))
     }
 
     /// Waits until nobody has a claim, and gives no more.
@@ -121,6 +143,11 @@ impl EngineMemory {
         for &block in blocks {
             self.layout.check(block)?;
         }
+        // The caller is the engine's thread: what its stream has been given so far comes first.
+        let turn = match &self.device {
+            Some(device) => Some(device.turn()?),
+            None => None,
+        };
         let mut claims = self.claims.lock();
         if claims.retired {
             return Err(ClaimError::Retired);
@@ -146,6 +173,7 @@ impl EngineMemory {
         Ok(Claim {
             memory: self.clone(),
             blocks: blocks.into(),
+            turn,
         })
     }
 }
@@ -168,11 +196,21 @@ impl Claims {
 struct Claim {
     memory: Arc<EngineMemory>,
     blocks: Box<[u32]>,
+    /// When the engine handed the blocks over, on a device.
+    turn: Option<Event>,
 }
 
 impl Claim {
-    /// Where the bytes of each of the blocks in `range` lie.
+    fn device(&self) -> Option<(&OnDevice, &Event)> {
+        self.memory.device.as_ref().zip(self.turn.as_ref())
+    }
+
+    /// Where the bytes of each of the blocks in `range` lie, in memory that the processor may touch.
     fn pieces(&self, range: Range<usize>) -> impl Iterator<Item = Vec<Range<usize>>> {
+        assert!(
+            self.memory.device.is_none(),
+            "addresses of a device are not this process's"
+        );
         let pieces = |&block: &u32| {
             let pieces = self.memory.layout.pieces(block);
             pieces.expect("a claimed block is one of the layout's")
@@ -193,7 +231,7 @@ impl Drop for Claim {
 
 /// Blocks that nobody writes as long as this lives.
 #[derive(Debug)]
-pub struct ReadClaim(Claim);
+pub struct ReadClaim(Arc<Claim>);
 
 impl ReadClaim {
     /// The engine's ids of them.
@@ -208,7 +246,21 @@ impl ReadClaim {
         self.0.memory.layout.block_bytes()
     }
 
+    /// The device they are on, and when their turn is.
+    #[must_use]
+    pub fn device(&self) -> Option<(&OnDevice, &Event)> {
+        self.0.device()
+    }
+
+    /// A share of the claim, for a copy that may outlast who started it.
+    pub fn share(&self) -> impl Send + 'static {
+        Arc::clone(&self.0)
+    }
+
     /// The bytes of those in `range`, each block's pieces in the order of the layers.
+    ///
+    /// # Panics
+    /// If they are on a device.
     #[must_use]
     pub fn pieces(&self, range: Range<usize>) -> Vec<Vec<&[u8]>> {
         let piece = |piece: Range<usize>| {
@@ -225,7 +277,7 @@ impl ReadClaim {
 
 /// Blocks that nobody else reads or writes as long as this lives.
 #[derive(Debug)]
-pub struct WriteClaim(Claim);
+pub struct WriteClaim(Arc<Claim>);
 
 impl WriteClaim {
     /// The engine's ids of them.
@@ -240,7 +292,21 @@ impl WriteClaim {
         self.0.memory.layout.block_bytes()
     }
 
+    /// The device they are on, and when their turn is.
+    #[must_use]
+    pub fn device(&self) -> Option<(&OnDevice, &Event)> {
+        self.0.device()
+    }
+
+    /// A share of the claim, for a copy by the device that may outlast who started it.
+    pub fn share(&self) -> impl Send + 'static {
+        Arc::clone(&self.0)
+    }
+
     /// The memory of those in `range`, each block's pieces in the order of the layers.
+    ///
+    /// # Panics
+    /// If they are on a device.
     #[must_use]
     pub fn pieces(&mut self, range: Range<usize>) -> Vec<Vec<&mut [u8]>> {
         let piece = |piece: Range<usize>| {

@@ -10,6 +10,8 @@
 //!                              put │ put │ …       as far as scratch goes, else one by one
 //! ```
 //!
+//! Blocks on a device (`device`) come and go through its page-locked slots, the next batch while this one is on the wire.
+//!
 //! Units: blocks, bytes.
 //! Errors: none; blocks that did not make it are in the [`Outcome`], with the first reason.
 //! Why one call after the other: jobs run side by side already, and a prefix is of use from its head on. Why a save over
@@ -17,7 +19,7 @@
 //! a put is little more than that copy itself; and whoever needs the blocks sooner, because the node is frozen, ends it by
 //! `hurry`.
 
-use std::{collections::VecDeque, ops::Range, time::Duration};
+use std::{collections::VecDeque, ops::Range, sync::Arc, time::Duration};
 
 use kvclient::{
     Chain, GetOptions, GetOutcome, LeaseId, LookupOptions, Part, Path, Payload, PutBlock,
@@ -25,7 +27,11 @@ use kvclient::{
     clock::{Clock, Tick},
 };
 
+use kvgpu::{Event, Moving};
+use tokio::sync::Semaphore;
+
 use crate::{
+    device::{Gathering, OnDevice, Use},
     hashes::EngineHashes,
     jobs::Outcome,
     memory::{ReadClaim, WriteClaim},
@@ -108,28 +114,43 @@ impl Mover {
         let ids: Box<[u32]> = load.claim.blocks().into();
         let block_bytes = load.claim.block_bytes();
         let (mut outcome, mut corrupt) = (Outcome::default(), Vec::new());
-        for range in cut(0..ids.len(), blocks_per_call(block_bytes)) {
+        // Calls of which a device still writes the blocks, while the next call is on its way.
+        let (mut scattering, mut unasked, mut away) = (VecDeque::new(), ids.len(), None);
+        let step = load.claim.device().map_or(usize::MAX, per_batch);
+        for range in cut(0..ids.len(), blocks_per_call(block_bytes).min(step)) {
             match self.get(node, &mut load, range.clone(), until).await {
-                Ok(got) => {
-                    for (at, lost) in range.zip(got) {
-                        let Some(lost) = lost else {
-                            outcome.blocks += 1;
-                            continue;
-                        };
-                        if lost.corrupt {
-                            corrupt.push(load.first + at);
-                        }
-                        outcome.failed.push(ids[at]);
-                        outcome.reason.get_or_insert(lost.reason);
-                    }
-                }
+                Ok((got, moving)) => scattering.push_back((range, got, moving)),
                 // Nobody to ask, or not in time: nor for the rest.
                 Err(reason) => {
-                    outcome.failed.extend(&ids[range.start..]);
-                    outcome.reason.get_or_insert(reason);
+                    (unasked, away) = (range.start, Some(reason));
                     break;
                 }
             }
+        }
+        for (range, got, moving) in scattering {
+            let written = match moving {
+                Some(moving) => moving.await.map_err(|error| error.to_string()),
+                None => Ok(()),
+            };
+            for (at, lost) in range.zip(got) {
+                let unwritten = |reason: &String| Lost {
+                    reason: reason.clone(),
+                    corrupt: false,
+                };
+                let Some(lost) = lost.or_else(|| written.as_ref().err().map(unwritten)) else {
+                    outcome.blocks += 1;
+                    continue;
+                };
+                if lost.corrupt {
+                    corrupt.push(load.first + at);
+                }
+                outcome.failed.push(ids[at]);
+                outcome.reason.get_or_insert(lost.reason);
+            }
+        }
+        if let Some(reason) = away {
+            outcome.failed.extend(&ids[unasked..]);
+            outcome.reason.get_or_insert(reason);
         }
         outcome.bytes = (outcome.blocks * block_bytes) as u64;
         let counters = &node.counters;
@@ -140,14 +161,14 @@ impl Mover {
         (outcome, corrupt)
     }
 
-    /// One call: for each block of `range` nothing, if it is there, or why it is not.
+    /// One call: for each block of `range` nothing, if it is there, or why it is not; and when a device has written them.
     async fn get(
         &self,
         node: &NodeLink,
         load: &mut Load,
         range: Range<usize>,
         until: Tick,
-    ) -> Result<Vec<Option<Lost>>, String> {
+    ) -> Result<(Vec<Option<Lost>>, Option<Moving<()>>), String> {
         let way = node.moving().ok_or(AWAY)?;
         let chain = chain(&way, &load.hashes, load.first, range.clone());
         let client = way.client.with_deadline(until.since(node.clock.now()));
@@ -157,11 +178,22 @@ impl Mover {
             parts: &[self.part],
         };
         let block_bytes = load.claim.block_bytes();
-        let mut blocks = load.claim.pieces(range);
+        let mut slot = match load.claim.device() {
+            Some((device, _)) => Some(device.slot(Use::Load, range.len()).await?),
+            None => None,
+        };
+        let mut blocks = match &mut slot {
+            Some(slot) => {
+                let blocks = slot.bytes_mut().chunks_exact_mut(block_bytes);
+                blocks.map(|block| vec![block]).collect()
+            }
+            None => load.claim.pieces(range.clone()),
+        };
         let got = client
             .get_scattered(&way.namespace, &chain, options, &mut blocks)
             .await
             .map_err(|error| node.failed(&error))?;
+        drop(blocks);
         let judge = |got: kvclient::Got| match got.outcome {
             GetOutcome::Hit if got.length_bytes == block_bytes => None,
             GetOutcome::Hit => Some(Lost {
@@ -176,7 +208,17 @@ impl Mover {
                 corrupt: other == GetOutcome::Corrupt,
             }),
         };
-        Ok(got.into_iter().map(judge).collect())
+        let got: Vec<Option<Lost>> = got.into_iter().map(judge).collect();
+        let Some((slot, (device, turn))) = slot.zip(load.claim.device()) else {
+            return Ok((got, None));
+        };
+        if got.iter().all(Option::is_some) {
+            return Ok((got, None));
+        }
+        // Blocks that did not come are reported and hold garbage, here as on the host.
+        let ids = &load.claim.blocks()[range];
+        let moving = device.scatter(slot, ids, turn, load.claim.share())?;
+        Ok((got, Some(moving)))
     }
 
     /// Tells the node to forget blocks whose bytes were wrong, so that they can be saved anew.
@@ -215,6 +257,7 @@ impl Mover {
             until: node.clock.now().after(self.timeout),
             kept: vec![false; claim.blocks().len()],
             waiting: VecDeque::new(),
+            reading: Arc::new(Semaphore::new(READING)),
             reason: None,
         };
         tokio::select! {
@@ -222,6 +265,9 @@ impl Mover {
             () = hurry => saving.fail("given up: the engine wants its blocks back"),
             () = saving.gather(&claim) => {}
         }
+        // What a device has been told to read it reads: milliseconds, and its time is bounded by its queue.
+        let read = saving.reading.acquire_many(READING as u32).await;
+        drop(read);
         let (ids, block_bytes): (Box<[u32]>, _) = (claim.blocks().into(), claim.block_bytes());
         drop(claim);
         gathered();
@@ -231,6 +277,20 @@ impl Mover {
 }
 
 const AWAY: &str = "the node is away";
+
+/// More than the slots of a device, so that every gather has a permit.
+const READING: usize = 64;
+
+fn per_batch((device, _): (&OnDevice, &Event)) -> usize {
+    device.blocks_per_batch()
+}
+
+/// Blocks of the engine that wait for the node.
+enum Waiting<'a> {
+    Here(Buffer<'a>),
+    /// On their way from a device.
+    Coming(Gathering),
+}
 
 /// Why a block did not come.
 struct Lost {
@@ -248,7 +308,9 @@ struct Saving<'a> {
     /// Which of the job's blocks the node has.
     kept: Vec<bool>,
     /// Gathered, not yet put.
-    waiting: VecDeque<(Range<usize>, Buffer<'a>)>,
+    waiting: VecDeque<(Range<usize>, Waiting<'a>)>,
+    /// Permits are with what a device still reads.
+    reading: Arc<Semaphore>,
     reason: Option<String>,
 }
 
@@ -262,6 +324,12 @@ impl Saving<'_> {
         };
         self.kept[..present].fill(true);
         self.node.counters.present_blocks.add(present as u64);
+        if let Some((device, turn)) = claim.device() {
+            if let Err(reason) = self.gather_from(device, turn, claim, present).await {
+                self.fail(&reason);
+            }
+            return;
+        }
         for range in cut(present..count, blocks_per_call(block_bytes)) {
             let shared_memory = |way: &Way| way.client.path().path == Path::Local;
             if let Some(way) = self.node.moving().filter(shared_memory) {
@@ -287,8 +355,38 @@ impl Saving<'_> {
             for piece in claim.pieces(range.clone()).into_iter().flatten() {
                 buffer.extend(piece);
             }
-            self.waiting.push_back((range, buffer));
+            self.waiting.push_back((range, Waiting::Here(buffer)));
         }
+    }
+
+    /// Has a device gather the blocks from `present` on, as many batches ahead of the node as there are slots.
+    async fn gather_from(
+        &mut self,
+        device: &OnDevice,
+        turn: &Event,
+        claim: &ReadClaim,
+        present: usize,
+    ) -> Result<(), String> {
+        let (ids, block_bytes) = (claim.blocks(), claim.block_bytes());
+        let step = blocks_per_call(block_bytes).min(device.blocks_per_batch());
+        for range in cut(present..ids.len(), step) {
+            let slot = loop {
+                if let Some(slot) = device.try_slot(Use::Save, range.len()) {
+                    break slot;
+                }
+                if self.waiting.is_empty() {
+                    break device.slot(Use::Save, range.len()).await?;
+                }
+                if !self.put_next(block_bytes).await {
+                    return Ok(());
+                }
+            };
+            let reading = Arc::clone(&self.reading).acquire_owned().await;
+            let kept = (claim.share(), reading);
+            let gathering = device.gather(slot, &ids[range.clone()], turn, kept)?;
+            self.waiting.push_back((range, Waiting::Coming(gathering)));
+        }
+        Ok(())
     }
 
     /// How many of the leading blocks the node has already.
@@ -319,15 +417,33 @@ impl Saving<'_> {
     /// Puts what was gathered first. False: nothing is left to put, or there is no use in going on, because a block that
     /// the node did not take makes those after it unreachable.
     async fn put_next(&mut self, block_bytes: usize) -> bool {
-        let Some((range, buffer)) = self.waiting.pop_front() else {
+        let Some((range, waiting)) = self.waiting.pop_front() else {
             return false;
         };
         let Some(way) = self.node.moving() else {
             self.fail(AWAY);
             return false;
         };
-        let bytes = buffer.bytes().chunks_exact(block_bytes);
-        self.put(&way, range, bytes.map(Payload::Borrowed).collect())
+        let here;
+        let slot;
+        let bytes = match waiting {
+            Waiting::Here(buffer) => {
+                here = buffer;
+                here.bytes()
+            }
+            Waiting::Coming(gathering) => match gathering.done().await {
+                Ok(full) => {
+                    slot = full;
+                    slot.bytes()
+                }
+                Err(reason) => {
+                    self.fail(&reason);
+                    return false;
+                }
+            },
+        };
+        let blocks = bytes.chunks_exact(block_bytes);
+        self.put(&way, range, blocks.map(Payload::Borrowed).collect())
             .await
     }
 

@@ -8,6 +8,6 @@
 Importing this package needs neither torch nor an engine.
 """
 
-from terrace._terrace import Cache, Client, Finished, __version__
+from terrace._terrace import Cache, Client, Finished, Transfer, __version__
 
-__all__ = ["Cache", "Client", "Finished", "__version__"]
+__all__ = ["Cache", "Client", "Finished", "Transfer", "__version__"]

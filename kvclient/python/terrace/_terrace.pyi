@@ -100,14 +100,20 @@ class Cache:
         """Gives the lease back and forgets the answer."""
     def miss(self, hashes: bytes, width: int) -> None:
         """Lookups stop before these blocks for `miss_ms`, or until this cache has saved them again."""
-    def layout(self, layers: Sequence[tuple[int, int, int, int]]) -> None:
+    def layout(
+        self, layers: Sequence[tuple[int, int, int, int]], *, device: str | None = None, stream: int = 0
+    ) -> None:
         """Says where the engine's blocks lie: (address, blocks, stride_bytes, block_bytes) of each layer.
 
         Block i of a layer is the `block_bytes` bytes at `address + i * stride_bytes`; a block in the store is its
         layers' bytes in this order. The memory must stay mapped until `close`, or until `layout` was called again,
         which waits for the copies in hand. An empty list forgets it all.
 
-        Raises ValueError for layers that overlap or differ in their number of blocks.
+        device: "cuda:0", "cuda:1", … where the addresses are a GPU's; "host" goes the same way in ordinary memory.
+        stream: the number of the engine's stream there (`torch.cuda.current_stream().cuda_stream`). A job first waits,
+            on the device, for what that stream was given before it; a load is finished when the device has written.
+
+        Raises ValueError for layers that overlap or differ in their number of blocks, or a device that is not there.
         """
     def load(self, job: int, lease: int, hashes: bytes, width: int, first: int, block_ids: Sequence[int]) -> bool:
         """Starts to copy blocks `first`, `first + 1`, … of the chain into the engine's `block_ids`.
@@ -148,6 +154,46 @@ class Cache:
         """Counters since the start; hits and bytes count what was verified here, after the last hop."""
     def close(self) -> None:
         """Ends every copy and stops the threads. Everything after it answers as if the node were away."""
+
+@final
+class Transfer:
+    """Copies blocks between an engine's memory on a device and page-locked slots, and waits for it.
+
+    The way that `Cache.layout(..., device=...)` takes, by itself, to be checked and measured. The memory and the stream
+    must exist as long as this object does.
+    """
+
+    def __init__(self, device: str, layers: Sequence[tuple[int, int, int, int]], *, stream: int = 0) -> None:
+        """As `Cache.layout`. Raises RuntimeError where the device is not there, or the memory is not its own."""
+    @staticmethod
+    def strided(
+        device: str,
+        addresses: Sequence[int],
+        counts: tuple[int, int, int, int],
+        strides: tuple[int, int, int, int],
+        row_bytes: int,
+        *,
+        stream: int = 0,
+    ) -> Transfer:
+        """One tensor per layer, all of one shape: `counts` and `strides` (bytes) of K and V, blocks, tokens, heads.
+
+        A block becomes [layer][K, V][token][head][row], whatever the tensors' own order is.
+        """
+    @property
+    def device_name(self) -> str: ...
+    @property
+    def block_bytes(self) -> int: ...
+    @property
+    def blocks_per_batch(self) -> int:
+        """Blocks that travel together."""
+    def save(self, block_ids: Sequence[int]) -> bytes:
+        """The blocks, one after the other."""
+    def load(self, block_ids: Sequence[int], blocks: bytes) -> None:
+        """Writes the blocks, all different."""
+    def save_only(self, block_ids: Sequence[int]) -> None:
+        """Saves into the slots and forgets: for a clock around it."""
+    def load_only(self, block_ids: Sequence[int]) -> None:
+        """Loads whatever the slots hold: for a clock around it."""
 
 @final
 class Client:

@@ -120,7 +120,14 @@ impl Cache {
         self.0.miss(hashes, width).map_err(wrong)
     }
 
-    fn layout(&self, py: Python<'_>, layers: Vec<(usize, usize, usize, usize)>) -> PyResult<()> {
+    #[pyo3(signature = (layers, *, device = None, stream = 0))]
+    fn layout(
+        &self,
+        py: Python<'_>,
+        layers: Vec<(usize, usize, usize, usize)>,
+        device: Option<String>,
+        stream: u64,
+    ) -> PyResult<()> {
         let layer = |(address, blocks, stride_bytes, block_bytes)| Layer {
             address,
             blocks,
@@ -128,11 +135,15 @@ impl Cache {
             block_bytes,
         };
         let layers = layers.into_iter().map(layer).collect();
-        // SAFETY: passed on to Python's caller, who is told so in the stub's docstrings: the memory stays mapped, and
-        // blocks are the cache's between the call that names them and their return.
         #[allow(unsafe_code)]
-        py.detach(|| unsafe { self.0.layout(layers) })
-            .map_err(wrong)
+        let known = py.detach(|| match device {
+            // SAFETY: passed on to Python's caller, who is told so in the stub's docstrings: the memory stays mapped, and
+            // blocks are the cache's between the call that names them and their return.
+            None => unsafe { self.0.layout(layers) },
+            // SAFETY: as above, and the memory and the stream are the device's.
+            Some(device) => unsafe { self.0.layout_on(layers, &device, stream) },
+        });
+        known.map_err(wrong)
     }
 
     fn load(

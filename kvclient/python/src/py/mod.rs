@@ -5,6 +5,7 @@
 mod cache;
 mod client;
 mod convert;
+mod transfer;
 
 use pyo3::prelude::*;
 
@@ -14,5 +15,6 @@ fn _terrace(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<cache::Cache>()?;
     module.add_class::<cache::Finished>()?;
+    module.add_class::<transfer::Transfer>()?;
     module.add_class::<client::Client>()
 }
