@@ -6,7 +6,7 @@ VENV := .venv
 VENV_VLLM := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-rust test-python test-vllm test-sglang wheel lint lint-python fmt bench fuzz doc deny gpu clean
+.PHONY: help build demo test test-rust test-python test-vllm test-sglang wheel lint lint-python fmt bench fuzz doc deny gpu gpu-torch clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ deny: ## licences, bans and sources of the dependency tree (needs cargo-deny, no
 
 gpu: ## check and measure the CUDA device where there is one; writes gpu/MEASURED.md
 	$(CARGO) run --release -p kvgpu --bin kvgpu-check -- --write gpu/MEASURED.md
+
+gpu-torch: ## the same way byte for byte with PyTorch tensors in vLLM's layouts, measured on a GPU (TORCH_PYTHON=…)
+	@gpu/python/run $(VENV) --write gpu/MEASURED.md $(ARGS)
 
 clean: ## remove what was built
 	$(CARGO) clean
