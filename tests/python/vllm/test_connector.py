@@ -4,7 +4,6 @@ One process, engines one after the other. What was hit is counted by Terrace aft
 vLLM's counters, which count when blocks are allocated.
 """
 
-import os
 import pathlib
 import signal
 import threading
@@ -87,7 +86,7 @@ def test_chunked_prefill_and_the_default_hash(model, node, expected):
 
 
 def test_preempted_requests_keep_their_tokens(model, node, expected):
-    blocks = 4 * 20 - 6  # room for fewer than all four
+    blocks = 4 * 19 + 2  # room for all four prompts, not for what they generate
     for _ in ("cold", "warm"):
         with Engine(model, node.endpoint, num_gpu_blocks_override=blocks, max_num_batched_tokens=640) as engine:
             engine.ready()
@@ -245,18 +244,3 @@ def test_an_abort_during_a_load_gives_every_block_back(model, node, expected):
         assert engine.free_blocks() == engine.scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
         engine.ready(30)
         assert engine.generate(A) == expected(A)
-
-
-def test_a_random_root_shares_with_nobody_and_says_so(model, node, expected, monkeypatch):
-    """Only the words of the start: vLLM's own hashes of this kind need a package that is not installed here."""
-    from terrace import identity
-
-    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
-    assert identity.hash_root("xxhash", "engine 1") != identity.hash_root("xxhash", "engine 2")
-    assert identity.hash_root("xxhash", "engine 1")[1] is False
-    assert (
-        identity.hash_root("sha256_cbor", "engine 1") == identity.hash_root("sha256", "engine 2") == ("default", True)
-    )
-    monkeypatch.setenv("PYTHONHASHSEED", "7")
-    assert identity.hash_root("xxhash", "1") == identity.hash_root("xxhash", "2")
-    assert os.environ["PYTHONHASHSEED"] not in identity.hash_root("xxhash", "1")[0], "a seed may be a secret"
