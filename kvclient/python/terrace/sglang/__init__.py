@@ -291,10 +291,12 @@ class TerraceHiCache(HiCacheStorage):
         """Waits for a job; afterwards nothing reads or writes its pages."""
         finished: Finished | None = pool.cache.wait(job, self.transfer_ms + GRACE_MS)
         if finished is None:
-            self.say("a copy does not end; the pool is taken from it")
+            self.say("a copy is late beyond its own deadline")
             pool.cache.layout([])  # returns when no copy touches the pool any more
+            finished = pool.cache.wait(job, 0)
             pool.cache.layout(pool.layers)
-            return [False] * len(rows)
+            if finished is None:
+                return [False] * len(rows)
         bad = set(finished.failed_block_ids)
         if self.config.enable_storage_metrics and finished.blocks:
             with self.lock:

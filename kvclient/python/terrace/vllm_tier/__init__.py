@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.terrace_tier")
 
-DRAIN_SLICE_MS = 5000
-"""How often a wait that must not be given up says that it still waits."""
+GRACE_MS = 2000
+"""How much later than its own deadline a transfer may be before its memory is taken from it."""
 
 BLOCKS = "vllm:kv_offload_terrace_blocks"
 BYTES = "vllm:kv_offload_terrace_bytes"
@@ -127,6 +127,7 @@ class TerraceTier(SecondaryTierManager):
         self._layout = [(_address(primary_kv_view), rows[0], stride, stride)] if rows[0] else []
         spec = namespace(offloading_spec, stride, label)
         settings.setdefault("token", os.environ.get("TERRACE_TOKEN"))  # a command line is everyone's to read
+        self._patience_ms = int(settings.get("transfer_timeout_ms", 5000)) + GRACE_MS
         self._connect = lambda weights: Cache(endpoint, {**spec, "weights": weights}, owner=os.urandom(16), **settings)
         self._weights = str(spec["weights"])
         self._cache = self._connect(self._weights)
@@ -246,16 +247,15 @@ class TerraceTier(SecondaryTierManager):
         """Waits until nothing touches the pool. vLLM asks for it when its weights may change, so what is saved and
         looked up from here on is of its own; nobody can tell from outside whether they really did."""
         for number in list(self._runs):
-            while number in self._runs:
-                finished = self._cache.wait(number, DRAIN_SLICE_MS)
-                for ended in [finished] if finished is not None else self._cache.finished():
-                    self._settle(ended)
-                if finished is None and number in self._runs:
-                    # Late beyond its own deadline in Rust. `layout` returns when no copy touches the pool any more.
-                    self._say("a transfer does not end; the pool is taken from it")
-                    self._cache.layout([])
-                    self._cache.layout(self._layout)
-                    self._give_up(number)
+            finished = self._cache.wait(number, self._patience_ms)
+            if finished is None:
+                self._say("a transfer is late beyond its own deadline")
+                self._cache.layout([])  # returns when no copy touches the pool any more
+                finished = self._cache.wait(number, 0)
+            if finished is not None:
+                self._settle(finished)
+            else:
+                self._give_up(number)
         self._cache.close()
         for request in self._requests.values():
             request.groups.clear()
