@@ -16,7 +16,9 @@ def binary() -> str:
     target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
     built = [target / kind / "kvserver" for kind in ("release", "debug")]
     found = [str(path) for path in built if path.exists()]
-    return os.environ.get("TERRACE_KVSERVER") or max(found, key=os.path.getmtime)
+    said = os.environ.get("TERRACE_KVSERVER")
+    assert said or found, f"no kvserver in {target}: cargo build -p kvserver, or say where with TERRACE_KVSERVER"
+    return said or max(found, key=os.path.getmtime)
 
 
 def free_port() -> int:

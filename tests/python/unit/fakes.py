@@ -10,7 +10,8 @@ def put(contents: dict[str, dict]) -> None:
     for name, members in contents.items():
         top = name.split(".")[0]
         known = sys.modules.get(top)
-        if hasattr(known, "__file__") if known is not None else importlib.util.find_spec(top) is not None:
+        spec = importlib.util.find_spec(top) if known is None else None  # a folder of tests of this name has no origin
+        if getattr(known, "__file__", None) or (spec is not None and spec.origin):
             continue
         parts = name.split(".")
         for i in range(1, len(parts) + 1):
