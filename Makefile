@@ -6,7 +6,7 @@ VENV := .venv
 VENV_VLLM := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-rust test-python test-vllm test-sglang wheel lint lint-python fmt bench fuzz doc deny gpu gpu-torch clean
+.PHONY: help build demo test test-rust test-python test-vllm test-sglang wheel lint lint-python fmt bench bench-lookup bench-engine fuzz doc deny gpu gpu-torch clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,14 @@ bench: ## Terrace beside Redis, memcached, plain TCP, memcpy and the disk (ARGS=
 	@$(CARGO) build --release -p kvserver -p kvbenches --bins
 	@$(CARGO) run --release -q -p kvbenches --bin side_by_side -- $(ARGS)
 
+bench-lookup: ## lookups from Python beside Redis through its C parser (ARGS='--json FILE')
+	@$(CARGO) build --release -q -p kvserver
+	@benches/python/run lookup $(ARGS)
+
+bench-engine: ## time to first token of a real vLLM, cold and warm, and what Terrace costs it (1 GB from PyPI the first time)
+	@$(CARGO) build --release -q -p kvserver
+	@benches/python/run engine $(ARGS)
+
 fuzz: ## every parser of outside bytes, longer than `make test` does (FUZZ_ROUNDS=N)
 	TERRACE_FUZZ_ROUNDS=$${FUZZ_ROUNDS:-2000000} $(CARGO) test --release -p kvtests --test fuzz -- --nocapture
 
@@ -74,4 +82,4 @@ gpu-torch: ## the same way byte for byte with PyTorch tensors in vLLM's layouts,
 
 clean: ## remove what was built
 	$(CARGO) clean
-	rm -rf $(VENV) $(VENV_VLLM) dist
+	rm -rf $(VENV) $(VENV_VLLM) .venv-bench dist
