@@ -4,6 +4,7 @@
 //!
 //! ```text
 //! hold     takes a lease on a chain, reads it without one, says "held", waits
+//! holder   holds a chain where it lies, says "held"; for every "go": reads it and says what became of each block
 //! put      says "putting", then puts new blocks without end
 //! staged   attaches with no more than the wire's own words, writes its staging memory, says "staged", waits
 //! read     for every "go": leases a chain for a moment and reads it, until a block is no hit; says what it saw
@@ -69,6 +70,19 @@ async fn run(mode: &str, endpoint: &str) -> anyhow::Result<()> {
             anyhow::ensure!(client.path().path == Path::Local, "{:?}", client.path());
             say("held")?;
             wait()
+        }
+        "holder" => {
+            let held = client.hold(&ns, &chain, None).await?;
+            let held = held.ok_or_else(|| anyhow::anyhow!("not on the same host"))?;
+            say("held")?;
+            for line in std::io::stdin().lock().lines() {
+                line?;
+                let mut memory = vec![0; LENGTH];
+                let outcomes: Result<Vec<GetOutcome>, _> =
+                    (0..held.len()).map(|i| held.read(i, &mut memory)).collect();
+                say(&format!("{:?}", outcomes?))?;
+            }
+            Ok(())
         }
         "put" => {
             say("putting")?;
