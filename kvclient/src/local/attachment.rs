@@ -13,6 +13,7 @@
 
 use std::{
     collections::HashMap,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{
         Arc, Weak,
@@ -53,12 +54,13 @@ pub(super) struct Caller {
 }
 
 impl Caller {
+    /// The life expected is not told in the first attach: who does not know it cannot repeat it.
     fn attach(&self, join: Bytes, staging_bytes: u64) -> Call {
         Call::Attach(v1::LocalAttach {
             version: VERSION,
             token: self.token.clone(),
             owner_id: self.owner.clone(),
-            boot_id: self.boot,
+            boot_id: if join.is_empty() { 0 } else { self.boot },
             join,
             staging_bytes,
         })
@@ -99,16 +101,12 @@ impl Attachment {
         let open = Arc::new(());
         let mut link = Link::open(&caller.socket, open.clone()).await?;
         let call = caller.attach(Bytes::new(), STAGING_BYTES);
-        let (answer, mut fds) = link.call(call, patience).await?;
+        let (answer, fds) = link.call(call, patience).await?;
         let attached = attached(answer)?;
         if caller.boot != 0 && attached.boot_id != caller.boot {
             return Err(LocalError::answer("another node answers at this socket"));
         }
-        let staging = match (attached.staging_bytes, fds.pop()) {
-            (0, None) => None,
-            (1.., Some(fd)) if fds.is_empty() => Some(Staging::new(StagingMap::map(fd)?)),
-            _ => return Err(LocalError::answer("staging memory and descriptors differ")),
-        };
+        let staging = granted(attached.staging_bytes, fds)?;
         let caller = Caller {
             boot: attached.boot_id,
             ..caller
@@ -239,6 +237,23 @@ fn attached(answer: Answer) -> Result<v1::LocalAttached, LocalError> {
     }
 }
 
+/// The staging memory of an attach that was answered.
+fn granted(bytes: u64, mut fds: Vec<OwnedFd>) -> Result<Option<Staging>, LocalError> {
+    let map = match (bytes, fds.pop()) {
+        (0, None) => return Ok(None),
+        (1..=STAGING_BYTES, Some(fd)) if fds.is_empty() => StagingMap::map(fd)?,
+        _ => return Err(LocalError::answer("staging memory and descriptors differ")),
+    };
+    // The allocator's tables are as long as the memory: only what was asked for is believed.
+    if map.length_bytes() != bytes {
+        return Err(LocalError::answer(format!(
+            "staging memory of {} bytes, {bytes} were granted",
+            map.length_bytes()
+        )));
+    }
+    Ok(Some(Staging::new(map)))
+}
+
 /// Lets idle links say what they are done with.
 async fn flush(attachment: Weak<Attachment>, nap: impl Future<Output = ()>) {
     nap.await;
@@ -263,5 +278,30 @@ async fn flush(attachment: Weak<Attachment>, nap: impl Future<Output = ()>) {
             // Below those that were used since.
             attachment.idle.lock().insert(0, link);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn memory(bytes: u64) -> OwnedFd {
+        let memory = kvgpu::Staging::create(bytes).expect("memory");
+        memory.fd().try_clone_to_owned().expect("a descriptor")
+    }
+
+    #[test]
+    fn staging_memory_is_as_long_as_granted_and_no_longer_than_asked_for() {
+        let bytes = 1 << 20;
+        let staging = granted(bytes, vec![memory(bytes)]).expect("granted");
+        assert_eq!(staging.expect("memory").length_bytes(), bytes);
+        assert!(granted(0, Vec::new()).expect("none granted").is_none());
+        assert!(granted(bytes, vec![memory(2 * bytes)]).is_err());
+        assert!(granted(2 * bytes, vec![memory(bytes)]).is_err());
+        let more = 2 * STAGING_BYTES;
+        assert!(granted(more, vec![memory(more)]).is_err());
+        assert!(granted(bytes, Vec::new()).is_err());
+        assert!(granted(0, vec![memory(bytes)]).is_err());
+        assert!(granted(bytes, vec![memory(bytes), memory(bytes)]).is_err());
     }
 }

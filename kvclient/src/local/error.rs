@@ -17,6 +17,9 @@ pub(crate) enum LocalError {
         step: &'static str,
         source: io::Error,
     },
+    /// Another user's process listens at the socket: it gets neither the token nor the blocks.
+    #[error("user {uid} listens at this socket, neither this process's user nor root")]
+    Stranger { uid: u32 },
     /// The call's share of its time was up.
     #[error("no answer within {waited_ms} ms")]
     Silent { waited_ms: u64 },

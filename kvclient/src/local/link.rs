@@ -57,6 +57,14 @@ impl Link {
                 step: "connect",
                 source,
             })?;
+        let peer = stream.peer_cred().map_err(|source| LocalError::Io {
+            step: "peer",
+            source,
+        })?;
+        // Whoever could bind the path could take a token and hand out blocks. Told or set, a path proves nothing.
+        if !is_trusted(peer.uid(), rustix::process::geteuid().as_raw()) {
+            return Err(LocalError::Stranger { uid: peer.uid() });
+        }
         Ok(Self {
             stream,
             inbox: Inbox::new(),
@@ -149,6 +157,11 @@ impl Link {
     }
 }
 
+/// Whether a process of this user may be the node: who can read this process's memory anyway.
+fn is_trusted(peer_uid: u32, own_uid: u32) -> bool {
+    peer_uid == own_uid || peer_uid == 0
+}
+
 /// Reads what is there, with the descriptors that came along.
 fn fill(stream: &UnixStream, inbox: &mut Inbox, fds: &mut Vec<OwnedFd>) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
@@ -176,4 +189,17 @@ fn fill(stream: &UnixStream, inbox: &mut Inbox, fds: &mut Vec<OwnedFd>) -> io::R
     }
     inbox.filled(read.bytes);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_own_user_and_root_are_taken_for_the_node() {
+        assert!(is_trusted(1000, 1000));
+        assert!(is_trusted(0, 1000));
+        assert!(!is_trusted(1001, 1000));
+        assert!(!is_trusted(1001, 0));
+    }
 }
