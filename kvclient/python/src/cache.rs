@@ -16,6 +16,7 @@
 
 use std::{
     collections::HashMap,
+    pin::Pin,
     sync::{Arc, mpsc},
     time::Duration,
 };
@@ -160,6 +161,16 @@ struct Shared {
 enum Work {
     Load(Load),
     Save(Save),
+}
+
+impl Work {
+    /// Ready once nobody has a claim on its blocks.
+    fn ended(&self) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        match self {
+            Self::Load(load) => Box::pin(load.claim.ended()),
+            Self::Save(save) => Box::pin(save.claim.ended()),
+        }
+    }
 }
 
 impl Cache {
@@ -386,9 +397,8 @@ impl Cache {
             .transpose()?;
         let mut memory = self.memory.lock();
         if let Some(old) = memory.take() {
-            self.shared
-                .jobs
-                .wait_gathered(Duration::ZERO, &*self.shared.node.clock);
+            // Claims are what is waited for, not reports: a close that runs meanwhile makes those only after this.
+            self.shared.jobs.hurry(self.shared.node.clock.now());
             old.retire();
         }
         *memory = layout.map(memory_of).transpose()?;
@@ -581,9 +591,11 @@ impl Cache {
         stats
     }
 
-    /// Ends every copy and stops the threads.
+    /// Ends every copy and stops the threads. Whoever calls it, and how many at once: none returns before that.
     pub fn close(&self) {
-        let Some(Runtimes { asking, moving }) = self.runtimes.lock().take() else {
+        // Held to the end, so that a second caller waits for the first.
+        let mut runtimes = self.runtimes.lock();
+        let Some(Runtimes { asking, moving }) = runtimes.take() else {
             return;
         };
         let shared = &self.shared;
@@ -598,6 +610,12 @@ impl Cache {
         shared.jobs.close(now);
         // Waits for polls in hand and drops the tasks, and with them every claim on the engine's memory.
         drop(moving);
+        let mut memory = self.memory.lock();
+        if let Some(memory) = memory.take() {
+            // What a device was told to copy it copies; no job is reported before, for its blocks are still in use.
+            memory.retire();
+        }
+        drop(memory);
         shared.jobs.end_all("the cache was closed", now);
         let leases = shared.lookups.lock().clear();
         if way.is_some() && !leases.is_empty() {
@@ -609,9 +627,6 @@ impl Cache {
             });
         }
         drop(asking);
-        if let Some(memory) = self.memory.lock().take() {
-            memory.retire();
-        }
         shared.answered.notify_all();
     }
 }
@@ -724,9 +739,12 @@ async fn run(shared: Arc<Shared>, kind: JobKind) {
     loop {
         let taken = shared.jobs.take(kind).await;
         let job = taken.job;
+        let ended = taken.work.ended();
         // A task of its own: should it panic, its claims are dropped, its job ends, and the next one is done.
         let done = tokio::spawn(work(Arc::clone(&shared), taken)).await;
         if let Err(error) = done {
+            // A device that was told to copy has shares of them still.
+            ended.await;
             shared
                 .jobs
                 .fail(job, &format!("a defect: {error}"), shared.node.clock.now());
@@ -775,5 +793,81 @@ impl Shared {
                 misses.add(hashes.get(first + at), now);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::atomic::{AtomicBool, Ordering},
+        thread,
+    };
+
+    use super::*;
+
+    /// A cache of a node that is not there, and one layer of two blocks for it.
+    fn cache(buffer: &mut [u8; 16]) -> Cache {
+        let node = NodeSettings {
+            endpoint: "127.0.0.1:9".to_owned(),
+            owner: None,
+            token: None,
+            local: "off".to_owned(),
+            strict: false,
+        };
+        let spec = Namespace::opaque("tests", 16, 1);
+        let cache = Cache::new(CacheSettings::new(node, spec)).unwrap();
+        let layer = Layer {
+            address: buffer.as_mut_ptr().expose_provenance(),
+            blocks: 2,
+            stride_bytes: 8,
+            block_bytes: 8,
+        };
+        // SAFETY: the tests keep the buffer until the cache is closed, and do not look at it.
+        #[allow(unsafe_code)]
+        unsafe {
+            cache.layout(vec![layer]).unwrap();
+        }
+        cache
+    }
+
+    #[test]
+    fn no_close_or_layout_returns_and_no_job_is_reported_while_a_copy_runs() {
+        let mut buffer = [0; 16];
+        let cache = cache(&mut buffer);
+        let memory = cache.memory().unwrap();
+        // As a device has it, whose copy outlasts the task that started it.
+        let copy = memory.write(&[1]).unwrap();
+        let now = cache.shared.node.clock.now();
+        cache
+            .shared
+            .jobs
+            .submit_taken(7, JobKind::Load, vec![1], now);
+        let over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let close = || {
+                cache.close();
+                assert!(over.load(Ordering::SeqCst), "closed while a copy ran");
+            };
+            scope.spawn(close);
+            while memory.read(&[0]).is_ok() {
+                thread::yield_now();
+            }
+            scope.spawn(close);
+            scope.spawn(|| {
+                // SAFETY: an empty layout promises nothing.
+                #[allow(unsafe_code)]
+                unsafe {
+                    cache.layout(Vec::new()).unwrap();
+                }
+                assert!(over.load(Ordering::SeqCst), "laid out while a copy ran");
+            });
+            for _ in 0..1000 {
+                thread::yield_now();
+            }
+            assert!(cache.finished().is_empty());
+            over.store(true, Ordering::SeqCst);
+            drop(copy);
+        });
+        assert_eq!(cache.finished()[0].failed_block_ids, [1]);
     }
 }

@@ -16,6 +16,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
+    pin::pin,
     time::Duration,
 };
 
@@ -187,6 +188,13 @@ impl<W> Jobs<W> {
         Ok(())
     }
 
+    /// A job that is in a runner's hands already: that of a test.
+    #[cfg(test)]
+    pub fn submit_taken(&self, job: u64, kind: JobKind, block_ids: Vec<u32>, now: Tick) {
+        let mut state = self.state.lock();
+        self.enter(&mut state, job, kind, block_ids, now).unwrap();
+    }
+
     fn enter(
         &self,
         state: &mut State<W>,
@@ -217,6 +225,9 @@ impl<W> Jobs<W> {
     /// The next job of this kind, once there is one. Dropping the future loses none.
     pub async fn take(&self, kind: JobKind) -> Taken<W> {
         loop {
+            // Listening before looking: of two jobs submitted between a look and listening, only one call would be kept.
+            let mut submitted = pin!(self.submitted[kind as usize].notified());
+            submitted.as_mut().enable();
             let next = {
                 let mut state = self.state.lock();
                 let next = state.waiting[kind as usize].pop_front();
@@ -228,7 +239,7 @@ impl<W> Jobs<W> {
             };
             match next {
                 Some(taken) => return taken,
-                None => self.submitted[kind as usize].notified().await,
+                None => submitted.await,
             }
         }
     }
@@ -293,22 +304,33 @@ impl<W> Jobs<W> {
             }
             self.changed.wait_for(&mut state, left);
         }
-        state.hurried += 1;
-        let waiting = std::mem::take(&mut state.waiting[JobKind::Save as usize]);
-        for (job, _) in &waiting {
-            state.give_up(
-                *job,
-                "given up: the engine wants its blocks back",
-                clock.now(),
-            );
-        }
-        self.hurry.notify_waiters();
+        let waiting = self.hurry_saves(&mut state, clock.now());
         while state.reads_memory() {
             self.changed.wait(&mut state);
         }
         drop(state);
         drop(waiting);
         false
+    }
+
+    /// Ends the saves that wait and tells those that run to stop reading the engine's memory; does not wait for it.
+    pub fn hurry(&self, now: Tick) {
+        let mut state = self.state.lock();
+        let waiting = self.hurry_saves(&mut state, now);
+        drop(state);
+        drop(waiting);
+        self.changed.notify_all();
+    }
+
+    /// The work of those that waited, to be dropped without the lock.
+    fn hurry_saves(&self, state: &mut State<W>, now: Tick) -> VecDeque<(u64, W)> {
+        state.hurried += 1;
+        let waiting = std::mem::take(&mut state.waiting[JobKind::Save as usize]);
+        for (job, _) in &waiting {
+            state.give_up(*job, "given up: the engine wants its blocks back", now);
+        }
+        self.hurry.notify_waiters();
+        waiting
     }
 
     /// Ready once saves that were taken at `hurries` shall stop reading the engine's memory.
@@ -394,7 +416,6 @@ impl Live {
 mod tests {
     use std::{
         future::Future,
-        pin::pin,
         task::{Context, Poll, Waker},
     };
 
@@ -437,6 +458,22 @@ mod tests {
         );
         assert!(jobs.finished().is_empty());
         assert_eq!(jobs.live(), 2);
+    }
+
+    #[test]
+    fn two_runners_that_wait_get_a_job_each() {
+        let jobs = Jobs::new(8);
+        let mut context = Context::from_waker(Waker::noop());
+        let (mut one, mut two) = (
+            pin!(jobs.take(JobKind::Load)),
+            pin!(jobs.take(JobKind::Load)),
+        );
+        assert!(one.as_mut().poll(&mut context).is_pending());
+        assert!(two.as_mut().poll(&mut context).is_pending());
+        submit(&jobs, 1, JobKind::Load).unwrap();
+        submit(&jobs, 2, JobKind::Load).unwrap();
+        assert!(one.as_mut().poll(&mut context).is_ready());
+        assert!(two.as_mut().poll(&mut context).is_ready());
     }
 
     #[test]

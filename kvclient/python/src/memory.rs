@@ -28,6 +28,7 @@ use std::{
 
 use kvgpu::{DeviceError, Event};
 use parking_lot::{Condvar, Mutex};
+use tokio::sync::watch;
 
 use crate::{
     device::OnDevice,
@@ -174,6 +175,7 @@ impl EngineMemory {
             memory: self.clone(),
             blocks: blocks.into(),
             turn,
+            ended: watch::Sender::default(),
         })
     }
 }
@@ -198,9 +200,17 @@ struct Claim {
     blocks: Box<[u32]>,
     /// When the engine handed the blocks over, on a device.
     turn: Option<Event>,
+    /// Gone with the claim: whoever listens hears that its last share was dropped.
+    ended: watch::Sender<()>,
 }
 
 impl Claim {
+    fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut ended = self.ended.subscribe();
+        // Nothing is ever sent: only the end of the sender comes.
+        async move { while ended.changed().await.is_ok() {} }
+    }
+
     fn device(&self) -> Option<(&OnDevice, &Event)> {
         self.memory.device.as_ref().zip(self.turn.as_ref())
     }
@@ -252,6 +262,11 @@ impl ReadClaim {
         self.0.device()
     }
 
+    /// Ready once the claim and all its shares were dropped; itself none of them.
+    pub fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.0.ended()
+    }
+
     /// A share of the claim, for a copy that may outlast who started it.
     pub fn share(&self) -> impl Send + 'static {
         Arc::clone(&self.0)
@@ -296,6 +311,11 @@ impl WriteClaim {
     #[must_use]
     pub fn device(&self) -> Option<(&OnDevice, &Event)> {
         self.0.device()
+    }
+
+    /// Ready once the claim and all its shares were dropped; itself none of them.
+    pub fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.0.ended()
     }
 
     /// A share of the claim, for a copy by the device that may outlast who started it.
@@ -375,6 +395,20 @@ mod tests {
             ClaimError::Twice { block: 3 }
         );
         assert!(matches!(memory.read(&[4]), Err(ClaimError::Layout(_))));
+    }
+
+    #[tokio::test]
+    async fn a_claim_has_ended_when_its_last_share_is_dropped() {
+        let mut buffer = [0; 64];
+        let memory = memory(&mut buffer);
+        let claim = memory.write(&[1]).unwrap();
+        let (share, ended) = (claim.share(), tokio::spawn(claim.ended()));
+        drop(claim);
+        tokio::task::yield_now().await;
+        assert!(!ended.is_finished());
+        drop(share);
+        ended.await.unwrap();
+        assert!(memory.write(&[1]).is_ok());
     }
 
     #[test]
