@@ -27,7 +27,10 @@ use kvproto::{
     local::{self, Inbox, LocalFrameError, MAX_SEGMENTS_PER_MAP},
     v1,
 };
-use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec},
+    net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags},
+};
 
 use super::Refused;
 use crate::clock::{Clock, Tick};
@@ -183,13 +186,16 @@ impl Socket {
         }
     }
 
-    /// Whether the peer has closed. What else it may have sent stays where it is.
-    fn is_gone(&self) -> bool {
-        let mut byte = [0_u8; 1];
-        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-        match rustix::net::recv(&*self.stream, &mut byte, flags) {
-            Ok((_, bytes)) => bytes == 0,
-            Err(error) => !matches!(error, rustix::io::Errno::AGAIN | rustix::io::Errno::INTR),
+    /// Whether the peer has closed, or the node cut. Asked of the connection's state and not of its bytes: an orderly
+    /// stop shuts the read side, after which there is nothing to read though the peer waits; and a peer that died may
+    /// have left a request behind.
+    pub(super) fn is_gone(&self) -> bool {
+        let mut ends = [PollFd::new(&*self.stream, PollFlags::empty())];
+        match rustix::event::poll(&mut ends, Some(&Timespec::default())) {
+            Ok(_) => ends[0]
+                .revents()
+                .intersects(PollFlags::HUP | PollFlags::ERR),
+            Err(error) => error != rustix::io::Errno::INTR,
         }
     }
 }
@@ -256,6 +262,29 @@ mod tests {
     fn a_peer_that_closes_is_not_waited_for() {
         let (socket, theirs) = pair();
         drop(theirs);
+        let never = std::future::pending::<()>();
+        let waited = wait(&socket, never, Duration::from_secs(30));
+        assert_eq!(waited, Err(Stopped::Gone));
+    }
+
+    #[test]
+    fn a_peer_that_died_behind_an_unread_request_is_not_waited_for() {
+        let (socket, theirs) = pair();
+        rustix::net::send(&theirs, &[1, 2, 3], SendFlags::empty()).unwrap();
+        drop(theirs);
+        let never = std::future::pending::<()>();
+        let waited = wait(&socket, never, Duration::from_secs(30));
+        assert_eq!(waited, Err(Stopped::Gone));
+    }
+
+    #[test]
+    fn a_peer_is_waited_for_after_its_next_calls_were_shut_out() {
+        let (socket, _theirs) = pair();
+        socket.stream.shutdown(std::net::Shutdown::Read).unwrap();
+        let never = std::future::pending::<()>();
+        let waited = wait(&socket, never, 3 * GLANCE);
+        assert_eq!(waited, Err(Stopped::Late), "it waits for its answer");
+        socket.stream.shutdown(std::net::Shutdown::Both).unwrap();
         let never = std::future::pending::<()>();
         let waited = wait(&socket, never, Duration::from_secs(30));
         assert_eq!(waited, Err(Stopped::Gone));
