@@ -128,8 +128,30 @@ impl GetPlan {
         poll_fn(|cx| self.poll_next(cx)).await
     }
 
+    /// As [`GetPlan::next`], for a caller that may be unable to keep a block that is here: what `keeps` (asked with the
+    /// block's number) turns down is answered `overloaded`, and counted as that.
+    pub async fn next_kept(
+        &mut self,
+        keeps: impl FnOnce(u32, &BlockRef) -> bool,
+    ) -> Option<(u32, Found)> {
+        let found = poll_fn(|cx| self.poll_found(cx)).await?;
+        let found = match found {
+            Found::Hit { bytes, .. } if !keeps(self.answer, &bytes) => {
+                Found::Gone(GetOutcome::Overloaded)
+            }
+            found => found,
+        };
+        Some(self.hand_out(found))
+    }
+
     /// As [`GetPlan::next`]; waits only for blocks below RAM.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<(u32, Found)>> {
+        let found = self.poll_found(cx);
+        found.map(|found| found.map(|found| self.hand_out(found)))
+    }
+
+    /// What became of the next block, not counted yet.
+    fn poll_found(&mut self, cx: &mut Context<'_>) -> Poll<Option<Found>> {
         loop {
             if self.window.is_empty() && !self.ask_next() {
                 return Poll::Ready(None);
@@ -173,7 +195,7 @@ impl GetPlan {
             if let Some(Waiting::Ready(_)) = self.window.front()
                 && let Some(Waiting::Ready(found)) = self.window.pop_front()
             {
-                return Poll::Ready(Some(self.hand_out(found)));
+                return Poll::Ready(Some(found));
             }
         }
     }

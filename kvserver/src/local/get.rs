@@ -37,23 +37,21 @@ impl Session {
             asked.lease,
         )?;
         let mut blocks = Vec::with_capacity(count);
-        while let Some((number, found)) = self.wait(plan.next(), deadline)? {
-            blocks.push(match found {
-                Found::Gone(outcome) => gone(outcome),
-                Found::Hit { bytes, tier } => {
-                    let is_leased = (number as usize) < covered * parts;
-                    let is_held = is_leased || bytes.location().is_none() || {
-                        let taken = hold.take(bytes.len_bytes());
-                        if taken {
-                            kept.push(bytes.clone());
-                        }
-                        taken
-                    };
-                    match is_held {
-                        true => self.hit(&bytes, tier),
-                        false => gone(GetOutcome::Overloaded),
+        loop {
+            let keeps = |number, bytes: &BlockRef| {
+                let is_leased = (number as usize) < covered * parts;
+                is_leased || bytes.location().is_none() || {
+                    let taken = hold.take(bytes.len_bytes());
+                    if taken {
+                        kept.push(bytes.clone());
                     }
+                    taken
                 }
+            };
+            blocks.push(match self.wait(plan.next_kept(keeps), deadline)? {
+                Some((_, Found::Hit { bytes, tier })) => self.hit(&bytes, tier),
+                Some((_, Found::Gone(outcome))) => gone(outcome),
+                None => break,
             });
         }
         let now = self.shared.clock.now();

@@ -81,6 +81,10 @@ async fn holds_draw_on_their_owners_lease_budget() {
         got(&answer.blocks),
         [GetOutcome::Hit, GetOutcome::Overloaded]
     );
+    for source in ["ram", "rejected"] {
+        let name = format!("terrace_get_blocks_total{{source=\"{source}\"}}");
+        assert_eq!(metric(&node, &name), 1.0, "{source}: as it was answered");
+    }
     assert!(
         client.raw.lookup(space.lookup(&chain, 0)).lease.is_none(),
         "nothing is left to lease"
