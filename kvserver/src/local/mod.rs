@@ -39,7 +39,10 @@ mod socket;
 use std::{
     collections::HashMap,
     io,
-    os::unix::net::{UnixListener, UnixStream},
+    os::unix::{
+        fs::MetadataExt,
+        net::{UnixListener, UnixStream},
+    },
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -194,8 +197,19 @@ impl Shared {
 pub(crate) struct Local {
     shared: Arc<Shared>,
     path: PathBuf,
+    /// Which file there is this node's; `None` once it was removed.
+    file: Mutex<Option<FileId>>,
     listener: Arc<UnixListener>,
     accepting: Option<thread::JoinHandle<()>>,
+}
+
+/// A file's device and inode: what tells it from another one of the same name. The inode is not given to another file
+/// while the listener that is bound to it is open.
+type FileId = (u64, u64);
+
+fn file_id(path: &Path) -> Option<FileId> {
+    let file = std::fs::symlink_metadata(path).ok()?;
+    Some((file.dev(), file.ino()))
 }
 
 impl Local {
@@ -221,6 +235,7 @@ impl Local {
             path: path.clone(),
             source,
         })?;
+        let file = Mutex::new(file_id(&path));
         let listener = Arc::new(listener);
         let shared = Arc::new(Shared {
             attachments: Attachments::new(limits.staging_total_bytes, Arc::clone(&metrics)),
@@ -244,6 +259,7 @@ impl Local {
         Ok(Self {
             shared,
             path,
+            file,
             listener,
             accepting: Some(accepting),
         })
@@ -259,7 +275,11 @@ impl Local {
         self.drain();
         self.shared.cut.store(true, Ordering::Relaxed);
         self.shared.shut(std::net::Shutdown::Both);
-        let _ = std::fs::remove_file(&self.path);
+        // A successor may listen at the same path already, and its file is not ours to remove.
+        let own = self.file.lock().take();
+        if own.is_some() && own == file_id(&self.path) {
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 
     /// Takes no new connection and no new call.

@@ -96,6 +96,16 @@ async fn a_client_that_vanishes_in_the_middle_of_a_frame_leaves_nothing_behind()
 }
 
 #[tokio::test]
+async fn a_node_that_ends_leaves_its_successors_socket_file_alone() {
+    let node = TestNode::start(|_| {}).await;
+    let path = node.node.local_path().expect("on").to_owned();
+    std::fs::remove_file(&path).expect("the node's");
+    let _successor = std::os::unix::net::UnixListener::bind(&path).expect("free");
+    node.node.shutdown(HANG).await;
+    assert!(path.exists(), "removed under its listener");
+}
+
+#[tokio::test]
 async fn a_node_ends_promptly_whoever_is_attached() {
     let node = TestNode::start(|_| {}).await;
     let space = Space::open(&node.node, "default").await;
