@@ -30,7 +30,7 @@ use kvproto::{
     v1::{self, local_reply::Answer, local_request::Call},
 };
 use parking_lot::Mutex;
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{error::LocalError, link::Link, staging::Staging};
 use crate::clock::{Clock, within};
@@ -75,7 +75,11 @@ pub(super) struct Attachment {
     pub(super) staging: Option<Staging>,
     segments: Mutex<HashMap<u32, Arc<ReadSegment>>>,
     idle: Mutex<Vec<Link>>,
-    permits: Semaphore,
+    /// Most links, in use or idle.
+    links: usize,
+    permits: Arc<Semaphore>,
+    /// One fewer: what is held for long leaves a link to the calls.
+    holds: Arc<Semaphore>,
     /// Shared with every open link.
     open: Arc<()>,
     is_flushing: AtomicBool,
@@ -83,10 +87,10 @@ pub(super) struct Attachment {
     runtime: tokio::runtime::Handle,
 }
 
-/// A link for one call. Dropped without [`Turn::keep`], it closes.
-pub(super) struct Turn<'a> {
+/// A link for one call. Dropped without [`Attachment::keep`], it closes.
+pub(super) struct Turn {
     pub(super) link: Link,
-    _permit: SemaphorePermit<'a>,
+    _permit: OwnedSemaphorePermit,
 }
 
 impl Attachment {
@@ -99,7 +103,7 @@ impl Attachment {
         runtime: tokio::runtime::Handle,
     ) -> Result<Self, LocalError> {
         let open = Arc::new(());
-        let mut link = Link::open(&caller.socket, open.clone()).await?;
+        let mut link = Link::open(&caller.socket, open.clone(), clock.clone()).await?;
         let call = caller.attach(Bytes::new(), STAGING_BYTES);
         let (answer, fds) = link.call(call, patience).await?;
         let attached = attached(answer)?;
@@ -111,6 +115,7 @@ impl Attachment {
             boot: attached.boot_id,
             ..caller
         };
+        let links = links.max(2);
         Ok(Self {
             boot: attached.boot_id,
             caller,
@@ -118,7 +123,9 @@ impl Attachment {
             staging,
             segments: Mutex::default(),
             idle: Mutex::new(vec![link]),
-            permits: Semaphore::new(links.max(1)),
+            links,
+            permits: Arc::new(Semaphore::new(links)),
+            holds: Arc::new(Semaphore::new(links - 1)),
             open,
             is_flushing: AtomicBool::new(false),
             clock,
@@ -136,24 +143,34 @@ impl Attachment {
         &self.caller.socket
     }
 
+    /// The right to one more link.
+    pub(super) async fn permit(&self) -> OwnedSemaphorePermit {
+        let permits = self.permits.clone();
+        let permit = permits.acquire_owned().await;
+        permit.expect("nobody closes the semaphore")
+    }
+
+    /// The right to keep a link for longer than a call.
+    pub(super) async fn hold_permit(&self) -> OwnedSemaphorePermit {
+        let permits = self.holds.clone();
+        let permit = permits.acquire_owned().await;
+        permit.expect("nobody closes the semaphore")
+    }
+
     /// A link that is ready for a call.
-    pub(super) async fn turn(&self, patience: Duration) -> Result<Turn<'_>, LocalError> {
-        let permit = self
-            .permits
-            .acquire()
-            .await
-            .expect("nobody closes the semaphore");
+    pub(super) async fn turn(
+        &self,
+        permit: OwnedSemaphorePermit,
+        patience: Duration,
+    ) -> Result<Turn, LocalError> {
         let link = loop {
             let idle = self.idle.lock().pop();
             match idle {
                 Some(link) if link.is_usable() => break link,
                 Some(_) => {}
                 None => {
-                    let mut link = Link::open(&self.caller.socket, self.open.clone()).await?;
-                    let call = self.caller.attach(self.id.clone(), 0);
-                    let joined = link.call(call, patience).await;
-                    attached(joined.map_err(not_joined)?.0)?;
-                    break link;
+                    let joined = self.join(patience).await;
+                    break joined.map_err(|error| self.not_joined(error))?;
                 }
             }
         };
@@ -163,18 +180,46 @@ impl Attachment {
         })
     }
 
-    /// The call of `turn` ended in good order: its link may carry another.
-    pub(super) fn keep(self: &Arc<Self>, turn: Turn<'_>) {
-        self.give_back(turn.link);
+    /// One more link.
+    async fn join(&self, patience: Duration) -> Result<Link, LocalError> {
+        let mut link =
+            Link::open(&self.caller.socket, self.open.clone(), self.clock.clone()).await?;
+        let call = self.caller.attach(self.id.clone(), 0);
+        let (answer, _) = link.call(call, patience).await?;
+        attached(answer)?;
+        Ok(link)
     }
 
-    /// A link that was taken out of its turn is idle again.
-    pub(super) fn give_back(self: &Arc<Self>, link: Link) {
+    /// What a failed join says about the attachment: a node that is merely busy, or at the end of its
+    /// descriptors, still serves the links that are open.
+    pub(super) fn not_joined(&self, error: LocalError) -> LocalError {
+        match error {
+            LocalError::Refused { reason, message } if reason != Some(Reason::Overloaded) => {
+                LocalError::answer(format!("the attachment is over: {message}"))
+            }
+            refused @ LocalError::Refused { .. } => refused,
+            // The failed link is closed by now; the attachment itself counts as one.
+            other if Arc::strong_count(&self.open) > 1 => LocalError::NotJoined {
+                why: other.to_string(),
+            },
+            other => other,
+        }
+    }
+
+    /// The call of `turn` ended in good order: its link may carry another. From any thread.
+    pub(super) fn keep(self: &Arc<Self>, turn: Turn) {
+        let Turn { link, _permit } = turn;
         let owes = !link.done.is_empty();
-        self.idle.lock().push(link);
+        {
+            let mut idle = self.idle.lock();
+            if !link.is_usable() || idle.len() >= self.links {
+                return; // closing it lets go as well
+            }
+            idle.push(link);
+        }
         if owes && !self.is_flushing.swap(true, Ordering::AcqRel) {
-            self.runtime
-                .spawn(flush(Arc::downgrade(self), self.clock.sleep(FLUSH_AFTER)));
+            let flush = flush(Arc::downgrade(self), self.clock.clone());
+            self.runtime.spawn(flush);
         }
     }
 
@@ -220,16 +265,6 @@ impl Attachment {
     }
 }
 
-/// A node that refuses another connection may be busy; otherwise it does not know this attachment any more.
-fn not_joined(error: LocalError) -> LocalError {
-    match error {
-        LocalError::Refused { reason, message } if reason != Some(Reason::Overloaded) => {
-            LocalError::answer(format!("the attachment is over: {message}"))
-        }
-        other => other,
-    }
-}
-
 fn attached(answer: Answer) -> Result<v1::LocalAttached, LocalError> {
     match answer {
         Answer::Attached(attached) => Ok(attached),
@@ -255,8 +290,9 @@ fn granted(bytes: u64, mut fds: Vec<OwnedFd>) -> Result<Option<Staging>, LocalEr
 }
 
 /// Lets idle links say what they are done with.
-async fn flush(attachment: Weak<Attachment>, nap: impl Future<Output = ()>) {
-    nap.await;
+async fn flush(attachment: Weak<Attachment>, clock: Arc<dyn Clock>) {
+    // Begun here: who lets go of a hold need not be on a runtime, and a timer needs one.
+    clock.sleep(FLUSH_AFTER).await;
     let Some(attachment) = attachment.upgrade() else {
         return;
     };
@@ -270,13 +306,15 @@ async fn flush(attachment: Weak<Attachment>, nap: impl Future<Output = ()>) {
         let Some(mut link) = owing else {
             return;
         };
-        let clock = &*attachment.clock;
+        let clock = &*clock;
         let call = link.call(Call::Nothing(v1::LocalNothing {}), FLUSH_PATIENCE);
         let answer = within(clock, clock.now().after(FLUSH_PATIENCE), call).await;
         // A link that did not answer closes, which lets go as well.
         if matches!(answer, Some(Ok(_))) {
-            // Below those that were used since.
-            attachment.idle.lock().insert(0, link);
+            let mut idle = attachment.idle.lock();
+            if idle.len() < attachment.links {
+                idle.insert(0, link); // below those that were used since
+            }
         }
     }
 }

@@ -29,6 +29,12 @@ pub(crate) enum LocalError {
         reason: Option<Reason>,
         message: String,
     },
+    /// One more connection cannot be had, while others of the attachment are open.
+    #[error("no further connection: {why}")]
+    NotJoined { why: String },
+    /// The call ended early, and not for the node's silence: its own time was short.
+    #[error("no time left for the same-host path")]
+    NoTime,
     /// A request too long for a frame: not sent.
     #[error("the request is too long for the same-host path")]
     TooLong,
@@ -53,11 +59,15 @@ impl LocalError {
         }
     }
 
-    /// Whether the connection is as good as before: the node answered, or was not asked.
+    /// Whether the attachment is as good as before: the node answered, or was not asked.
     pub(crate) fn is_harmless(&self) -> bool {
         matches!(
             self,
-            Self::Refused { .. } | Self::TooLong | Self::Field { .. }
+            Self::Refused { .. }
+                | Self::NotJoined { .. }
+                | Self::NoTime
+                | Self::TooLong
+                | Self::Field { .. }
         )
     }
 }

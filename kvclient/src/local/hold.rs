@@ -17,25 +17,27 @@ use std::{collections::HashMap, sync::Arc};
 
 use kvgpu::ReadSegment;
 use kvproto::{FieldError, GetOutcome, TierKind};
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::{
     Local,
-    attachment::Attachment,
+    attachment::{Attachment, Turn},
     error::LocalError,
-    link::Link,
     read::{Asked, Said, copy},
 };
 use crate::{
     call::{Deadline, Inner},
+    clock::within,
     error::Error,
     get::{Wanted, sink::Destinations},
 };
 
 /// Blocks of the node's memory that are held, and those asked for that were not there. Keeps one of the
-/// client's connections on the same host until it is dropped.
+/// client's connections on the same host until it is dropped, which may be done on any thread.
 pub struct Held {
     attachment: Arc<Attachment>,
-    link: Option<Link>,
+    turn: Option<Turn>,
+    _permit: OwnedSemaphorePermit,
     hold: u64,
     said: Vec<Said>,
     segments: HashMap<u32, Arc<ReadSegment>>,
@@ -44,9 +46,10 @@ pub struct Held {
 /// Holds what was asked for. `None`: not this way.
 pub(crate) async fn hold(inner: &Inner, deadline: Deadline, wanted: &Wanted<'_>) -> Option<Held> {
     let way = Local::way(inner, deadline).await?;
+    // One link is never kept: calls would wait for it until their time is up.
+    let permit = within(&*inner.clock, way.until, way.attachment.hold_permit()).await?;
     let taken = way.take(async |turn| way.ask(turn, wanted).await);
     let (asked, turn) = taken.await?.ok()?;
-    let link = turn.link;
     let Asked {
         said,
         segments,
@@ -54,7 +57,8 @@ pub(crate) async fn hold(inner: &Inner, deadline: Deadline, wanted: &Wanted<'_>)
     } = asked;
     let held = Held {
         attachment: way.attachment.clone(),
-        link: Some(link),
+        turn: Some(turn),
+        _permit: permit,
         hold,
         said,
         segments,
@@ -136,11 +140,11 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        if let Some(mut link) = self.link.take() {
+        if let Some(mut turn) = self.turn.take() {
             if self.hold != 0 {
-                link.done.push(self.hold);
+                turn.link.done.push(self.hold);
             }
-            self.attachment.give_back(link);
+            self.attachment.keep(turn);
         }
     }
 }

@@ -61,6 +61,12 @@ const BACKOFF_CAP: Duration = Duration::from_secs(5);
 /// Longest wait for an attach, which a living node answers in a millisecond.
 const ATTACH_PATIENCE: Duration = Duration::from_secs(1);
 
+/// A call with less time on this path goes over gRPC right away: it would end in the middle.
+const LEAST_SHARE: Duration = Duration::from_millis(5);
+
+/// A link that was silent for less speaks against the caller's deadline, not against the node.
+const SILENCE: Duration = Duration::from_millis(100);
+
 /// The same-host side of a client.
 pub(crate) struct Local {
     setting: LocalPath,
@@ -169,11 +175,15 @@ impl Local {
             return None;
         }
         let now = inner.clock.now();
-        let until = now.after(share(deadline.left(now)));
+        let share = share(deadline.left(now));
+        if share < LEAST_SHARE {
+            return None;
+        }
+        let until = now.after(share);
         let attachment = match local.standing(inner, now) {
             Standing::Attached(attachment) => attachment,
             Standing::Attach(attaching) => {
-                let patience = until.since(now).min(ATTACH_PATIENCE);
+                let patience = share.min(ATTACH_PATIENCE);
                 attaching.attach(inner, patience).await?
             }
             Standing::Elsewhere => return None,
@@ -217,7 +227,9 @@ impl Local {
         let mut state = self.state.lock();
         let backoff = BACKOFF.saturating_mul(1_u32.checked_shl(state.rounds).unwrap_or(u32::MAX));
         let backoff = backoff.min(BACKOFF_CAP);
-        state.rounds += 1;
+        // A caller in a hurry proves little: the next one tries again soon.
+        let is_proof = !matches!(error, LocalError::NoTime);
+        state.rounds += u32::from(is_proof);
         state.attachment = None;
         tracing::info!(%error, ?backoff, "the same-host path does not work; gRPC does its work");
         state.down = Some((inner.clock.now().after(backoff), error.to_string()));
@@ -263,7 +275,7 @@ impl Attaching<'_> {
             inner.pool.runtime().clone(),
         );
         let opened = within(&**clock, clock.now().after(patience), opening).await;
-        let opened = opened.unwrap_or_else(|| Err(silent(patience)));
+        let opened = opened.unwrap_or_else(|| Err(ran_out(patience)));
         match opened {
             Ok(attachment) => {
                 let attachment = Arc::new(attachment);
@@ -302,7 +314,7 @@ impl Way<'_> {
     /// `work` with a link, within the call's share of time. `None`: over gRPC.
     async fn run<T>(
         &self,
-        work: impl AsyncFnOnce(&mut Turn<'_>) -> Result<T, LocalError>,
+        work: impl AsyncFnOnce(&mut Turn) -> Result<T, LocalError>,
     ) -> Option<Result<T, LocalError>> {
         let outcome = self.take(work).await?;
         Some(outcome.map(|(answer, turn)| {
@@ -314,25 +326,10 @@ impl Way<'_> {
     /// As [`Way::run`], and the link with it.
     async fn take<T>(
         &self,
-        work: impl AsyncFnOnce(&mut Turn<'_>) -> Result<T, LocalError>,
-    ) -> Option<Result<(T, Turn<'_>), LocalError>> {
+        work: impl AsyncFnOnce(&mut Turn) -> Result<T, LocalError>,
+    ) -> Option<Result<(T, Turn), LocalError>> {
         let inner = self.inner;
-        let began = inner.clock.now();
-        let whole = async {
-            let mut turn = self.attachment.turn(self.left()).await?;
-            match work(&mut turn).await {
-                Ok(answer) => Ok((answer, turn)),
-                Err(error) => {
-                    if error.is_harmless() {
-                        self.attachment.keep(turn);
-                    }
-                    Err(error)
-                }
-            }
-        };
-        let outcome = within(&*inner.clock, self.until, whole).await;
-        let outcome = outcome.unwrap_or_else(|| Err(silent(inner.clock.now().since(began))));
-        match outcome {
+        match self.attempt(work).await {
             Ok(answer) => {
                 inner.local.works();
                 Some(Ok(answer))
@@ -346,6 +343,33 @@ impl Way<'_> {
                 inner.local.lost(inner, &self.attachment, &error);
                 None
             }
+        }
+    }
+
+    async fn attempt<T>(
+        &self,
+        work: impl AsyncFnOnce(&mut Turn) -> Result<T, LocalError>,
+    ) -> Result<(T, Turn), LocalError> {
+        let (clock, attachment) = (&*self.inner.clock, &self.attachment);
+        // Other calls have the links: nobody was asked.
+        let permit = within(clock, self.until, attachment.permit()).await;
+        let permit = permit.ok_or(LocalError::NoTime)?;
+        let began = clock.now();
+        let turn = within(clock, self.until, attachment.turn(permit, self.left())).await;
+        let mut turn = turn.unwrap_or_else(|| {
+            let waited = clock.now().since(began);
+            Err(attachment.not_joined(ran_out(waited)))
+        })?;
+        match within(clock, self.until, work(&mut turn)).await {
+            Some(Ok(answer)) => Ok((answer, turn)),
+            Some(Err(error)) => {
+                if error.is_harmless() {
+                    attachment.keep(turn);
+                }
+                Err(error)
+            }
+            // The link goes: its answer may still come.
+            None => Err(ran_out(turn.link.silence())),
         }
     }
 }
@@ -371,7 +395,11 @@ fn share(left: Duration) -> Duration {
     left / 2
 }
 
-fn silent(waited: Duration) -> LocalError {
+/// The time is up, and the node has been silent for so long.
+fn ran_out(waited: Duration) -> LocalError {
+    if waited < SILENCE {
+        return LocalError::NoTime;
+    }
     LocalError::Silent {
         waited_ms: u64::try_from(waited.as_millis()).unwrap_or(u64::MAX),
     }

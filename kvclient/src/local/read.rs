@@ -113,7 +113,7 @@ impl Way<'_> {
     /// The leading blocks that the node kept for us; all of them, as a rule.
     async fn read<S: Sink>(
         &self,
-        turn: &mut Turn<'_>,
+        turn: &mut Turn,
         wanted: &Wanted<'_>,
         sink: &mut S,
     ) -> Result<Vec<Option<Got>>, LocalError> {
@@ -122,8 +122,12 @@ impl Way<'_> {
             segments,
             hold,
         } = self.ask(turn, wanted).await?;
+        // Said with the link's next call, which comes after this one, however this one ends.
+        if hold != 0 {
+            turn.link.done.push(hold);
+        }
         let mut got = Vec::with_capacity(said.len());
-        let (mut hits, mut hit_bytes, mut in_turn) = (0, 0, 0);
+        let mut in_turn = 0;
         for (slot, said) in said.into_iter().enumerate() {
             let found = match said {
                 Said::Found(found) => found,
@@ -153,16 +157,13 @@ impl Way<'_> {
                 got.push(Some(Got::not(outcome)));
                 continue;
             }
-            (hits, hit_bytes) = (hits + 1, hit_bytes + found.header.length_bytes);
             got.push(Some(Got {
                 outcome,
                 tier: found.tier,
                 length_bytes,
             }));
         }
-        if hold != 0 {
-            turn.link.done.push(hold);
-        }
+        let (hits, hit_bytes) = count(&got, wanted.parts().len());
         self.inner.local.local.got(hits, hit_bytes);
         Ok(got)
     }
@@ -170,7 +171,7 @@ impl Way<'_> {
     /// Where the leading blocks lie that the node kept for us, and the segments they lie in.
     pub(super) async fn ask(
         &self,
-        turn: &mut Turn<'_>,
+        turn: &mut Turn,
         wanted: &Wanted<'_>,
     ) -> Result<Asked, LocalError> {
         let asked = Call::Get(v1::GetRequest {
@@ -208,16 +209,33 @@ impl Way<'_> {
             .map(|(slot, block)| judge(wanted, slot, block))
             .collect::<Result<_, _>>()?;
         let named: Vec<u32> = said.iter().filter_map(Said::segment).collect();
-        let segments = self
+        let mapped = self
             .attachment
             .segments(&mut turn.link, &named, self.left())
-            .await?;
+            .await;
+        // Not before: the call that maps must not let go of what is to be read.
+        if mapped.is_err() && answer.hold != 0 {
+            turn.link.done.push(answer.hold);
+        }
+        let segments = mapped?;
         Ok(Asked {
             said,
             segments,
             hold: answer.hold,
         })
     }
+}
+
+/// Hits and their bytes, of the blocks of which every part was found. The others go over gRPC whole, and are
+/// counted there.
+fn count(got: &[Option<Got>], parts: usize) -> (u64, u64) {
+    let whole = got
+        .chunks(parts)
+        .filter(|block| block.iter().all(Option::is_some));
+    let hits = whole.flatten().flatten().filter(|got| got.is_hit());
+    hits.fold((0, 0), |(n, bytes), got| {
+        (n + 1, bytes + got.length_bytes as u64)
+    })
 }
 
 impl Said {
@@ -290,4 +308,21 @@ pub(super) fn copy<S: Sink>(
     } else {
         GetOutcome::Hit
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_of_which_a_part_goes_over_grpc_is_not_counted_here() {
+        let hit = Some(Got {
+            outcome: GetOutcome::Hit,
+            tier: None,
+            length_bytes: 10,
+        });
+        let miss = Some(Got::not(GetOutcome::Miss));
+        assert_eq!(count(&[hit, hit, hit, None, hit, miss], 2), (3, 30));
+        assert_eq!(count(&[hit, None, hit], 1), (2, 20));
+    }
 }
