@@ -3,7 +3,7 @@
 //! ```text
 //! open ─► Attach ─► Attachment ─┬─ idle links, the last used first; more join as calls need them
 //!                               ├─ staging   one for all links
-//!                               └─ segments  mapped when first met, kept
+//!                               └─ segments  mapped when first met, kept while read from
 //! ```
 //!
 //! Units: links, bytes.
@@ -32,7 +32,12 @@ use kvproto::{
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::{error::LocalError, link::Link, staging::Staging};
+use super::{
+    error::LocalError,
+    link::Link,
+    segments::{Segments, UNREAD},
+    staging::Staging,
+};
 use crate::clock::{Clock, within};
 
 /// Staging memory asked for; the node may grant less.
@@ -73,7 +78,8 @@ pub(super) struct Attachment {
     id: Bytes,
     pub(super) boot: u64,
     pub(super) staging: Option<Staging>,
-    segments: Mutex<HashMap<u32, Arc<ReadSegment>>>,
+    segments: Mutex<Segments<ReadSegment>>,
+    is_sweeping: AtomicBool,
     idle: Mutex<Vec<Link>>,
     /// Most links, in use or idle.
     links: usize,
@@ -122,6 +128,7 @@ impl Attachment {
             id: attached.attachment,
             staging,
             segments: Mutex::default(),
+            is_sweeping: AtomicBool::new(false),
             idle: Mutex::new(vec![link]),
             links,
             permits: Arc::new(Semaphore::new(links)),
@@ -225,16 +232,23 @@ impl Attachment {
 
     /// The segments named, mapped; those that the node does not show are missing.
     pub(super) async fn segments(
-        &self,
+        self: &Arc<Self>,
         link: &mut Link,
         names: &[u32],
         patience: Duration,
     ) -> Result<HashMap<u32, Arc<ReadSegment>>, LocalError> {
-        let mut missing: Vec<u32> = {
-            let known = self.segments.lock();
-            let unknown = names.iter().filter(|name| !known.contains_key(name));
-            unknown.copied().collect()
-        };
+        // Found once and kept here: another call may push them out of the table meanwhile.
+        let (mut found, mut missing) = (HashMap::new(), Vec::new());
+        {
+            let (mut known, now) = (self.segments.lock(), self.clock.now());
+            known.sweep(now);
+            for &name in names {
+                match known.find(name, now) {
+                    Some(memory) => drop(found.insert(name, memory)),
+                    None => missing.push(name),
+                }
+            }
+        }
         missing.sort_unstable();
         missing.dedup();
         for segments in missing.chunks(MAX_SEGMENTS_PER_MAP) {
@@ -254,14 +268,16 @@ impl Attachment {
                     break; // counted above
                 };
                 let memory = Arc::new(ReadSegment::map(data, generations)?);
-                self.segments.lock().insert(segment.segment, memory);
+                found.insert(segment.segment, memory.clone());
+                let now = self.clock.now();
+                self.segments.lock().insert(segment.segment, memory, now);
             }
         }
-        let known = self.segments.lock();
-        let named = names
-            .iter()
-            .filter_map(|name| Some((*name, known.get(name)?.clone())));
-        Ok(named.collect())
+        if !found.is_empty() && !self.is_sweeping.swap(true, Ordering::AcqRel) {
+            let sweep = sweep(Arc::downgrade(self), self.clock.clone());
+            self.runtime.spawn(sweep);
+        }
+        Ok(found)
     }
 }
 
@@ -287,6 +303,23 @@ fn granted(bytes: u64, mut fds: Vec<OwnedFd>) -> Result<Option<Staging>, LocalEr
         )));
     }
     Ok(Some(Staging::new(map)))
+}
+
+/// Lets go of segments that nobody reads from, while no call comes that would.
+async fn sweep(attachment: Weak<Attachment>, clock: Arc<dyn Clock>) {
+    loop {
+        clock.sleep(UNREAD).await;
+        let Some(attachment) = attachment.upgrade() else {
+            return;
+        };
+        let mut segments = attachment.segments.lock();
+        segments.sweep(clock.now());
+        if segments.is_empty() {
+            // Under the lock: whoever maps the next one sees that nobody sweeps.
+            attachment.is_sweeping.store(false, Ordering::Release);
+            return;
+        }
+    }
 }
 
 /// Lets idle links say what they are done with.

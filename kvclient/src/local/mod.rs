@@ -24,6 +24,7 @@ mod error;
 mod hold;
 mod link;
 mod read;
+mod segments;
 mod staging;
 mod unary;
 mod write;

@@ -1,11 +1,11 @@
 //! What does not fit, what is not shown, and what is given up half way.
 
-use std::io::Write;
+use std::{io::Write, time::Duration};
 
 use kvclient::{Client, GetOutcome, LocalPath, Path, PutBlock, PutOptions, PutOutcome, Target};
 use kvtests::{
     node::{TestNode, filled},
-    patience::eventually,
+    patience::{HANG, eventually},
 };
 
 use crate::{MIB, assert_is_local, builder, chain, get, open, put};
@@ -202,4 +202,72 @@ async fn what_is_held_is_read_when_it_is_wanted_and_not_after_it_was_let_go() {
     let gone = client.hold(&ns, &chain, None).await.unwrap().unwrap();
     assert_eq!(gone.outcome(0), GetOutcome::Invalidated);
     assert_eq!(gone.block(0), None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_held_may_be_let_go_on_a_thread_without_a_runtime() {
+    let node = TestNode::start(|config| config.local_hold = HANG * 4).await;
+    let client = builder(&node).connect().await.unwrap();
+    let ns = open(&client).await;
+    let chain = chain(&ns, 1, 2);
+    put(&client, &ns, &chain, &[MIB; 2]).await;
+    let held = client.hold(&ns, &chain, None).await.unwrap().unwrap();
+    client.invalidate(&ns, Target::All).await.unwrap();
+    std::thread::spawn(move || drop(held)).join().unwrap();
+    eventually("what was let go is free", || node.arena_bytes() == 0).await;
+    assert_is_local(&client);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn holds_leave_a_link_to_the_calls() {
+    let node = TestNode::start(|_| {}).await;
+    let client = builder(&node).lanes(3).connect().await.unwrap();
+    let ns = open(&client).await;
+    let chain = chain(&ns, 1, 2);
+    let data = put(&client, &ns, &chain, &[MIB; 2]).await;
+    let mut held = Vec::new();
+    for _ in 0..2 {
+        held.push(client.hold(&ns, &chain, None).await.unwrap().unwrap());
+    }
+    let hurried = client.with_deadline(Duration::from_millis(100));
+    assert!(hurried.hold(&ns, &chain, None).await.unwrap().is_none());
+    let before = client.path().grpc.calls;
+    assert!(get(&client, &ns, &chain, &[MIB; 2]).await == data);
+    let report = client.path();
+    assert_eq!((report.grpc.calls, report.failures), (before, 0));
+    assert_is_local(&client);
+    held.pop();
+    assert!(client.hold(&ns, &chain, None).await.unwrap().is_some());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_get_that_does_not_fit_its_buffer_holds_nothing_afterwards() {
+    let node = TestNode::start(|config| config.local_hold = HANG * 4).await;
+    let client = builder(&node).connect().await.unwrap();
+    let ns = open(&client).await;
+    let chain = chain(&ns, 1, 2);
+    put(&client, &ns, &chain, &[MIB; 2]).await;
+    let (mut whole, mut short) = (vec![0; MIB], vec![0; 10]);
+    let mut buffers = [&mut whole[..], &mut short[..]];
+    let refused = client.get_into(&ns, &chain, None, &mut buffers).await;
+    assert!(refused.is_err(), "{refused:?}");
+    client.invalidate(&ns, Target::All).await.unwrap();
+    eventually("what did not fit is free", || node.arena_bytes() == 0).await;
+    assert_is_local(&client);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_caller_in_a_hurry_costs_nobody_the_path() {
+    let node = TestNode::start(|_| {}).await;
+    let client = builder(&node).connect().await.unwrap();
+    let ns = open(&client).await;
+    let chain = chain(&ns, 1, 8);
+    put(&client, &ns, &chain, &[MIB; 8]).await;
+    for ms in 1..30 {
+        let hurried = client.with_deadline(Duration::from_millis(ms));
+        // What becomes of it is the caller's affair.
+        let _ = hurried.get(&ns, &chain, None).await;
+    }
+    assert_eq!(client.path().failures, 0, "{:?}", client.path());
+    assert_is_local(&client);
 }
