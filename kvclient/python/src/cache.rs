@@ -76,6 +76,9 @@ pub enum Error {
     /// The machine gives no threads.
     #[error("no threads")]
     Threads(#[from] std::io::Error),
+    /// Its threads and connections are another process's.
+    #[error("the cache was made before a fork; make a new one after it")]
+    Forked,
 }
 
 /// How a cache works.
@@ -395,6 +398,9 @@ impl Cache {
         let layout = (!layers.is_empty())
             .then(|| Layout::new(layers))
             .transpose()?;
+        if self.is_forked() {
+            return Err(Error::Forked);
+        }
         let mut memory = self.memory.lock();
         if let Some(old) = memory.take() {
             // Claims are what is waited for, not reports: a close that runs meanwhile makes those only after this.
@@ -454,6 +460,9 @@ impl Cache {
     }
 
     fn memory(&self) -> Result<Arc<EngineMemory>, Error> {
+        if self.is_forked() {
+            return Err(Error::Forked);
+        }
         self.memory.lock().clone().ok_or(Error::NoLayout)
     }
 
@@ -494,9 +503,12 @@ impl Cache {
     /// Waits until no save reads the engine's memory. `false`: time ran out and the rest was given up; none reads it then either.
     #[must_use]
     pub fn wait_gathered(&self, timeout: Duration) -> bool {
-        self.shared
-            .jobs
-            .wait_gathered(timeout, &*self.shared.node.clock)
+        // The copies that a forked child knows of read its parent's memory.
+        self.is_forked()
+            || self
+                .shared
+                .jobs
+                .wait_gathered(timeout, &*self.shared.node.clock)
     }
 
     /// Waits for one job.
@@ -593,19 +605,18 @@ impl Cache {
 
     /// Ends every copy and stops the threads. Whoever calls it, and how many at once: none returns before that.
     pub fn close(&self) {
+        if self.is_forked() {
+            // Nothing runs here. Locks may be held for ever, by threads that only the parent has.
+            return;
+        }
         // Held to the end, so that a second caller waits for the first.
         let mut runtimes = self.runtimes.lock();
         let Some(Runtimes { asking, moving }) = runtimes.take() else {
             return;
         };
         let shared = &self.shared;
-        let way = shared.node.asking();
+        let ready = shared.node.asking().is_some();
         shared.node.close();
-        if std::process::id() != self.process {
-            // A forked child: the threads to wait for are not here.
-            std::mem::forget((asking, moving));
-            return;
-        }
         let now = shared.node.clock.now();
         shared.jobs.close(now);
         // Waits for polls in hand and drops the tasks, and with them every claim on the engine's memory.
@@ -618,7 +629,7 @@ impl Cache {
         drop(memory);
         shared.jobs.end_all("the cache was closed", now);
         let leases = shared.lookups.lock().clear();
-        if way.is_some() && !leases.is_empty() {
+        if ready && !leases.is_empty() {
             asking.block_on(async {
                 tokio::select! {
                     () = shared.node.clock.sleep(FAREWELL) => {}
@@ -627,13 +638,27 @@ impl Cache {
             });
         }
         drop(asking);
+        // Leases that were answered meanwhile, and those that the farewell had no time for: they end with the connection.
+        let late = shared.lookups.lock().clear();
+        drop(late);
+        shared.node.hang_up();
         shared.answered.notify_all();
+    }
+
+    fn is_forked(&self) -> bool {
+        std::process::id() != self.process
     }
 }
 
 impl Drop for Cache {
     fn drop(&mut self) {
-        self.close();
+        if !self.is_forked() {
+            return self.close();
+        }
+        // Threads to wait for are not here, and to unregister a connection would be to do so for the parent.
+        std::mem::forget(self.runtimes.get_mut().take());
+        std::mem::forget(self.memory.get_mut().take());
+        std::mem::forget(Arc::clone(&self.shared));
     }
 }
 

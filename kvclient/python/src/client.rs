@@ -10,11 +10,14 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use kvclient::{Chain, ErrorKind, LookupOptions, Namespace, PutBlock, PutOptions, Target};
+use kvclient::{
+    Chain, Client, ErrorKind, LookupOptions, Namespace, NamespaceHandle, PutBlock, PutOptions,
+    Target,
+};
 use kvproto::FieldError;
 use tokio::runtime::{Builder, Runtime};
 
-use crate::node::{NodeSettings, Way};
+use crate::node::NodeSettings;
 
 /// Why a call has no answer.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +34,9 @@ pub enum Error {
     /// It was closed.
     #[error("the client was closed")]
     Closed,
+    /// Its thread and connections are another process's.
+    #[error("the client was made before a fork; make a new one after it")]
+    Forked,
 }
 
 impl Error {
@@ -41,7 +47,7 @@ impl Error {
             Self::Client(error) => {
                 matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Refresh)
             }
-            Self::Closed => true,
+            Self::Closed | Self::Forked => true,
             Self::Field(_) | Self::Threads(_) => false,
         }
     }
@@ -50,8 +56,9 @@ impl Error {
 /// A client of one namespace. Its calls wait, up to its deadline each.
 #[derive(Debug)]
 pub struct PlainClient {
-    runtime: Option<Runtime>,
-    way: Way,
+    /// Gone once it was closed.
+    open: Option<(Runtime, Client)>,
+    namespace: NamespaceHandle,
     process: u32,
 }
 
@@ -77,8 +84,8 @@ impl PlainClient {
         };
         let namespace = runtime.block_on(client.open_namespace(spec, node.strict))?;
         Ok(Self {
-            runtime: Some(runtime),
-            way: Way { client, namespace },
+            open: Some((runtime, client)),
+            namespace,
             process: std::process::id(),
         })
     }
@@ -86,13 +93,13 @@ impl PlainClient {
     /// Tokens per block.
     #[must_use]
     pub fn block_tokens(&self) -> u32 {
-        self.way.namespace.block_tokens()
+        self.namespace.block_tokens()
     }
 
     /// What differs from the namespace last opened under this label.
     #[must_use]
     pub fn difference(&self) -> Option<&str> {
-        self.way.namespace.difference()
+        self.namespace.difference()
     }
 
     /// Stores blocks `first`, `first + 1`, … of the prompt; what became of each, by name.
@@ -122,9 +129,9 @@ impl PlainClient {
             .enumerate()
             .map(|(i, bytes)| PutBlock::new(i, bytes))
             .collect();
-        let Way { client, namespace } = &self.way;
+        let ((runtime, client), namespace) = (self.open()?, &self.namespace);
         let put = client.put(namespace, &chain, &blocks, PutOptions::default());
-        let results = self.runtime()?.block_on(put)?;
+        let results = runtime.block_on(put)?;
         Ok(results.iter().map(|r| r.outcome.to_string()).collect())
     }
 
@@ -136,8 +143,7 @@ impl PlainClient {
         let Ok(chain) = self.chain(tokens, first) else {
             return Ok(Vec::new());
         };
-        let Way { client, namespace } = &self.way;
-        let runtime = self.runtime()?;
+        let ((runtime, client), namespace) = (self.open()?, &self.namespace);
         let found =
             runtime.block_on(client.lookup(namespace, &chain, &LookupOptions::default()))?;
         let Some(lease) = found.lease else {
@@ -156,11 +162,9 @@ impl PlainClient {
         let Ok(chain) = self.chain(tokens, 0) else {
             return Ok(0);
         };
-        let Way { client, namespace } = &self.way;
+        let ((runtime, client), namespace) = (self.open()?, &self.namespace);
         let probe = LookupOptions::probe();
-        let found = self
-            .runtime()?
-            .block_on(client.lookup(namespace, &chain, &probe))?;
+        let found = runtime.block_on(client.lookup(namespace, &chain, &probe))?;
         Ok(found.present_blocks as usize)
     }
 
@@ -174,10 +178,8 @@ impl PlainClient {
             Some(Ok(chain)) => Target::Prefix(chain.hashes[0]),
             Some(Err(_)) => return Ok(0),
         };
-        let Way { client, namespace } = &self.way;
-        Ok(self
-            .runtime()?
-            .block_on(client.invalidate(namespace, target))?)
+        let ((runtime, client), namespace) = (self.open()?, &self.namespace);
+        Ok(runtime.block_on(client.invalidate(namespace, target))?)
     }
 
     /// What the node holds and has done, by name.
@@ -185,7 +187,8 @@ impl PlainClient {
     /// # Errors
     /// When the node does not answer.
     pub fn stats(&self) -> Result<Vec<(String, u64)>, Error> {
-        let stats = self.runtime()?.block_on(self.way.client.stats())?;
+        let (runtime, client) = self.open()?;
+        let stats = runtime.block_on(client.stats())?;
         let mut list = vec![
             ("uptime_ms".to_owned(), stats.uptime_ms),
             ("leases".to_owned(), stats.leases),
@@ -209,17 +212,21 @@ impl PlainClient {
 
     /// Closes the connections. Calls after it fail.
     pub fn close(&mut self) {
-        if let Some(runtime) = self.runtime.take()
-            && std::process::id() != self.process
-        {
-            // A forked child: the thread to wait for is not here.
-            std::mem::forget(runtime);
+        let open = self.open.take();
+        if self.is_forked() {
+            // The thread to wait for is not here, and to unregister a connection would be to do so for the parent.
+            std::mem::forget(open);
         }
+    }
+
+    /// Whether this is a forked child of the process that made it. Takes no lock: its holder may be in the parent.
+    fn is_forked(&self) -> bool {
+        std::process::id() != self.process
     }
 
     /// The prompt's full blocks from `first` on, at least one.
     fn chain(&self, tokens: &[u32], first: usize) -> Result<Chain, Error> {
-        let namespace = &self.way.namespace;
+        let namespace = &self.namespace;
         let whole = namespace.chain(tokens);
         if first >= whole.len() {
             let problem = format!("has {} full blocks, none from {first} on", whole.len());
@@ -228,8 +235,11 @@ impl PlainClient {
         Ok(whole.slice(first..whole.len(), namespace.run_blocks()))
     }
 
-    fn runtime(&self) -> Result<&Runtime, Error> {
-        self.runtime.as_ref().ok_or(Error::Closed)
+    fn open(&self) -> Result<&(Runtime, Client), Error> {
+        if self.is_forked() {
+            return Err(Error::Forked);
+        }
+        self.open.as_ref().ok_or(Error::Closed)
     }
 }
 

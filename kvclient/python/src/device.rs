@@ -17,7 +17,7 @@
 //! The `unsafe` here hands two promises on: that the engine's memory stays, and that its stream does.
 #![allow(unsafe_code)]
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{collections::VecDeque, mem::ManuallyDrop, sync::Arc, time::Duration};
 
 use kvgpu::{
     Device, DeviceError, DevicePreference, EngineStream, Event, KvLayout, KvPool, Moving, NoCuda,
@@ -101,12 +101,17 @@ pub fn open(name: &str) -> Result<Arc<dyn Device>, DeviceProblem> {
     }
 }
 
+/// How long a slot may be on its way home after its permit: a few instructions of a lane's thread.
+const HOMEWARD: Duration = Duration::from_secs(1);
+
 /// An engine's blocks on a device.
 #[derive(Debug)]
 pub struct OnDevice {
-    transfer: Transfer,
-    pool: KvPool,
-    engine: Box<dyn EngineStream>,
+    transfer: ManuallyDrop<Transfer>,
+    pool: ManuallyDrop<KvPool>,
+    engine: ManuallyDrop<Box<dyn EngineStream>>,
+    /// Of the process that made it: a forked child has neither the threads nor the device.
+    process: u32,
     /// One permit per slot, by use, so that tasks wait where the transfer would only say that none is free.
     slots: [Arc<Semaphore>; 2],
 }
@@ -116,7 +121,23 @@ pub struct OnDevice {
 pub struct Slot {
     /// Before the permit: free when the next may come.
     staged: Staged,
-    permit: OwnedSemaphorePermit,
+    /// Shared with the device while that has the slot.
+    permit: Arc<OwnedSemaphorePermit>,
+}
+
+impl Drop for OnDevice {
+    fn drop(&mut self) {
+        if std::process::id() != self.process {
+            // Dropping would wait for threads that are not here, and for a device that is the parent's.
+            return;
+        }
+        // SAFETY: each once, here, and nothing looks at them after a drop.
+        unsafe {
+            ManuallyDrop::drop(&mut self.transfer);
+            ManuallyDrop::drop(&mut self.pool);
+            ManuallyDrop::drop(&mut self.engine);
+        }
+    }
 }
 
 impl OnDevice {
@@ -190,9 +211,10 @@ impl OnDevice {
             source,
         })?;
         Ok(Self {
-            transfer,
-            pool,
-            engine,
+            transfer: ManuallyDrop::new(transfer),
+            pool: ManuallyDrop::new(pool),
+            engine: ManuallyDrop::new(engine),
+            process: std::process::id(),
             slots: SLOTS.map(|count| Arc::new(Semaphore::new(count))),
         })
     }
@@ -243,8 +265,12 @@ impl OnDevice {
 
     fn staged(&self, permit: OwnedSemaphorePermit, blocks: usize) -> Result<Slot, String> {
         let bytes = blocks * self.block_bytes();
-        match self.transfer.slot(bytes) {
-            Ok(Some(staged)) => Ok(Slot { staged, permit }),
+        // The device lets go of a save's permit just before it lets go of a slot that nobody waits for any more.
+        match self.transfer.wait_slot(bytes, HOMEWARD) {
+            Ok(Some(staged)) => Ok(Slot {
+                staged,
+                permit: Arc::new(permit),
+            }),
             Ok(None) => Err("no slot is free, against its permit".to_owned()),
             Err(error) => Err(error.to_string()),
         }
@@ -263,6 +289,8 @@ impl OnDevice {
         kept: impl Send + 'static,
     ) -> Result<Gathering, String> {
         let Slot { staged, permit } = slot;
+        // Whoever drops the answer leaves the slot with the device, and so the permit.
+        let kept = (kept, Arc::clone(&permit));
         let moving = self
             .transfer
             .save(&self.pool, block_ids, staged, Some(turn), kept)
@@ -347,7 +375,7 @@ const NO_SLOT: &str = "a batch is longer than a slot, or all slots are in other 
 #[derive(Debug)]
 pub struct Gathering {
     moving: Moving<Staged>,
-    permit: OwnedSemaphorePermit,
+    permit: Arc<OwnedSemaphorePermit>,
 }
 
 impl Gathering {
@@ -498,6 +526,30 @@ mod tests {
         assert_eq!(all.len(), SLOTS[1]);
         let too_many = device.blocks_per_batch() + 1;
         assert!(device.slot(Use::Save, too_many).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_save_that_nobody_waits_for_keeps_its_permit_until_the_device_is_done() {
+        struct Held(std::sync::mpsc::Receiver<()>);
+        impl Drop for Held {
+            fn drop(&mut self) {
+                // Until the test lets the lane's thread go on.
+                let _ = self.0.recv();
+            }
+        }
+        let (mut one, mut two) = (pattern(BLOCKS * 200, 1), pattern(BLOCKS * 50 + 3, 2));
+        let layout = Layout::new(layers(&mut one, &mut two)).unwrap();
+        // SAFETY: as above.
+        let device = unsafe { OnDevice::new(&layout, "host", 0) }.unwrap();
+        let turn = device.turn().unwrap();
+        let (go_on, held) = std::sync::mpsc::channel();
+        let slot = device.slot(Use::Save, 1).await.unwrap();
+        drop(device.gather(slot, &[0], &turn, Held(held)).unwrap());
+        let take = || device.try_slot(Use::Save, 1);
+        let slots: Vec<Slot> = std::iter::from_fn(take).collect();
+        assert_eq!(slots.len(), SLOTS[0] - 1);
+        go_on.send(()).unwrap();
+        let _last = device.slot(Use::Save, 1).await.unwrap();
     }
 
     #[test]

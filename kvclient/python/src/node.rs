@@ -85,8 +85,6 @@ pub struct Way {
 /// The node as one engine process sees it.
 #[derive(Debug)]
 pub struct NodeLink {
-    asking: Client,
-    moving: Client,
     spec: Namespace,
     strict: bool,
     /// Time of this process; `kvclient` alone reads the machine's.
@@ -100,6 +98,8 @@ pub struct NodeLink {
 #[derive(Debug)]
 struct State {
     state: NodeState,
+    /// The one that asks, and the one that moves, until it was hung up.
+    clients: Result<[Client; 2], Box<PathReport>>,
     /// Of the client that asks, and of the one that moves.
     handles: Option<[NamespaceHandle; 2]>,
     problem: Option<String>,
@@ -131,14 +131,13 @@ impl NodeLink {
     #[must_use]
     pub fn new(asking: Client, moving: Client, spec: Namespace, strict: bool) -> Self {
         Self {
-            asking,
-            moving,
             spec,
             strict,
             clock: Arc::default(),
             counters: Counters::default(),
             state: Mutex::new(State {
                 state: NodeState::Connecting,
+                clients: Ok([asking, moving]),
                 handles: None,
                 problem: None,
             }),
@@ -163,19 +162,22 @@ impl NodeLink {
     /// For lookups; `None` while the node is not ready.
     #[must_use]
     pub fn asking(&self) -> Option<Way> {
-        self.way(&self.asking, 0)
+        self.way(0)
     }
 
     /// For loads and saves; `None` while the node is not ready.
     #[must_use]
     pub fn moving(&self) -> Option<Way> {
-        self.way(&self.moving, 1)
+        self.way(1)
     }
 
     /// Which way loads and saves go, and what went.
     #[must_use]
     pub fn path(&self) -> PathReport {
-        self.moving.path()
+        match &self.state.lock().clients {
+            Ok([_, moving]) => moving.path(),
+            Err(last) => PathReport::clone(last),
+        }
     }
 
     /// A call failed: its reason in one line. Takes the node for lost if that says so.
@@ -205,6 +207,14 @@ impl NodeLink {
         state.problem = Some("the cache was closed".to_owned());
     }
 
+    /// Ends the connections, and with them every lease and all staging that the node has granted through them.
+    pub fn hang_up(&self) {
+        let last = Box::new(self.path());
+        // Without the lock: what a connection does when it goes is its own affair.
+        let clients = std::mem::replace(&mut self.state.lock().clients, Err(last));
+        drop(clients);
+    }
+
     /// Keeps the namespace open until dropped.
     pub async fn keep(&self) {
         loop {
@@ -224,8 +234,12 @@ impl NodeLink {
             async move { client.open_namespace(&self.spec, strict).await }
         };
         // Strict with the first: had it been refused, the second would not be asked.
-        let asking = open(&self.asking, self.strict).await?;
-        let moving = open(&self.moving, false).await?;
+        let Ok([asking, moving]) = self.state.lock().clients.clone() else {
+            // Hung up: the one task that opens is gone then.
+            return Ok(());
+        };
+        let asking = open(&asking, self.strict).await?;
+        let moving = open(&moving, false).await?;
         let mut state = self.state.lock();
         if state.handles.is_none()
             && let Some(difference) = asking.difference()
@@ -253,14 +267,14 @@ impl NodeLink {
         }
     }
 
-    fn way(&self, client: &Client, which: usize) -> Option<Way> {
+    fn way(&self, which: usize) -> Option<Way> {
         let state = self.state.lock();
         let handles = state
             .handles
             .as_ref()
             .filter(|_| state.state == NodeState::Ready)?;
         Some(Way {
-            client: client.clone(),
+            client: state.clients.as_ref().ok()?[which].clone(),
             namespace: handles[which].clone(),
         })
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -330,3 +332,55 @@ def test_a_forked_child_can_end_without_the_threads_it_has_not_got(connect: Conn
     ended: list[int] = []
     until(lambda: ended.append(os.waitpid(child, os.WNOHANG)[0]) or ended[-1] == child, "the child's end")
     assert ask(cache, "r", hashes(2)) == 0
+
+
+FORKED = """
+import ctypes, gc, os, sys, time, terrace
+def until(true):
+    while not true():
+        time.sleep(0.002)
+cache = terrace.Cache(sys.argv[1], {"label": "unit"}, owner=b"unit tests' own.")
+until(lambda: cache.state() == "ready")
+buffer = (ctypes.c_char * 8192)()
+layers = [(ctypes.addressof(buffer), 2, 4096, 4096)]
+cache.layout(layers, device=sys.argv[2])
+transfer = terrace.Transfer("host", layers)
+names = bytes(range(64))
+assert cache.save(1, names, 32, 0, [0, 1]) and cache.wait(1, 20_000).ok
+child = os.fork()
+if child == 0:
+    assert cache.wait_gathered(0)
+    for call in (lambda: cache.layout([]), lambda: cache.save(2, names, 32, 0, [0, 1])):
+        try:
+            call()
+        except ValueError as error:
+            assert "fork" in str(error), error
+        else:
+            raise AssertionError("the parent's cache was used")
+    cache.close()
+    del cache, transfer
+    gc.collect()
+    sys.exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert cache.load(3, 0, names, 32, 0, [0, 1]) and cache.wait(3, 20_000).ok
+assert transfer.save([0])
+cache.close()
+"""
+
+
+def test_a_forked_child_drops_the_cache_and_the_parent_goes_on(node: Node) -> None:
+    subprocess.run([sys.executable, "-c", FORKED, node.endpoint, "host"], check=True, timeout=60)
+
+
+def test_closing_gives_back_leases_that_the_farewell_had_no_time_for(node: Node, connect: Connect) -> None:
+    cache, memory, other = connect(lease_ms=60_000), Memory(), terrace.Client(node.endpoint)
+    cache.layout(memory.layout())
+    saved(cache, 1, hashes(2), [0, 1])
+    assert ask(cache, "r", hashes(2)) == 2 and other.stats()["leases"] == 1
+    node.freeze()
+    try:
+        cache.close()
+    finally:
+        node.thaw()
+    until(lambda: other.stats()["leases"] == 0, "the lease's end")
+    other.close()

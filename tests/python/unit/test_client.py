@@ -80,3 +80,34 @@ def test_the_stub_names_what_the_module_has() -> None:
                 signature = getattr(compiled, item.name).__text_signature__
                 for argument in given:
                     assert argument in signature, f"{name}.{item.name}{signature}"
+
+
+FORKED = """
+import gc, os, sys, terrace
+endpoint = sys.argv[1]
+client = terrace.Client(endpoint, "notes")
+client.put(list(range(16)), [b"one"])
+child = os.fork()
+if child == 0:
+    for call in (client.stats, lambda: client.lookup([1] * 16), lambda: client.block_tokens):
+        try:
+            call()
+        except ConnectionError as error:
+            assert "fork" in str(error), error
+        else:
+            raise AssertionError("a call of the parent's client was answered")
+    client.close()
+    with terrace.Client(endpoint, "notes") as own:
+        assert own.lookup(list(range(16))) == 1
+    del client
+    gc.collect()
+    sys.exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert client.lookup(list(range(16))) == 1, "the parent's connections are as they were"
+client.close()
+"""
+
+
+def test_a_forked_child_is_refused_in_words_and_leaves_the_parents_connections_alone(node: Node) -> None:
+    connect(node).close()
+    subprocess.run([sys.executable, "-c", FORKED, node.endpoint], check=True, timeout=60)

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use kvclient::PathReport;
-use parking_lot::RwLock;
+use parking_lot::{RwLock, RwLockReadGuard};
 use pyo3::{
     exceptions::PyConnectionError,
     prelude::*,
@@ -19,7 +19,20 @@ use crate::{
 
 /// A plain, blocking client of one namespace.
 #[pyclass(module = "terrace", frozen)]
-pub(super) struct Client(RwLock<PlainClient>);
+pub(super) struct Client {
+    plain: RwLock<PlainClient>,
+    /// Looked at before the lock: in a forked child its holder may be a thread that only the parent has.
+    process: u32,
+}
+
+impl Client {
+    fn plain(&self) -> Result<RwLockReadGuard<'_, PlainClient>, Error> {
+        if std::process::id() != self.process {
+            return Err(Error::Forked);
+        }
+        Ok(self.plain.read())
+    }
+}
 
 fn raised(error: Error) -> PyErr {
     if error.is_unavailable() {
@@ -61,18 +74,25 @@ impl Client {
         };
         let deadline = Duration::from_millis(timeout_ms);
         py.detach(|| PlainClient::connect(&node, &spec, deadline))
-            .map(|client| Self(RwLock::new(client)))
+            .map(|client| Self {
+                plain: RwLock::new(client),
+                process: std::process::id(),
+            })
             .map_err(raised)
     }
 
     #[getter]
-    fn block_tokens(&self) -> u32 {
-        self.0.read().block_tokens()
+    fn block_tokens(&self) -> PyResult<u32> {
+        Ok(self.plain().map_err(raised)?.block_tokens())
     }
 
     #[getter]
-    fn difference(&self) -> Option<String> {
-        self.0.read().difference().map(str::to_owned)
+    fn difference(&self) -> PyResult<Option<String>> {
+        Ok(self
+            .plain()
+            .map_err(raised)?
+            .difference()
+            .map(str::to_owned))
     }
 
     #[pyo3(signature = (tokens, blocks, *, first = 0))]
@@ -84,7 +104,7 @@ impl Client {
         first: usize,
     ) -> PyResult<Vec<String>> {
         let blocks = blocks.into_iter().map(Bytes::from).collect();
-        py.detach(|| self.0.read().put(&tokens, first, blocks))
+        py.detach(|| self.plain()?.put(&tokens, first, blocks))
             .map_err(raised)
     }
 
@@ -96,23 +116,23 @@ impl Client {
         first: usize,
     ) -> PyResult<Vec<Bound<'py, PyBytes>>> {
         let got = py
-            .detach(|| self.0.read().get(&tokens, first))
+            .detach(|| self.plain()?.get(&tokens, first))
             .map_err(raised)?;
         Ok(got.iter().map(|bytes| PyBytes::new(py, bytes)).collect())
     }
 
     fn lookup(&self, py: Python<'_>, tokens: Vec<u32>) -> PyResult<usize> {
-        py.detach(|| self.0.read().lookup(&tokens)).map_err(raised)
+        py.detach(|| self.plain()?.lookup(&tokens)).map_err(raised)
     }
 
     #[pyo3(signature = (tokens = None))]
     fn invalidate(&self, py: Python<'_>, tokens: Option<Vec<u32>>) -> PyResult<u64> {
-        py.detach(|| self.0.read().invalidate(tokens.as_deref()))
+        py.detach(|| self.plain()?.invalidate(tokens.as_deref()))
             .map_err(raised)
     }
 
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let stats = py.detach(|| self.0.read().stats()).map_err(raised)?;
+        let stats = py.detach(|| self.plain()?.stats()).map_err(raised)?;
         let dict = PyDict::new(py);
         for (name, value) in stats {
             dict.set_item(name, value)?;
@@ -121,7 +141,9 @@ impl Client {
     }
 
     fn close(&self, py: Python<'_>) {
-        py.detach(|| self.0.write().close());
+        if std::process::id() == self.process {
+            py.detach(|| self.plain.write().close());
+        }
     }
 
     fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
