@@ -42,7 +42,9 @@ pub use layout::{Arrangement, KvLayout, KvOrder, KvStrides, LayoutError};
 pub use pinned::PinnedArena;
 pub use plan::{CopyPlan, CopyRun};
 pub use ranges::Ranges;
-pub use shared::{OutOfBounds, ReadSegment, SegmentFds, SharedError, Staging, StagingMap};
+pub use shared::{
+    OutOfBounds, ReadSegment, SegmentFds, SharedError, Staging, StagingMap, unread_bytes,
+};
 pub use slot::{Location, Slot, SlotMut};
 pub use slots::{MAX_SLOT_BYTES, PAGE_BYTES};
 pub use stage::Stage;

@@ -23,11 +23,13 @@ pub(crate) mod foreign;
 mod mapped;
 mod read;
 mod staging;
+mod unread;
 
 use std::io;
 
 pub use read::{ReadSegment, SegmentFds};
 pub use staging::{Staging, StagingMap};
+pub use unread::unread_bytes;
 
 /// Why memory cannot be shared.
 #[derive(Debug, thiserror::Error)]

@@ -42,7 +42,7 @@ impl Session {
         );
         let judged = judge(&wire.blocks, rules, staging.length_bytes())?;
         for (header, offset) in judged {
-            self.check_time(deadline)?;
+            self.check(deadline)?;
             session.block(header)?;
             let mut at = offset;
             while let Some(room) = session.room() {
@@ -101,5 +101,16 @@ fn judge(
         }
         Ok((header, block.offset))
     };
-    blocks.iter().map(judge).collect()
+    let judged: Vec<_> = blocks.iter().map(judge).collect::<Result<_, _>>()?;
+    // Blocks that lie side by side fit; the same bytes over and over would keep the node copying for a short request.
+    let together = judged.iter().fold(0_u64, |sum, (header, _)| {
+        sum.saturating_add(header.length_bytes)
+    });
+    if together > staging_bytes {
+        let problem = format!(
+            "have {together} bytes together, more than the {staging_bytes} bytes of staging memory"
+        );
+        return Err(FieldError::new("put.blocks", problem));
+    }
+    Ok(judged)
 }

@@ -13,6 +13,7 @@ use kvproto::{
     local::LocalFrameError,
     v1::{self, local_reply::Answer, local_request::Call},
 };
+use rustix::io::Errno;
 
 use super::{
     Refused, Shared,
@@ -63,7 +64,7 @@ impl Session {
         self.socket = Some(Socket::new(
             Arc::clone(&self.stream),
             self.shared.limits.hold,
-        )?);
+        ));
         loop {
             let now = clock.now();
             self.holds.expire(now);
@@ -104,7 +105,11 @@ impl Session {
         let name = name(call.as_ref());
         let deadline = started.after(self.time(timeout_ms));
         let (mut refused, mut closes, mut fds) = (None, false, Vec::new());
-        let mut reply = match self.call(call, deadline) {
+        let answered = match self.socket.as_mut().is_some_and(Socket::has_unread_fds) {
+            true => Err(pipelined()),
+            false => self.call(call, deadline),
+        };
+        let mut reply = match answered {
             Ok((answer, with)) => {
                 fds = with;
                 v1::LocalReply {
@@ -133,7 +138,19 @@ impl Session {
             reply = refusal(sequence, why);
             socket.put(&reply).map_err(io::Error::other)?;
         }
-        socket.send(&fds)?;
+        match socket.send(&fds, &*self.shared.clock) {
+            // Nothing was sent: more descriptors of this user are on their way to whoever does not read them than
+            // the kernel allows, which is no fault of this peer. An attachment without its memory is none.
+            Err(error) if error.raw_os_error() == Some(Errno::TOOMANYREFS.raw_os_error()) => {
+                let problem = "too many descriptors are on their way to other clients; try again";
+                let why = Refused::new(Reason::Overloaded, problem);
+                (refused, closes) = (Some(why.reason), matches!(name, LocalCall::Attach));
+                let reply = refusal(sequence, why);
+                socket.put(&reply).map_err(io::Error::other)?;
+                socket.send(&[], &*self.shared.clock)?;
+            }
+            sent => sent?,
+        }
         let seconds = self.shared.clock.now().since(started).as_secs_f64();
         self.shared.metrics.local.call(name, refused, seconds);
         Ok(!closes)
@@ -153,7 +170,7 @@ impl Session {
         };
         let reply = refusal(0, Refused::new(reason, error.to_string()));
         socket.put(&reply).map_err(io::Error::other)?;
-        socket.send(&[])
+        socket.send(&[], &*self.shared.clock)
     }
 
     fn call(&mut self, call: Option<Call>, deadline: Tick) -> Answered {
@@ -256,17 +273,20 @@ impl Session {
         }
     }
 
-    /// Refuses what is past its deadline.
-    pub(super) fn check_time(&self, deadline: Tick) -> Result<(), Refused> {
-        match deadline > self.shared.clock.now() {
-            true => Ok(()),
-            false => Err(too_late()),
+    /// Refuses what is past its deadline, and what nobody waits for any more.
+    pub(super) fn check(&self, deadline: Tick) -> Result<(), Refused> {
+        if deadline <= self.shared.clock.now() {
+            return Err(too_late());
+        }
+        let is_cut = self.shared.cut.load(Ordering::Relaxed);
+        match is_cut || self.socket.as_ref().is_none_or(Socket::is_gone) {
+            true => Err(gone()),
+            false => Ok(()),
         }
     }
 
     /// Waits for what is not here at once.
     pub(super) fn wait<F: Future>(&self, work: F, deadline: Tick) -> Result<F::Output, Refused> {
-        let gone = || Refused::new(Reason::Draining, "the connection is over").closing();
         let Some(socket) = &self.socket else {
             return Err(gone());
         };
@@ -278,6 +298,16 @@ impl Session {
                 Stopped::Gone => gone(),
             })
     }
+}
+
+fn gone() -> Refused {
+    Refused::new(Reason::Draining, "the connection is over").closing()
+}
+
+/// One call at a time is the rule, and where descriptors are on their way it is kept.
+fn pipelined() -> Refused {
+    let problem = "came before the last answer was read, and the descriptors that came with it";
+    Refused::from(FieldError::new("sequence", problem)).closing()
 }
 
 fn too_late() -> Refused {

@@ -3,7 +3,7 @@
 //! ```text
 //! waiting for a call     blocked in the kernel, until the next hold ends
 //! waiting for a disk     parked; every GLANCE it looks whether the peer is still there, or the node cuts
-//! writing an answer      blocked, at most as long as a hold lasts; then the peer counts as gone
+//! writing an answer      blocked, at most as long as a hold lasts for the whole of it; then the peer counts as gone
 //! ```
 
 use std::{
@@ -70,6 +70,10 @@ pub(super) struct Socket {
     stream: Arc<UnixStream>,
     inbox: Inbox,
     out: Vec<u8>,
+    /// How long the peer may take to read an answer.
+    write_time: Duration,
+    /// Descriptors were sent since it was last known that the peer has read everything.
+    sent_fds: bool,
     /// What the kernel was told last.
     read_timeout: Option<Duration>,
     waker: Waker,
@@ -85,22 +89,26 @@ impl Wake for Unpark {
 
 impl Socket {
     /// To be made by the thread that will use it.
-    pub(super) fn new(stream: Arc<UnixStream>, write_timeout: Duration) -> io::Result<Self> {
-        stream.set_write_timeout(Some(write_timeout.max(LEAST_WAIT)))?;
-        Ok(Self {
+    pub(super) fn new(stream: Arc<UnixStream>, write_time: Duration) -> Self {
+        Self {
             stream,
             inbox: Inbox::new(),
             out: Vec::new(),
+            write_time,
+            sent_fds: false,
             read_timeout: None,
             waker: Waker::from(Arc::new(Unpark(thread::current()))),
-        })
+        }
     }
 
-    /// The next request. `Quiet` comes within `time`, perhaps early; never without a `time`, unless one was set before.
+    /// The next request. `Quiet` comes within `time`, perhaps early, and after bytes that complete no request: whoever
+    /// sends them one by one would otherwise keep the caller from its clock.
     pub(super) fn receive(&mut self, time: Option<Duration>) -> io::Result<Received> {
+        let mut has_read = false;
         loop {
             match self.inbox.take() {
                 Ok(Some(request)) => return Ok(Received::Request(request)),
+                Ok(None) if has_read => return Ok(Received::Quiet),
                 Ok(None) => {}
                 Err(error) => return Ok(Received::Malformed(error)),
             }
@@ -113,7 +121,10 @@ impl Socket {
             }
             match (&*self.stream).read(self.inbox.room()) {
                 Ok(0) => return Ok(Received::Closed),
-                Ok(bytes) => self.inbox.filled(bytes),
+                Ok(bytes) => {
+                    self.inbox.filled(bytes);
+                    has_read = true;
+                }
                 Err(error) => match error.kind() {
                     io::ErrorKind::Interrupted => {}
                     io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
@@ -140,8 +151,10 @@ impl Socket {
         local::encode(reply, &mut self.out)
     }
 
-    /// Sends the frame, and `fds` with its first byte.
-    pub(super) fn send(&mut self, fds: &[OwnedFd]) -> io::Result<()> {
+    /// Sends the frame, and `fds` with its first byte. The kernel is never waited in, because it would give every part
+    /// of the frame a time limit of its own.
+    pub(super) fn send(&mut self, fds: &[OwnedFd], clock: &dyn Clock) -> io::Result<()> {
+        let end = clock.now().after(self.write_time);
         let mut rest = &self.out[..];
         let mut sent = 0;
         while !rest.is_empty() {
@@ -150,8 +163,16 @@ impl Socket {
                 Ok(bytes) => {
                     rest = &rest[bytes..];
                     sent += bytes;
+                    self.sent_fds |= !now.is_empty();
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let left = end.since(clock.now());
+                    if left.is_zero() {
+                        return Err(io::ErrorKind::TimedOut.into());
+                    }
+                    wait_for_room(&self.stream, left.max(LEAST_WAIT))?;
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -186,6 +207,14 @@ impl Socket {
         }
     }
 
+    /// Whether descriptors are on their way that the peer could have taken before it sent what it sent last. The kernel
+    /// counts them against the node's user, whose other connections then cannot send any.
+    pub(super) fn has_unread_fds(&mut self) -> bool {
+        // A kernel that does not say leaves it at the limit that it has.
+        self.sent_fds = self.sent_fds && kvgpu::unread_bytes(&*self.stream).is_ok_and(|n| n > 0);
+        self.sent_fds
+    }
+
     /// Whether the peer has closed, or the node cut. Asked of the connection's state and not of its bytes: an orderly
     /// stop shuts the read side, after which there is nothing to read though the peer waits; and a peer that died may
     /// have left a request behind.
@@ -203,9 +232,20 @@ impl Socket {
 /// An answer's buffer that is kept for the next; larger ones are rare and given back.
 const KEPT_BYTES: usize = 256 << 10;
 
+/// Returns when the peer has read some, or is gone, or the time is up; or early.
+fn wait_for_room(stream: &UnixStream, time: Duration) -> io::Result<()> {
+    let time = Timespec::try_from(time).map_err(io::Error::other)?;
+    let mut room = [PollFd::new(stream, PollFlags::OUT)];
+    match rustix::event::poll(&mut room, Some(&time)) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
 fn send_some(stream: &UnixStream, bytes: &[u8], fds: &[OwnedFd]) -> io::Result<usize> {
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
     if fds.is_empty() {
-        return Ok(rustix::net::send(stream, bytes, SendFlags::NOSIGNAL)?);
+        return Ok(rustix::net::send(stream, bytes, flags)?);
     }
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -214,7 +254,7 @@ fn send_some(stream: &UnixStream, bytes: &[u8], fds: &[OwnedFd]) -> io::Result<u
         return Err(io::Error::other("too many descriptors for one answer"));
     }
     let bytes = [IoSlice::new(bytes)];
-    let sent = rustix::net::sendmsg(stream, &bytes, &mut ancillary, SendFlags::NOSIGNAL)?;
+    let sent = rustix::net::sendmsg(stream, &bytes, &mut ancillary, flags)?;
     Ok(sent)
 }
 
@@ -237,7 +277,7 @@ mod tests {
     fn pair() -> (Socket, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         (
-            Socket::new(Arc::new(ours), Duration::from_secs(1)).unwrap(),
+            Socket::new(Arc::new(ours), Duration::from_millis(50)),
             theirs,
         )
     }
@@ -295,6 +335,30 @@ mod tests {
         let (socket, _theirs) = pair();
         let never = std::future::pending::<()>();
         assert_eq!(wait(&socket, never, Duration::ZERO), Err(Stopped::Late));
+    }
+
+    #[test]
+    fn an_answer_has_one_deadline_however_its_reader_takes_it() {
+        use std::io::Read;
+        let (mut socket, mut theirs) = pair();
+        let message = "x".repeat(7 << 20);
+        let refused = Refused::new(kvproto::Reason::Overloaded, message);
+        socket.put(&refusal(1, refused)).unwrap();
+        // Millions of reads, each of which makes progress: far longer than the answer may take.
+        let reader = thread::spawn(move || while matches!(theirs.read(&mut [0]), Ok(1)) {});
+        let error = socket.send(&[], &SystemClock::new()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        drop(socket);
+        reader.join().unwrap();
+    }
+
+    #[test]
+    fn bytes_that_are_no_request_yet_leave_the_caller_its_clock() {
+        let (mut socket, theirs) = pair();
+        for _ in 0..3 {
+            rustix::net::send(&theirs, &[1], SendFlags::empty()).unwrap();
+            assert!(matches!(socket.receive(None).unwrap(), Received::Quiet));
+        }
     }
 
     #[test]

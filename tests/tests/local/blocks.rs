@@ -130,6 +130,26 @@ async fn a_batch_is_answered_block_by_block() {
 }
 
 #[tokio::test]
+async fn blocks_that_do_not_fit_in_the_staging_memory_side_by_side_are_refused() {
+    let node = TestNode::start(|_| {}).await;
+    let space = Space::open(&node.node, "default").await;
+    let mut client = Client::new(&node, "", 1);
+    let (chain, bytes) = (space.chain(1, 9), pattern(0, MIB));
+    client.staging.write(0, &bytes).expect("inside");
+    let blocks: Vec<_> = (0..9)
+        .map(|i| (space.header(&chain, i, &bytes), 0))
+        .collect();
+    let refused = client.raw.put(space.put(&blocks)).expect_err("9 of 8 MiB");
+    assert_eq!(refused.reason(), Reason::InvalidField);
+    assert!(
+        refused.message.starts_with("put.blocks") && refused.message.contains("bytes together"),
+        "{}",
+        refused.message
+    );
+    assert!(client.raw.put(space.put(&blocks[..8])).is_ok());
+}
+
+#[tokio::test]
 async fn an_offset_outside_of_the_staging_memory_is_refused_by_name_and_nothing_is_put() {
     let node = TestNode::start(|_| {}).await;
     let space = Space::open(&node.node, "default").await;

@@ -68,6 +68,23 @@ async fn a_hold_ends_by_time_even_if_its_reader_says_nothing() {
 }
 
 #[tokio::test]
+async fn a_hold_ends_by_time_even_while_its_reader_sends_byte_by_byte() {
+    let node = TestNode::start(|config| config.local_hold = Duration::from_millis(100)).await;
+    let space = Space::open(&node.node, "default").await;
+    let mut client = Client::new(&node, "", 1);
+    let (chain, _) = put_one(&mut client, &space, 1, MIB);
+    assert_ne!(client.raw.get(space.get(&chain, 0)).hold, 0);
+    forget(&node, &space).await;
+    let frame = 1_u32 << 20;
+    client.raw.send(&frame.to_le_bytes()).expect("its length");
+    eventually("the slot is free", || {
+        client.raw.send(&[0]).expect("one byte more");
+        node.arena_bytes() == 0
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn holds_draw_on_their_owners_lease_budget() {
     // 2 % of 64 MiB: one block of a MiB, not two.
     let node = TestNode::start(|config| config.lease_owner_percent = 2).await;

@@ -8,9 +8,10 @@ use kvtests::{
     local::{Raw, Space, attach},
     mutate::{Dice, mutate},
     node::TestNode,
+    patience::eventually,
 };
 
-use super::{Client, put_one};
+use super::{Client, metric, put_one};
 
 fn connect(node: &TestNode) -> Raw {
     Raw::connect(node.node.local_path().expect("on")).expect("a connection")
@@ -137,6 +138,45 @@ async fn mutated_requests_over_a_real_socket_never_break_the_node() {
     }
     let mut client = Client::new(&node, "", 2);
     put_one(&mut client, &space, 9, 4096);
+}
+
+#[tokio::test]
+async fn descriptors_that_nobody_reads_are_sent_once_and_then_the_connection_ends() {
+    let node = TestNode::start(|_| {}).await;
+    let space = Space::open(&node.node, "default").await;
+    let mut client = Client::new(&node, "", 1);
+    let (chain, _) = put_one(&mut client, &space, 1, 4096);
+    let got = client.raw.get(space.get(&chain, 0));
+    let segments = vec![got.blocks[0].place.expect("a place").segment];
+    let mut frames = Vec::new();
+    for sequence in [100, 101] {
+        let call = Some(Call::Map(v1::LocalMap {
+            segments: segments.clone(),
+        }));
+        let request = v1::LocalRequest {
+            sequence,
+            call,
+            ..Default::default()
+        };
+        kvproto::local::encode(&request, &mut frames).expect("short");
+    }
+    client.raw.send(&frames).expect("written");
+    eventually("the node gives the connection up", || {
+        metric(&node, "terrace_local_connections") == 0.0
+    })
+    .await;
+    let mut answers = Vec::new();
+    while let Some(reply) = client.raw.reply().expect("answers") {
+        answers.push((reply.sequence, reply.answer.expect("an answer")));
+    }
+    let [(100, Answer::Mapped(_)), (101, Answer::Refused(refused))] = &answers[..] else {
+        panic!("{answers:?}");
+    };
+    assert!(
+        refused.message.starts_with("sequence"),
+        "{}",
+        refused.message
+    );
 }
 
 #[tokio::test]
