@@ -271,3 +271,27 @@ async fn a_caller_in_a_hurry_costs_nobody_the_path() {
     assert_eq!(client.path().failures, 0, "{:?}", client.path());
     assert_is_local(&client);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_without_room_for_one_more_connection_keeps_the_one_there_is() {
+    let node = TestNode::start(|config| config.local_max_connections = 1).await;
+    let client = builder(&node).connect().await.unwrap();
+    let ns = open(&client).await;
+    let chain = chain(&ns, 1, 2);
+    let data = put(&client, &ns, &chain, &[MIB; 2]).await;
+    let held = client.hold(&ns, &chain, None).await.unwrap().unwrap();
+    for _ in 0..20 {
+        assert!(get(&client, &ns, &chain, &[MIB; 2]).await == data);
+    }
+    let report = client.path();
+    assert_eq!(
+        (report.grpc.got_blocks, report.local.got_blocks),
+        (40, 0),
+        "{report:?}"
+    );
+    assert_eq!(report.failures, 0, "{report:?}");
+    drop(held);
+    assert!(get(&client, &ns, &chain, &[MIB; 2]).await == data);
+    assert_eq!(client.path().local.got_blocks, 2);
+    assert_is_local(&client);
+}
