@@ -44,7 +44,10 @@ def test_a_restarted_engine_hits_what_the_first_one_saved(model, node, expected)
         assert cold.counts("saved_blocks") == whole
         assert cold.counts("dropped_blocks") == cold.counts("failed_blocks") == 0
         stored = [e for e in cold.events if type(e).__name__ == "BlockStored" and e.medium == "STORAGE"]
-        assert len(stored) == whole and stored[0].token_ids == A[:BLOCK]
+        assert len(stored) == whole
+        # Saves of different requests end in any order.
+        roots = [e.token_ids for e in stored if e.parent_block_hash is None]
+        assert sorted(roots) == sorted([A[:BLOCK], B[:BLOCK]])
         assert cold.scheduler.connector.requires_kv_delivery is False
 
     with Engine(model, node.endpoint) as warm:
