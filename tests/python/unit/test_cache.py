@@ -372,7 +372,7 @@ def test_a_forked_child_drops_the_cache_and_the_parent_goes_on(node: Node) -> No
     subprocess.run([sys.executable, "-c", FORKED, node.endpoint, "host"], check=True, timeout=60)
 
 
-def test_closing_gives_back_leases_that_the_farewell_had_no_time_for(node: Node, connect: Connect) -> None:
+def test_closing_gives_back_leases_and_staging_even_of_a_frozen_node(node: Node, connect: Connect) -> None:
     cache, memory, other = connect(lease_ms=60_000), Memory(), terrace.Client(node.endpoint)
     cache.layout(memory.layout())
     saved(cache, 1, hashes(2), [0, 1])
@@ -383,4 +383,7 @@ def test_closing_gives_back_leases_that_the_farewell_had_no_time_for(node: Node,
     finally:
         node.thaw()
     until(lambda: other.stats()["leases"] == 0, "the lease's end")
+    # The object is there still, and nothing that the node granted it is.
+    granted = ("terrace_local_connections", "terrace_local_staging_bytes")
+    until(lambda: all(other.stats()[name] == 0 for name in granted), "the end of the connections")
     other.close()
