@@ -205,7 +205,9 @@ def test_a_frozen_node_holds_up_nobody(node: Node, connect: Connect, local: str)
     try:
         began = time.monotonic()
         assert ask(cache, "r", names) == 0
-        assert cache.lookup("r2", names, WIDTH, 0) == 0 or cache.state() == "ready"
+        # Looked at first: the loss may be noticed while the lookup is on its way.
+        ready = cache.state() == "ready"
+        assert cache.lookup("r2", names, WIDTH, 0) == 0 or ready
         assert time.monotonic() - began < 2
         # A save under way gives the engine its blocks back when it wants them.
         began = time.monotonic()
