@@ -53,7 +53,8 @@ class Driver:
         if self.store.register_buffer(self.buffer, BUFFER_BYTES) != 0:
             raise RuntimeError("the daemon did not map the shared pool")
         ctypes.memset(self.buffer, 0xA5, BUFFER_BYTES)
-        self.fresh = 0
+        self.fresh: list[str] = []
+        self.count = 0
 
     def fill(self, size: int, values: int) -> dict[str, Any]:
         for number in range(values):
@@ -85,6 +86,9 @@ class Driver:
             now = after
         cpu = time.process_time() - cpu
         servers = cpu_ns(self.server_pids) - servers
+        for name in self.fresh:  # or the segment fills up, and what is read later is evicted
+            self.store.remove(name)
+        self.fresh.clear()
         return {
             "ops": len(nanos),
             "bytes": 0 if op == "exists" else len(nanos) * keys * size,
@@ -125,17 +129,21 @@ class Driver:
         places, sizes = self._places(size, keys), [size] * keys
 
         def one() -> None:
-            self.fresh += 1
-            if self.store.put_from(f"new/{size}/{self.fresh}", places[0], size) != 0:
+            name = self._name(size)
+            if self.store.put_from(name, places[0], size) != 0:
                 raise RuntimeError("a put was refused")
 
         def many() -> None:
-            self.fresh += keys
-            names = [f"new/{size}/{self.fresh - i}" for i in range(keys)]
+            names = [self._name(size) for _ in range(keys)]
             if any(self.store.batch_put_from(names, places, sizes)):
                 raise RuntimeError("a put was refused")
 
         return one if keys == 1 else many
+
+    def _name(self, size: int) -> str:
+        self.count += 1
+        self.fresh.append(f"new/{size}/{self.count}")
+        return self.fresh[-1]
 
     def _exists(self, size: int, keys: int, values: int) -> Callable[[], None]:
         batches = self._batches(size, keys, values)
