@@ -19,6 +19,7 @@ pub mod blocks;
 pub mod clock;
 pub mod config;
 mod console;
+mod data_dir;
 pub mod engine;
 pub mod error;
 mod local;

@@ -41,7 +41,7 @@ pub use self::{
     save::Saved,
 };
 use super::Tiers;
-use crate::{clock::Clock, engine::Engine, server::DataDir, telemetry::Metrics};
+use crate::{clock::Clock, data_dir::DataDir, engine::Engine, telemetry::Metrics};
 
 /// Bytes demoted in one batch: enough for a disk's full rate, little enough to get out of a read's way.
 const DEMOTE_BATCH_BYTES: u64 = 16 << 20;

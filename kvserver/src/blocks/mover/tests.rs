@@ -21,11 +21,11 @@ use super::{Mover, ReadLimits, Reading, Urgency};
 use crate::{
     blocks::Tiers,
     clock::ManualClock,
+    data_dir::DataDir,
     engine::{
         Below, Engine, EngineConfig, LeaseAsk, LookupQuery, Owner, Target, TenantId, Whereabouts,
         policy,
     },
-    server::DataDir,
     telemetry::Metrics,
     tier::{
         BlockRef, BoxFuture, Durability, MutableBlock, Read, Resident, Tier, TierStatus,

@@ -1,0 +1,84 @@
+//! The data folder: one node's, as long as that node lives.
+//!
+//! Errors: [`DataDirError`], each with what to do next.
+
+use std::{
+    fs,
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+/// Why a data folder cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DataDirError {
+    /// It cannot be made or written.
+    #[error("cannot write in the data folder {}: {source}; make it writable for this user, or choose another with --data-dir", path.display())]
+    Unwritable {
+        /// The folder.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Another node uses it.
+    #[error("the data folder {} is in use by another node{holder}; stop that one, or choose another with --data-dir", path.display())]
+    Locked {
+        /// The folder.
+        path: PathBuf,
+        /// Who, as far as known.
+        holder: String,
+    },
+}
+
+/// The data folder, locked for as long as this lives.
+pub(crate) struct DataDir {
+    path: PathBuf,
+    _lock: fs::File,
+}
+
+impl DataDir {
+    pub(crate) fn open(path: &Path) -> Result<Self, DataDirError> {
+        let refuse = |source| DataDirError::Unwritable {
+            path: path.to_owned(),
+            source,
+        };
+        fs::create_dir_all(path).map_err(refuse)?;
+        let file = path.join("lock");
+        let mut lock = fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&file)
+            .map_err(refuse)?;
+        match rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                let pid = fs::read_to_string(&file).unwrap_or_default();
+                let holder = match pid.trim() {
+                    "" => String::new(),
+                    pid => format!(" (process {pid})"),
+                };
+                return Err(DataDirError::Locked {
+                    path: path.to_owned(),
+                    holder,
+                });
+            }
+            Err(error) => return Err(refuse(error.into())),
+        }
+        let pid = std::process::id().to_string();
+        lock.set_len(0)
+            .and_then(|()| lock.write_all(pid.as_bytes()))
+            .map_err(refuse)?;
+        Ok(Self {
+            path: path.to_owned(),
+            _lock: lock,
+        })
+    }
+
+    pub(crate) fn refuse(&self, source: io::Error) -> DataDirError {
+        DataDirError::Unwritable {
+            path: self.path.clone(),
+            source,
+        }
+    }
+}
