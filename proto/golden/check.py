@@ -117,8 +117,17 @@ def ln(u):
     return exponent * math.log(2.0) + 2.0 * s * series
 
 
+def mix(x):
+    """XXH3's rrmxmx: rotate, rotate, multiply, shift, multiply, shift."""
+    mask, prime = 2**64 - 1, 0x9FB21C651E98DF25
+    x ^= ((x << 49 | x >> 15) ^ (x << 24 | x >> 40)) & mask
+    x = x * prime & mask
+    x = (x ^ x >> 35) * prime & mask
+    return x ^ x >> 28
+
+
 def score(member, run):
-    h = xxh3(run + member["id"].encode())
+    h = mix(xxh3(run) ^ xxh3(member["id"].encode()))
     u = ((h >> 12) + 0.5) / 2.0**52
     return member["weight"] / -ln(u)
 
