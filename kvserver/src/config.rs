@@ -17,11 +17,11 @@ mod load;
 mod machine;
 mod value;
 
-use self::value::{any, at_least, capacity, non_empty, within};
+use self::value::{any, at_least, capacity, non_empty, text, within};
 pub use self::{
     load::{Action, LoadError, Loaded, load},
     machine::{Chosen, choose},
-    value::{Capacity, LogFormat, NvmeAdmission, Setting, SocketMode, UnixSocket},
+    value::{Capacity, HostPort, LogFormat, NvmeAdmission, Setting, SocketMode, UnixSocket},
 };
 
 /// One KiB in bytes.
@@ -263,6 +263,31 @@ settings! {
     /// Namespaces remembered of all tenants together.
     max_namespaces_total: usize = 65_536, within(1, 1_048_576);
 
+    /// Members of the cluster to join, HOST:PORT, several with commas; a DNS name stands for all of its addresses. Empty: a cluster of its own, which others may join.
+    join: Vec<HostPort> = Vec::new(), any();
+    /// Where other nodes and their clients reach this one, HOST:PORT, gRPC over TCP and gossip over UDP. "auto": the listen address.
+    advertise: Option<HostPort> = None, any();
+    /// What fails together with this node (rack, power, availability zone): replicas go to other zones.
+    zone: String = String::new(), text(0, 256);
+    /// Share of the blocks, relative to the other nodes'. 0: from ram_bytes, one per GiB, rounded up.
+    weight: u32 = 0, within(0, 1_000_000);
+    /// Name of this node, by which its blocks are placed; it must stay the same. Empty: `node_id` in data_dir, made at the first start.
+    node_id: String = String::new(), text(0, 64);
+    /// How long a silent member keeps its blocks' place before it is declared lost.
+    suspect_grace: Duration = Duration::from_secs(30), within(Duration::from_millis(100), Duration::from_secs(86_400));
+    /// For how long after a change of the cluster blocks are looked for where they were before.
+    motion_window: Duration = Duration::from_secs(600), within(Duration::ZERO, Duration::from_secs(86_400));
+    /// In what time a joining node grows to its full weight.
+    join_ramp: Duration = Duration::from_secs(30), within(Duration::ZERO, Duration::from_secs(3600));
+    /// How long a node that was never a member tries to reach one of `join` before it gives up.
+    join_wait: Duration = Duration::from_secs(30), within(Duration::from_millis(10), Duration::from_secs(3600));
+    /// File with the token by which nodes know each other, 16 characters or more; needed where tokens_file is. Empty: none.
+    peer_token_file: PathBuf = PathBuf::new(), any();
+    /// Bytes per second that moves between nodes may take, 0 for no limit.
+    peer_bytes_per_second: u64 = GIB, within(0, TIB);
+    /// Calls to other nodes at once.
+    peer_calls: usize = 64, within(1, 65_536);
+
     /// Connections over the same-host path at once, a thread each; more are refused.
     local_max_connections: usize = 256, within(1, 65_536);
     /// The most memory that one client is granted to hand in blocks through, 0 for none: it puts over gRPC then.
@@ -333,6 +358,7 @@ impl Config {
             "max_block_bytes",
             &self.nvme_queue_floor(),
         )?;
+        self.check_advertised()?;
         if self.kv_reserve_percent + self.checkpoint_reserve_percent > 100 {
             return Err(ConfigError::Value {
                 field: "checkpoint_reserve_percent",
@@ -355,6 +381,34 @@ impl Config {
             });
         }
         Ok(())
+    }
+
+    /// A node that joins others must be found by them.
+    fn check_advertised(&self) -> Result<(), ConfigError> {
+        let refuse = |field, value: String, expected: &str| ConfigError::Value {
+            field,
+            value,
+            source_name: "agreement of fields".to_owned(),
+            expected: expected.to_owned(),
+        };
+        if self.advertise.is_none() && self.listen.ip().is_unspecified() && !self.join.is_empty() {
+            return Err(refuse(
+                "advertise",
+                Setting::show(&self.advertise),
+                "expected the address by which other nodes reach this one, such as \"10.0.0.7:7070\": it listens on all of its addresses",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Where other nodes reach this one, which listens on `listening`; `None`: nowhere that could be told.
+    #[must_use]
+    pub fn advertised(&self, listening: SocketAddr) -> Option<HostPort> {
+        match &self.advertise {
+            Some(given) => Some(given.clone()),
+            None if listening.ip().is_unspecified() => None,
+            None => Some(listening.into()),
+        }
     }
 
     /// A queue too small for one ordinary block would refuse every write.

@@ -3,6 +3,7 @@
 //! ```text
 //!   rpc      gRPC: decode, one call, encode        console  HTTP: metrics, health
 //!   local    the same calls for clients of this machine, through shared memory
+//!   cluster  who is here and who owns what; knows neither blocks nor engine
 //!    │
 //!   blocks   lookup, get, put, invalidate, watch; the mover between tiers
 //!    │
@@ -17,6 +18,7 @@
 
 pub mod blocks;
 pub mod clock;
+pub mod cluster;
 pub mod config;
 mod console;
 mod data_dir;

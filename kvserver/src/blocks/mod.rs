@@ -38,6 +38,7 @@ use kvproto::{
 use self::{mover::Mover, namespaces::Namespaces, tenants::Tenants};
 use crate::{
     clock::{Clock, Tick},
+    cluster::{Cluster, Told},
     engine::{Engine, Owner, TenantId, Whereabouts},
     error::ErrorKind,
     telemetry::Metrics,
@@ -159,6 +160,7 @@ pub struct Blocks {
     pub(crate) limits: BlockLimits,
     pub(crate) started: Tick,
     boot_id: BootId,
+    cluster: Arc<Cluster>,
     /// Where the same-host path is, once it is there.
     local_socket: OnceLock<String>,
 }
@@ -180,6 +182,7 @@ impl Blocks {
         clock: Arc<dyn Clock>,
         limits: BlockLimits,
         boot_id: BootId,
+        cluster: Arc<Cluster>,
     ) -> Arc<Self> {
         let started = clock.now();
         Arc::new(Self {
@@ -194,6 +197,7 @@ impl Blocks {
             limits,
             started,
             boot_id,
+            cluster,
             local_socket: OnceLock::new(),
         })
     }
@@ -228,13 +232,26 @@ impl Blocks {
         self.boot_id
     }
 
-    /// What every answer says of who gave it. A node without a cluster has no view: digest 0.
+    /// The cluster this node is of.
     #[must_use]
-    pub fn answer_context(&self) -> AnswerContext {
+    pub fn cluster(&self) -> &Arc<Cluster> {
+        &self.cluster
+    }
+
+    /// What every answer says of who gave it, to a caller with this view over this connection: the members too when
+    /// its view is another and it was not told already.
+    #[must_use]
+    pub fn answer_context(&self, callers: Option<ViewDigest>, told: &Told) -> AnswerContext {
+        let callers = callers.unwrap_or_default();
+        let view_digest = self.cluster.digest();
+        let (view_digest, members) = match told.again(callers, view_digest) {
+            true => (view_digest, Vec::new()),
+            false => self.cluster.answer(callers),
+        };
         AnswerContext {
             boot_id: self.boot_id,
-            view_digest: ViewDigest(0),
-            members: Vec::new(),
+            view_digest,
+            members,
         }
     }
 

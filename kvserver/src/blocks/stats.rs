@@ -1,6 +1,10 @@
 //! What this node holds and has done, for the console, scrapes and the `Stats` method.
 
-use kvproto::{Reason, TierKind, convert::answer::TierStats, v1};
+use kvproto::{
+    Reason, TierKind,
+    convert::{AnswerContext, answer::TierStats},
+    v1,
+};
 
 use super::Blocks;
 use crate::telemetry::metrics::{Snapshot, TierFigures, samples};
@@ -90,7 +94,7 @@ impl Blocks {
 
     /// The answer of `Stats`.
     #[must_use]
-    pub fn stats(&self) -> v1::StatsResponse {
+    pub fn stats(&self, context: &AnswerContext) -> v1::StatsResponse {
         let snapshot = self.snapshot();
         let text = self.metrics.text(&snapshot);
         let tiers = snapshot.tiers.into_iter().map(|tier| {
@@ -105,7 +109,7 @@ impl Blocks {
             .into()
         });
         v1::StatsResponse {
-            context: Some((&self.answer_context()).into()),
+            context: Some(context.into()),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_ms: snapshot.uptime_ms,
             tiers: tiers.collect(),

@@ -1,7 +1,7 @@
 //! Kinds of settings: how each is written, read and bounded.
 
 use std::{
-    fmt::Debug,
+    fmt::{self, Debug},
     net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
@@ -91,6 +91,97 @@ impl SocketMode {
     #[must_use]
     pub fn opens_to_others(self) -> bool {
         self.0 & 0o022 != 0
+    }
+}
+
+/// Where something listens: an address or a DNS name, and a port.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct HostPort {
+    /// A DNS name, or an address; IPv6 without brackets.
+    pub host: String,
+    /// Never 0.
+    pub port: u16,
+}
+
+impl From<SocketAddr> for HostPort {
+    fn from(address: SocketAddr) -> Self {
+        Self {
+            host: address.ip().to_string(),
+            port: address.port(),
+        }
+    }
+}
+
+impl fmt::Display for HostPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.host.contains(':') {
+            true => write!(f, "[{}]:{}", self.host, self.port),
+            false => write!(f, "{}:{}", self.host, self.port),
+        }
+    }
+}
+
+impl Setting for HostPort {
+    fn parse(text: &str) -> Result<Self, String> {
+        let wrong =
+            || "expected HOST:PORT such as \"10.0.0.7:7070\" or \"node-0.terrace:7070\"".to_owned();
+        let (host, port) = text.trim().rsplit_once(':').ok_or_else(wrong)?;
+        let port = port
+            .parse()
+            .ok()
+            .filter(|port| *port != 0)
+            .ok_or_else(wrong)?;
+        let host = match host
+            .strip_prefix('[')
+            .and_then(|host| host.strip_suffix(']'))
+        {
+            Some(inner) => inner
+                .parse::<std::net::Ipv6Addr>()
+                .map_err(|_| wrong())?
+                .to_string(),
+            None => host.to_owned(),
+        };
+        let is_name = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+        let is_v6 = host.parse::<std::net::Ipv6Addr>().is_ok();
+        if host.is_empty() || host.len() > 253 || !(is_v6 || host.chars().all(is_name)) {
+            return Err(wrong());
+        }
+        Ok(Self { host, port })
+    }
+    fn show(&self) -> String {
+        self.to_string()
+    }
+}
+
+impl Setting for Option<HostPort> {
+    fn parse(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(None),
+            text => HostPort::parse(text)
+                .map(Some)
+                .map_err(|expected| format!("{expected}, or \"auto\"")),
+        }
+    }
+    fn show(&self) -> String {
+        self.as_ref()
+            .map_or_else(|| "auto".to_owned(), Setting::show)
+    }
+}
+
+impl Setting for Vec<HostPort> {
+    fn parse(text: &str) -> Result<Self, String> {
+        match text.trim() {
+            "" => Ok(Vec::new()),
+            text => text
+                .split(',')
+                .map(HostPort::parse)
+                .collect::<Result<_, _>>()
+                .map_err(|expected| format!("{expected}, several with commas")),
+        }
+    }
+    fn show(&self) -> String {
+        let shown: Vec<String> = self.iter().map(Setting::show).collect();
+        shown.join(",")
     }
 }
 
@@ -324,6 +415,17 @@ pub(super) fn non_empty<T: Setting>() -> impl Fn(&T) -> Result<(), String> {
         } else {
             Ok(())
         }
+    }
+}
+
+/// From `least` to `most` bytes of text without control characters.
+pub(super) fn text(least: usize, most: usize) -> impl Fn(&String) -> Result<(), String> {
+    move |value| match (least..=most).contains(&value.len()) && !value.chars().any(char::is_control)
+    {
+        true => Ok(()),
+        false => Err(format!(
+            "expected {least} to {most} bytes of text, without control characters"
+        )),
     }
 }
 

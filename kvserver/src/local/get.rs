@@ -56,7 +56,7 @@ impl Session {
         }
         let now = self.shared.clock.now();
         Ok(v1::LocalGot {
-            context: Some((&self.shared.blocks.answer_context()).into()),
+            context: Some((&self.answer(&asked.context)).into()),
             blocks,
             hold: self.holds.keep(kept, hold, now),
         })

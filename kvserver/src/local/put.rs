@@ -62,7 +62,7 @@ impl Session {
         }
         let results = self.wait(session.finish(), deadline)??;
         Ok(v1::PutResponse {
-            context: Some((&self.shared.blocks.answer_context()).into()),
+            context: Some((&self.answer(&start.context)).into()),
             results: results.into_iter().map(Into::into).collect(),
         })
     }

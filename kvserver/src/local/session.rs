@@ -9,7 +9,10 @@ use std::{
 
 use kvproto::{
     FieldError, Reason,
-    convert::request::{self, Context},
+    convert::{
+        AnswerContext,
+        request::{self, Context},
+    },
     local::LocalFrameError,
     v1::{self, local_reply::Answer, local_request::Call},
 };
@@ -22,7 +25,7 @@ use super::{
     map::map,
     socket::{Received, Socket, Stopped, refusal},
 };
-use crate::{clock::Tick, engine::Owner, telemetry::metrics::LocalCall};
+use crate::{clock::Tick, cluster::Told, engine::Owner, telemetry::metrics::LocalCall};
 
 /// A connection that does not attach within this time is closed: it holds a thread.
 const ATTACH_TIME: Duration = Duration::from_secs(5);
@@ -36,6 +39,7 @@ pub(super) struct Session {
     admitted: Option<Refused>,
     pub(super) holds: Holds,
     attached: Option<Attached>,
+    told: Told,
 }
 
 /// An answer and the descriptors that go with it.
@@ -54,6 +58,7 @@ impl Session {
             socket: None,
             admitted: admitted.err(),
             attached: None,
+            told: Told::default(),
         }
     }
 
@@ -218,7 +223,7 @@ impl Session {
         let owner = self.owner(&asked.context)?;
         let blocks = &self.shared.blocks;
         let found = blocks.lookup(owner, &asked)?;
-        Ok(found.into_wire(&blocks.answer_context()))
+        Ok(found.into_wire(&self.answer(&asked.context)))
     }
 
     fn renew(&self, wire: v1::RenewRequest) -> Result<v1::RenewResponse, Refused> {
@@ -227,7 +232,7 @@ impl Session {
         let blocks = &self.shared.blocks;
         let ttl_ms = blocks.renew(owner, asked.lease, asked.ttl_ms);
         Ok(v1::RenewResponse {
-            context: Some((&blocks.answer_context()).into()),
+            context: Some((&self.answer(&asked.context)).into()),
             renewed: ttl_ms.is_some(),
             ttl_ms: ttl_ms.unwrap_or(0),
         })
@@ -239,7 +244,7 @@ impl Session {
         let blocks = &self.shared.blocks;
         let released = blocks.release(owner, asked.lease);
         Ok(v1::ReleaseResponse {
-            context: Some((&blocks.answer_context()).into()),
+            context: Some((&self.answer(&asked.context)).into()),
             released,
         })
     }
@@ -262,6 +267,12 @@ impl Session {
             }
             _ => Ok(owner),
         }
+    }
+
+    /// What the answer to a request with this context says of this node and its view.
+    pub(super) fn answer(&self, asked: &Context) -> AnswerContext {
+        let blocks = &self.shared.blocks;
+        blocks.answer_context(asked.view_digest, &self.told)
     }
 
     /// How long a call may take.

@@ -30,6 +30,12 @@ impl Caller {
         self.connection
             .owner(&self.shared.owners, self.tenant, named)
     }
+
+    /// What the answer to a request with this context says of this node and its view.
+    pub(crate) fn answer(&self, asked: &request::Context) -> AnswerContext {
+        let blocks = &self.shared.blocks;
+        blocks.answer_context(asked.view_digest, self.connection.told())
+    }
 }
 
 /// Who calls; put there by the connection before tonic sees the request.
@@ -62,7 +68,9 @@ impl BlocksService for BlocksRpc {
             .open_namespace(caller.tenant, &asked.namespace, asked.strict)
             .await;
         let opened = opened.map_err(|e| status::blocks(&e))?;
-        Ok(Response::new(opened.into_wire(&blocks.answer_context())))
+        Ok(Response::new(
+            opened.into_wire(&caller.answer(&asked.context)),
+        ))
     }
 
     async fn lookup(
@@ -76,7 +84,9 @@ impl BlocksService for BlocksRpc {
         let found = blocks
             .lookup(owner, &asked)
             .map_err(|e| status::blocks(&e))?;
-        Ok(Response::new(found.into_wire(&blocks.answer_context())))
+        Ok(Response::new(
+            found.into_wire(&caller.answer(&asked.context)),
+        ))
     }
 
     async fn renew(
@@ -89,7 +99,7 @@ impl BlocksService for BlocksRpc {
         let blocks = &caller.shared.blocks;
         let ttl_ms = blocks.renew(owner, asked.lease, asked.ttl_ms);
         Ok(Response::new(v1::RenewResponse {
-            context: Some((&blocks.answer_context()).into()),
+            context: Some((&caller.answer(&asked.context)).into()),
             renewed: ttl_ms.is_some(),
             ttl_ms: ttl_ms.unwrap_or(0),
         }))
@@ -105,7 +115,7 @@ impl BlocksService for BlocksRpc {
         let blocks = &caller.shared.blocks;
         let released = blocks.release(owner, asked.lease);
         Ok(Response::new(v1::ReleaseResponse {
-            context: Some((&blocks.answer_context()).into()),
+            context: Some((&caller.answer(&asked.context)).into()),
             released,
         }))
     }
@@ -122,7 +132,7 @@ impl BlocksService for BlocksRpc {
             .await;
         let forgotten = forgotten.map_err(|e| status::blocks(&e))?;
         Ok(Response::new(v1::InvalidateResponse {
-            context: Some((&blocks.answer_context()).into()),
+            context: Some((&caller.answer(&asked.context)).into()),
             blocks: forgotten,
         }))
     }
@@ -159,7 +169,7 @@ impl BlocksService for BlocksRpc {
             .map_err(|e| status::blocks(&e))?;
         let lifetime = time.unwrap_or(caller.shared.limits.lifetimes.default);
         Ok(Response::new(WatchStream {
-            context: Some(caller.shared.blocks.answer_context()),
+            context: Some(caller.answer(&asked.context)),
             late: caller.shared.clock.sleep(lifetime),
             draining: caller.shared.draining.clone().cancelled_owned().boxed(),
             watcher: Some(watcher),
@@ -172,7 +182,10 @@ impl BlocksService for BlocksRpc {
         request: Request<v1::StatsRequest>,
     ) -> Result<Response<v1::StatsResponse>, Status> {
         let caller = caller(&request);
-        Ok(Response::new(caller.shared.blocks.stats()))
+        let context = request::Context::from_wire(request.into_inner().context);
+        let context = context.map_err(|e| status::field(&e))?;
+        let answer = caller.answer(&context);
+        Ok(Response::new(caller.shared.blocks.stats(&answer)))
     }
 }
 

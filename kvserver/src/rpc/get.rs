@@ -59,8 +59,7 @@ pub(crate) async fn serve(
 /// Answers the request that `message` is.
 pub(crate) fn answer(caller: Caller, call: Call, message: Bytes) -> Response<RpcBody> {
     match begin(&caller, message) {
-        Ok((plan, piece_bytes)) => {
-            let context = caller.shared.blocks.answer_context();
+        Ok((plan, piece_bytes, context)) => {
             let body = GetBody {
                 shared: caller.shared,
                 call: Some(call),
@@ -80,7 +79,7 @@ pub(crate) fn answer(caller: Caller, call: Call, message: Bytes) -> Response<Rpc
     }
 }
 
-fn begin(caller: &Caller, message: Bytes) -> Result<(GetPlan, usize), Status> {
+fn begin(caller: &Caller, message: Bytes) -> Result<(GetPlan, usize, AnswerContext), Status> {
     let shared = &caller.shared;
     let wire =
         v1::GetRequest::decode(message).map_err(|e| status::undecodable("GetRequest", &e))?;
@@ -94,7 +93,8 @@ fn begin(caller: &Caller, message: Bytes) -> Result<(GetPlan, usize), Status> {
         request.parts,
         request.lease,
     );
-    Ok((plan.map_err(|e| status::blocks(&e))?, piece_bytes))
+    let plan = plan.map_err(|e| status::blocks(&e))?;
+    Ok((plan, piece_bytes, caller.answer(&request.context)))
 }
 
 /// The answer as its connection draws it.

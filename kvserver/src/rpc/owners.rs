@@ -7,6 +7,7 @@ use tonic::Status;
 use super::status;
 use crate::{
     blocks::owners::Owners,
+    cluster::Told,
     engine::{Owner, TenantId},
 };
 
@@ -19,6 +20,7 @@ pub(crate) struct Connection {
     itself: OwnerId,
     /// `None` once it is closed: nothing can be joined any more.
     joined: Mutex<Option<Vec<Owner>>>,
+    told: Told,
 }
 
 impl Connection {
@@ -26,7 +28,13 @@ impl Connection {
         Self {
             itself,
             joined: Mutex::new(Some(Vec::new())),
+            told: Told::default(),
         }
+    }
+
+    /// What was said about the cluster over this connection.
+    pub(crate) fn told(&self) -> &Told {
+        &self.told
     }
 
     /// The owner that a call over this connection acts for.

@@ -86,6 +86,7 @@ async fn receive(caller: &Caller, mut body: Incoming) -> Result<v1::PutResponse,
 pub(crate) struct Receiving<'a> {
     caller: &'a Caller,
     session: Option<(PutSession, HeaderRules)>,
+    context: request::Context,
     frames: FrameReader,
     failed: Option<Status>,
     /// Where data goes that goes nowhere: that of a block which is there already, or has no place.
@@ -101,6 +102,7 @@ impl<'a> Receiving<'a> {
         Self {
             caller,
             session: None,
+            context: request::Context::default(),
             frames: FrameReader::new(limits),
             failed: None,
             waste: Vec::new(),
@@ -158,7 +160,7 @@ impl<'a> Receiving<'a> {
         };
         let results = session.finish().await.map_err(|e| status::blocks(&e))?;
         Ok(v1::PutResponse {
-            context: Some((&self.caller.shared.blocks.answer_context()).into()),
+            context: Some((&self.caller.answer(&self.context)).into()),
             results: results.into_iter().map(Into::into).collect(),
         })
     }
@@ -210,6 +212,7 @@ impl<'a> Receiving<'a> {
                     run_blocks: session.run_blocks(),
                     max_block_bytes: shared.limits.max_block_bytes,
                 };
+                self.context = start.context;
                 self.session = Some((session, rules));
             }
             (None, None) => return Err(no_start().into()),

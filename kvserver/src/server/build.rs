@@ -11,7 +11,7 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use kvgpu::{Arena, ArenaConfig, HugePages};
-use kvproto::{BootId, Kind, TierKind};
+use kvproto::{BootId, Kind, Member, MemberId, MemberState, TierKind, View};
 use tokio::runtime::Handle;
 
 use super::NodeError;
@@ -24,7 +24,8 @@ use crate::{
         tenants::Tenants,
     },
     clock::Clock,
-    config::{Chosen, Config, NvmeAdmission, UnixSocket, choose},
+    cluster::{Cluster, Members, Times},
+    config::{Chosen, Config, GIB, NvmeAdmission, UnixSocket, choose},
     console::Console,
     data_dir::DataDir,
     engine::{Demotion, Engine, EngineConfig, KindBudget, policy},
@@ -112,6 +113,7 @@ pub(super) async fn build(
         &*clock,
     )
     .map_err(NodeError::Namespaces)?;
+    let cluster = cluster(&config, &chosen, boot_id, &clock);
     let blocks = Blocks::new(
         arena,
         engine,
@@ -126,6 +128,7 @@ pub(super) async fn build(
             max_block_bytes: config.max_block_bytes,
         },
         boot_id,
+        Arc::clone(&cluster),
     );
     let owners = Arc::new(Owners::new(Arc::clone(&blocks)));
     let local = start_local(&config, &blocks, &owners, &metrics, &clock)?;
@@ -144,6 +147,9 @@ pub(super) async fn build(
             return Err(error.into());
         }
     };
+    if let Some(address) = config.advertised(rpc.address()) {
+        cluster.set_address(format!("http://{address}"));
+    }
     let console = match config.http_listen {
         Some(address) => match Console::start(address, rpc.address(), Arc::clone(&blocks)).await {
             Ok(console) => Some(console),
@@ -163,6 +169,38 @@ pub(super) async fn build(
         local,
         console,
     })
+}
+
+/// A cluster of this node alone.
+fn cluster(
+    config: &Config,
+    chosen: &Chosen,
+    _boot_id: BootId,
+    clock: &Arc<dyn Clock>,
+) -> Arc<Cluster> {
+    let times = Times {
+        suspect_grace: config.suspect_grace,
+        motion_window: config.motion_window,
+        join_ramp: config.join_ramp,
+    };
+    let weight = match config.weight {
+        0 => u32::try_from(chosen.ram_bytes.div_ceil(GIB)).unwrap_or(u32::MAX),
+        given => given,
+    };
+    let me = Member {
+        id: MemberId(match config.node_id.is_empty() {
+            true => format!("{:016x}", clock.random_u64()),
+            false => config.node_id.clone(),
+        }),
+        generation: clock.unix_ms(),
+        version: 1,
+        weight,
+        zone: config.zone.clone(),
+        state: MemberState::Active,
+        address: String::new(),
+    };
+    let members = Members::new(times, me, View::default(), clock.now());
+    Cluster::new(members, Arc::clone(clock))
 }
 
 /// Length of a segment. A segment is one tenant's, so with several there have to be several for each.

@@ -1,0 +1,141 @@
+//! Who is here: membership without a server that must be there first.
+//!
+//! ```text
+//! answers, requests ──merge──► Members ──► Roster ──► blocks, rpc, peers        one view, published by Arc
+//! gossip  ──hear, suspect──►  (pure)  ──► data_dir/cluster.json                 a restart begins where it ended
+//! ```
+//!
+//! [`Cluster`] is always there: a node that nobody told to join is a cluster of one that others may join. Views merge
+//! member by member, so nobody votes and nobody publishes; owners are a pure function of a view and a run. This room
+//! knows neither blocks nor engine.
+//!
+//! Shape: the digest is an atomic, the roster an `Arc` behind a lock that is held for the clone of it alone, so that the
+//! data path never waits for a change. Units: [`Tick`], durations. Errors: none here; joining has its own.
+
+mod members;
+mod roster;
+mod standing;
+mod told;
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
+use kvproto::{BootId, Member, MemberId, ViewDigest};
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+pub use self::{
+    members::{MOST_PAST, Members, RAMP_STEPS, TOMBSTONES_KEPT, Times},
+    roster::{MOST_CANDIDATES, Roster},
+    standing::Standing,
+    told::{AGAIN, Told},
+};
+use crate::clock::Clock;
+
+/// The cluster as one node sees it.
+pub struct Cluster {
+    me: MemberId,
+    clock: Arc<dyn Clock>,
+    /// Locked for a change; readers take the roster.
+    members: Mutex<Members>,
+    roster: watch::Sender<Arc<Roster>>,
+    digest: AtomicU64,
+}
+
+impl Cluster {
+    /// A cluster as `members` know it.
+    #[must_use]
+    pub fn new(members: Members, clock: Arc<dyn Clock>) -> Arc<Self> {
+        let roster = Arc::new(members.roster());
+        Arc::new(Self {
+            me: members.me().id.clone(),
+            clock,
+            digest: AtomicU64::new(roster.digest.0),
+            members: Mutex::new(members),
+            roster: watch::Sender::new(roster),
+        })
+    }
+
+    /// This node.
+    #[must_use]
+    pub fn me(&self) -> &MemberId {
+        &self.me
+    }
+
+    /// Who is here now.
+    #[must_use]
+    pub fn roster(&self) -> Arc<Roster> {
+        Arc::clone(&self.roster.borrow())
+    }
+
+    /// Told of every change.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<Arc<Roster>> {
+        self.roster.subscribe()
+    }
+
+    /// Digest of the view.
+    #[must_use]
+    pub fn digest(&self) -> ViewDigest {
+        ViewDigest(self.digest.load(Ordering::Acquire))
+    }
+
+    /// Takes over news, wherever it came from.
+    pub fn merge(&self, news: impl IntoIterator<Item = Member>) {
+        let now = self.clock.now();
+        self.change(|members| members.merge(news, now));
+    }
+
+    /// What an answer says to a caller with this digest: the members only when it has another view.
+    #[must_use]
+    pub fn answer(&self, callers: ViewDigest) -> (ViewDigest, Vec<Member>) {
+        if callers == self.digest() {
+            return (callers, Vec::new());
+        }
+        let roster = self.roster();
+        match roster.digest == callers {
+            true => (callers, Vec::new()),
+            false => (roster.digest, roster.view.members().to_vec()),
+        }
+    }
+
+    /// How a member stands with this node. Suspicion is local and moves no owner.
+    #[must_use]
+    pub fn standing(&self, id: &MemberId) -> Standing {
+        self.members.lock().standing(id)
+    }
+
+    /// Somebody's call to this member failed, in this life of its if that is known: it is looked at now.
+    pub fn hurt(&self, id: &MemberId, boot: BootId) {
+        tracing::debug!(%id, boot = boot.0, "a call to a member failed");
+    }
+
+    /// Where this node is reached, as a URL.
+    pub fn set_address(&self, address: String) {
+        self.change(|members| members.set_address(address));
+    }
+
+    /// Makes a change and publishes what came of it.
+    fn change(&self, change: impl FnOnce(&mut Members) -> bool) -> bool {
+        let mut members = self.members.lock();
+        if !change(&mut members) {
+            return false;
+        }
+        let roster = Arc::new(members.roster());
+        // Under the lock, so that an older roster never replaces a newer one.
+        self.digest.store(roster.digest.0, Ordering::Release);
+        self.roster.send_replace(roster);
+        true
+    }
+}
+
+impl std::fmt::Debug for Cluster {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cluster")
+            .field("me", &self.me)
+            .field("digest", &self.digest())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,94 @@
+//! A moment of the cluster as its readers see it: the view, who owns what, and who did until lately.
+//!
+//! ```text
+//! past     ── oldest ── … ── before the last change ──┐
+//! view     ───────────────────────────────────────────┴── now     owners(run)
+//!            └──── candidates(run): whom to ask for what has not moved yet ────┘
+//! ```
+//!
+//! A roster never changes; a change makes another one. Shape: shared by `Arc`, read without a lock.
+//! Units: [`Tick`]. Errors: none; no owner is an empty answer.
+
+use std::{sync::Arc, time::Duration};
+
+use kvproto::{Member, MemberId, MemberState, View, ViewDigest, key::RunHash, placement};
+
+use crate::clock::Tick;
+
+/// Most members that a read in motion asks.
+pub const MOST_CANDIDATES: usize = 4;
+
+/// Who is here, at one moment.
+#[derive(Clone, Debug)]
+pub struct Roster {
+    /// Every member, tombstones included.
+    pub view: View,
+    /// Its digest.
+    pub digest: ViewDigest,
+    /// When the digest last changed.
+    pub changed: Tick,
+    /// How long a change is young.
+    pub(super) window: Duration,
+    /// When each recent change was, and the view before it; newest first.
+    pub(super) past: Vec<(Tick, Arc<View>)>,
+    pub(super) me: MemberId,
+}
+
+impl Roster {
+    /// Whether `me` is among the `replicas` owners of `run`.
+    #[must_use]
+    pub fn owns(&self, me: &MemberId, run: &RunHash, replicas: usize) -> bool {
+        let owners = placement::owners(&self.view, run, replicas);
+        owners.iter().any(|owner| owner.id == *me)
+    }
+
+    /// The owners of `run`, the first one first; at most `replicas`.
+    #[must_use]
+    pub fn owners(&self, run: &RunHash, replicas: usize) -> Vec<&Member> {
+        placement::owners(&self.view, run, replicas)
+    }
+
+    /// Whom to ask for `run` on a miss while a change is young: its owners under recent views, newest first and those
+    /// just departed included, then the next in rendezvous order. Never this node, each member once, at most
+    /// [`MOST_CANDIDATES`]; nobody when no change is young.
+    #[must_use]
+    pub fn candidates(&self, run: &RunHash, now: Tick) -> Vec<Member> {
+        let mut found: Vec<Member> = Vec::new();
+        let mut add = |member: &Member| {
+            let is_new = member.id != self.me && found.iter().all(|known| known.id != member.id);
+            if is_new && found.len() < MOST_CANDIDATES {
+                // Where it is now, and not where it was then.
+                found.push(self.view.get(&member.id).unwrap_or(member).clone());
+            }
+        };
+        if !self.is_young(now) {
+            return found;
+        }
+        for (_, view) in self.recent(now) {
+            placement::owners(view, run, 1)
+                .into_iter()
+                .for_each(&mut add);
+        }
+        let ranked = placement::ranked(&self.view, run);
+        ranked.into_iter().for_each(&mut add);
+        found
+    }
+
+    /// Whether runs may still lie with those who owned them before a change.
+    #[must_use]
+    pub fn is_young(&self, now: Tick) -> bool {
+        self.recent(now).next().is_some()
+    }
+
+    /// Members that are not gone, in the order of their ids.
+    pub fn present(&self) -> impl Iterator<Item = &Member> {
+        let is_present = |member: &&Member| member.state != MemberState::Gone;
+        self.view.members().iter().filter(is_present)
+    }
+
+    fn recent(&self, now: Tick) -> impl Iterator<Item = &(Tick, Arc<View>)> {
+        self.past
+            .iter()
+            .filter(move |(changed, _)| now.since(*changed) < self.window)
+    }
+}
