@@ -1,10 +1,6 @@
 //! What this node holds and has done, for the console, scrapes and the `Stats` method.
 
-use kvproto::{
-    Reason, TierKind,
-    convert::{AnswerContext, answer::TierStats},
-    v1,
-};
+use kvproto::{Reason, TierKind, convert::answer::TierStats, v1};
 
 use super::Blocks;
 use crate::telemetry::metrics::{Snapshot, TierFigures, samples};
@@ -92,9 +88,9 @@ impl Blocks {
         self.metrics.text(&self.snapshot())
     }
 
-    /// The answer of `Stats`.
+    /// The answer of `Stats`, but for its context.
     #[must_use]
-    pub fn stats(&self, context: &AnswerContext) -> v1::StatsResponse {
+    pub fn stats(&self) -> v1::StatsResponse {
         let snapshot = self.snapshot();
         let text = self.metrics.text(&snapshot);
         let tiers = snapshot.tiers.into_iter().map(|tier| {
@@ -109,7 +105,7 @@ impl Blocks {
             .into()
         });
         v1::StatsResponse {
-            context: Some(context.into()),
+            context: None,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_ms: snapshot.uptime_ms,
             tiers: tiers.collect(),

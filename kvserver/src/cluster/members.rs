@@ -16,7 +16,7 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use kvproto::{Member, MemberId, MemberState, View};
+use kvproto::{Member, MemberId, MemberState, View, placement::Placement};
 
 use super::{
     roster::Roster,
@@ -60,7 +60,8 @@ pub struct Members {
     suspects: Suspects,
     /// Tombstones, and since when they are known here.
     departed: BTreeMap<MemberId, Tick>,
-    past: Vec<(Tick, Arc<View>)>,
+    placement: Arc<Placement>,
+    past: Vec<(Tick, Arc<Placement>)>,
     changed: Tick,
 }
 
@@ -68,7 +69,7 @@ impl Members {
     /// A node that declares `me`, with what it knows already. It ramps up if there are others that take runs and it
     /// does not have a place among them.
     #[must_use]
-    pub fn new(times: Times, mut me: Member, known: View, now: Tick) -> Self {
+    pub fn new(times: Times, mut me: Member, known: &View, now: Tick) -> Self {
         let is_other = |member: &Member| member.id != me.id && member.state.takes_runs();
         let has_others = known.members().iter().any(is_other);
         let before = known.get(&me.id);
@@ -89,6 +90,7 @@ impl Members {
             view: known.clone(),
             suspects: Suspects::default(),
             departed: BTreeMap::new(),
+            placement: Arc::default(),
             past: Vec::new(),
             changed: now,
             me,
@@ -103,8 +105,9 @@ impl Members {
         }
         members.view.merge_one(members.me.clone());
         members.departed.remove(&members.me.id);
+        members.placement = Arc::new(Placement::new(&members.view));
         if has_others && members.view.digest() != known.digest() {
-            members.past.push((now, Arc::new(known)));
+            members.past.push((now, Arc::new(Placement::new(known))));
         }
         members
     }
@@ -252,6 +255,7 @@ impl Members {
         Roster {
             view: self.view.clone(),
             digest: self.view.digest(),
+            placement: Arc::clone(&self.placement),
             changed: self.changed,
             window: self.times.motion_window,
             past: self.past.clone(),
@@ -261,13 +265,15 @@ impl Members {
 
     /// Makes a change; if it moves owners, the view before it is kept.
     fn change(&mut self, now: Tick, change: impl FnOnce(&mut Self) -> bool) -> bool {
-        let before = self.view.clone();
+        let before = self.view.digest();
         if !change(self) {
             return false;
         }
-        if before.digest() != self.view.digest() {
+        if before != self.view.digest() {
             self.changed = now;
-            self.past.insert(0, (now, Arc::new(before)));
+            let next = Arc::new(Placement::new(&self.view));
+            let before = std::mem::replace(&mut self.placement, next);
+            self.past.insert(0, (now, before));
             if self.past.len() > MOST_PAST {
                 self.past.remove(MOST_PAST - 1);
             }

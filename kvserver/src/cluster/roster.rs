@@ -11,7 +11,9 @@
 
 use std::{sync::Arc, time::Duration};
 
-use kvproto::{Member, MemberId, MemberState, View, ViewDigest, key::RunHash, placement};
+use kvproto::{
+    Member, MemberId, MemberState, View, ViewDigest, key::RunHash, placement::Placement,
+};
 
 use crate::clock::Tick;
 
@@ -25,12 +27,14 @@ pub struct Roster {
     pub view: View,
     /// Its digest.
     pub digest: ViewDigest,
+    /// Who owns what in it.
+    pub placement: Arc<Placement>,
     /// When the digest last changed.
     pub changed: Tick,
     /// How long a change is young.
     pub(super) window: Duration,
-    /// When each recent change was, and the view before it; newest first.
-    pub(super) past: Vec<(Tick, Arc<View>)>,
+    /// When each recent change was, and who owned what before it; newest first.
+    pub(super) past: Vec<(Tick, Arc<Placement>)>,
     pub(super) me: MemberId,
 }
 
@@ -38,14 +42,17 @@ impl Roster {
     /// Whether `me` is among the `replicas` owners of `run`.
     #[must_use]
     pub fn owns(&self, me: &MemberId, run: &RunHash, replicas: usize) -> bool {
-        let owners = placement::owners(&self.view, run, replicas);
-        owners.iter().any(|owner| owner.id == *me)
+        match replicas {
+            1 => self.placement.first(run) == Some(me),
+            _ => self.placement.owners(run, replicas).contains(&me),
+        }
     }
 
     /// The owners of `run`, the first one first; at most `replicas`.
     #[must_use]
     pub fn owners(&self, run: &RunHash, replicas: usize) -> Vec<&Member> {
-        placement::owners(&self.view, run, replicas)
+        let owners = self.placement.owners(run, replicas).into_iter();
+        owners.filter_map(|id| self.view.get(id)).collect()
     }
 
     /// Whom to ask for `run` on a miss while a change is young: its owners under recent views, newest first and those
@@ -54,23 +61,20 @@ impl Roster {
     #[must_use]
     pub fn candidates(&self, run: &RunHash, now: Tick) -> Vec<Member> {
         let mut found: Vec<Member> = Vec::new();
-        let mut add = |member: &Member| {
-            let is_new = member.id != self.me && found.iter().all(|known| known.id != member.id);
-            if is_new && found.len() < MOST_CANDIDATES {
-                // Where it is now, and not where it was then.
-                found.push(self.view.get(&member.id).unwrap_or(member).clone());
-            }
-        };
         if !self.is_young(now) {
             return found;
         }
-        for (_, view) in self.recent(now) {
-            placement::owners(view, run, 1)
-                .into_iter()
-                .for_each(&mut add);
+        let before = self.recent(now).filter_map(|(_, past)| past.first(run));
+        for id in before.chain(self.placement.ranked(run)) {
+            let is_new = *id != self.me && found.iter().all(|known| known.id != *id);
+            // Where it is now, and not where it was then.
+            if let Some(member) = self.view.get(id).filter(|_| is_new) {
+                found.push(member.clone());
+            }
+            if found.len() == MOST_CANDIDATES {
+                break;
+            }
         }
-        let ranked = placement::ranked(&self.view, run);
-        ranked.into_iter().for_each(&mut add);
         found
     }
 
@@ -86,7 +90,7 @@ impl Roster {
         self.view.members().iter().filter(is_present)
     }
 
-    fn recent(&self, now: Tick) -> impl Iterator<Item = &(Tick, Arc<View>)> {
+    fn recent(&self, now: Tick) -> impl Iterator<Item = &(Tick, Arc<Placement>)> {
         self.past
             .iter()
             .filter(move |(changed, _)| now.since(*changed) < self.window)

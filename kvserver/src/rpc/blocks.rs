@@ -184,8 +184,10 @@ impl BlocksService for BlocksRpc {
         let caller = caller(&request);
         let context = request::Context::from_wire(request.into_inner().context);
         let context = context.map_err(|e| status::field(&e))?;
-        let answer = caller.answer(&context);
-        Ok(Response::new(caller.shared.blocks.stats(&answer)))
+        Ok(Response::new(v1::StatsResponse {
+            context: Some((&caller.answer(&context)).into()),
+            ..caller.shared.blocks.stats()
+        }))
     }
 }
 

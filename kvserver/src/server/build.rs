@@ -199,7 +199,7 @@ fn cluster(
         state: MemberState::Active,
         address: String::new(),
     };
-    let members = Members::new(times, me, View::default(), clock.now());
+    let members = Members::new(times, me, &View::default(), clock.now());
     Cluster::new(members, Arc::clone(clock))
 }
 
