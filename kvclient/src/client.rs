@@ -216,6 +216,7 @@ impl Client {
                 lease_ttl_ms: millis(options.lease_ttl),
                 idempotency_key: idempotency
                     .map_or_else(Bytes::new, |key| Bytes::copy_from_slice(&key)),
+                lease_id: 0,
             });
             match answer.await {
                 Ok(answer) => break answer,

@@ -22,7 +22,7 @@ pub mod request;
 pub use crate::field::FieldError;
 pub use crate::hash::MAX_CHAIN_BLOCKS;
 
-use crate::chain::too_long;
+use crate::chain::{Jump, too_long};
 use crate::checksum::{BlockHeader, page_count};
 use crate::hash::Chain;
 use crate::header::Announced;
@@ -124,7 +124,24 @@ pub fn chain(wire: Option<v1::Chain>) -> Result<Chain, FieldError> {
         run: optional("chain.run_hash", &wire.run_hash)?.map(RunHash),
         parent: optional("chain.parent_hash", &wire.parent_hash)?.map(SequenceHash),
         hashes: hashes.iter().copied().map(SequenceHash).collect(),
+        jumps: jumps(&wire.jumps, hashes.len())?,
     })
+}
+
+fn jumps(wire: &[v1::Jump], blocks: usize) -> Result<Vec<Jump>, FieldError> {
+    if wire.len() >= blocks {
+        let problem = format!("has {} entries for {blocks} blocks", wire.len());
+        return Err(FieldError::new("chain.jumps", problem));
+    }
+    let jump = |wire: &v1::Jump| {
+        Ok(Jump {
+            at: wire.at,
+            index: wire.index,
+            run: optional("chain.jumps.run_hash", &wire.run_hash)?.map(RunHash),
+            parent: fixed("chain.jumps.parent_hash", &wire.parent_hash).map(SequenceHash)?,
+        })
+    };
+    wire.iter().map(jump).collect()
 }
 
 /// The wire's chain.
@@ -138,6 +155,16 @@ pub fn chain_to_wire(chain: &Chain) -> v1::Chain {
         first_index: chain.first_index,
         run_hash: chain.run.map_or_else(Bytes::new, |run| copied(&run.0)),
         parent_hash: copied_or_empty(chain.parent),
+        jumps: chain.jumps.iter().map(jump_to_wire).collect(),
+    }
+}
+
+fn jump_to_wire(jump: &Jump) -> v1::Jump {
+    v1::Jump {
+        at: jump.at,
+        index: jump.index,
+        run_hash: jump.run.map_or_else(Bytes::new, |run| copied(&run.0)),
+        parent_hash: copied(&jump.parent.0),
     }
 }
 

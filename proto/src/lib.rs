@@ -41,7 +41,7 @@ pub mod v1 {
     tonic::include_proto!("terrace.v1");
 }
 
-pub use chain::Chain;
+pub use chain::{Chain, Jump};
 pub use field::FieldError;
 pub use hash::NamespaceKey;
 pub use header::{Announced, BlockHeader, Mismatch};

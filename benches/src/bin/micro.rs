@@ -292,6 +292,7 @@ fn index() -> Result<Vec<Price>> {
             owner: OWNER,
             ttl_ms: 0,
             idempotency: None,
+            id: None,
         };
         let chain = &of_lease[leased_nth % CHAINS as usize];
         let lease = leased_of.lookup(query(chain, Some(ask))).lease;

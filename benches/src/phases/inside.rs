@@ -129,6 +129,7 @@ impl BlockingWorker for Borrower {
             owner: OWNER,
             ttl_ms: 0,
             idempotency: None,
+            id: None,
         };
         let lease = self
             .engine

@@ -87,6 +87,7 @@ impl EngineHashes {
             run: (into_run > 0).then(|| fold(first - into_run).into()),
             parent: (first > 0).then(|| fold(first - 1)),
             hashes: range.map(fold).collect(),
+            jumps: Vec::new(),
         }
     }
 }

@@ -25,6 +25,7 @@ impl Blocks {
             owner,
             ttl_ms: asked.lease_ttl_ms.map_or(0, u64::from),
             idempotency: asked.idempotency_key,
+            id: asked.lease,
         });
         let found = self.engine.lookup(LookupQuery {
             namespace: asked.namespace,

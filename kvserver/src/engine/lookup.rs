@@ -36,6 +36,8 @@ pub struct LeaseAsk {
     pub ttl_ms: u64,
     /// Asks with the same key, owner and question get the same lease.
     pub idempotency: Option<[u8; 16]>,
+    /// The id that the caller would have; one that anybody has is not given again.
+    pub id: Option<LeaseId>,
 }
 
 /// A question about one chain.
@@ -190,7 +192,7 @@ impl Engine {
             walk.answer.lease = Some(twin);
             return;
         }
-        let mut id = LeaseId(self.clock.random_u64());
+        let mut id = ask.id.unwrap_or(LeaseId(0));
         while id.0 == 0 || leases.contains(id) {
             id = LeaseId(self.clock.random_u64());
         }
@@ -363,10 +365,15 @@ impl Engine {
         Duration::from_millis(ttl_ms.min(self.config.lease_max_ttl_ms))
     }
 
-    /// Fingerprint of a question: namespace, parts, and the chain's two ends.
+    /// Fingerprint of a question: namespace, parts, the chain's two ends, and both sides of every jump.
     fn subject(&self, query: &LookupQuery<'_>, parts: &[Part]) -> u64 {
-        let ends = [query.chain.hashes.first(), query.chain.hashes.last()];
-        let keys = ends.into_iter().flatten().flat_map(|hash| {
+        let hashes = &query.chain.hashes;
+        let sides = query.chain.jumps.iter().flat_map(|jump| {
+            let at = jump.at as usize;
+            [hashes.get(at.wrapping_sub(1)), hashes.get(at)]
+        });
+        let ends = [hashes.first(), hashes.last()];
+        let keys = ends.into_iter().chain(sides).flatten().flat_map(|hash| {
             let namespace = query.namespace;
             parts.iter().map(move |part| BlockKey {
                 namespace,
@@ -374,7 +381,7 @@ impl Engine {
                 part: *part,
             })
         });
-        keys.fold(query.chain.hashes.len() as u64, |subject, key| {
+        keys.fold(hashes.len() as u64, |subject, key| {
             subject.rotate_left(1) ^ self.fences.fingerprint(&key)
         })
     }

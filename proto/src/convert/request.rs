@@ -113,6 +113,8 @@ pub struct Lookup {
     pub lease_ttl_ms: Option<u32>,
     /// The same lease for the same key.
     pub idempotency_key: Option<[u8; 16]>,
+    /// The lease's id, if nobody has it yet.
+    pub lease: Option<LeaseId>,
 }
 
 impl TryFrom<v1::LookupRequest> for Lookup {
@@ -130,6 +132,7 @@ impl TryFrom<v1::LookupRequest> for Lookup {
             probe: wire.probe,
             lease_ttl_ms: (wire.lease_ttl_ms != 0).then_some(wire.lease_ttl_ms),
             idempotency_key: optional("idempotency_key", &wire.idempotency_key)?,
+            lease: (wire.lease_id != 0).then_some(LeaseId(wire.lease_id)),
         })
     }
 }
@@ -146,6 +149,7 @@ impl From<Lookup> for v1::LookupRequest {
             idempotency_key: request
                 .idempotency_key
                 .map_or_else(Bytes::new, |key| copied(&key)),
+            lease_id: request.lease.map_or(0, |lease| lease.0),
         }
     }
 }

@@ -13,6 +13,7 @@ use super::request::{
     Context, Get, Invalidate, Lookup, OpenNamespace, PutStart, Release, Renew, Target, Watch,
 };
 use super::{AnswerContext, FieldError, HeaderRules, MAX_OBJECTS, MAX_PARTS, header};
+use crate::chain::Jump;
 use crate::checksum::BlockHeader;
 use crate::hash::{Chain, MAX_CHAIN_BLOCKS, NamespaceKey};
 use crate::key::{
@@ -54,6 +55,15 @@ fn chain() -> impl Strategy<Value = Chain> {
             first_index,
             run: (first_index % 4 != 0).then_some(run.into()),
             parent: (first_index > 0).then_some(parent),
+            jumps: (hashes.len() > 5)
+                .then_some(Jump {
+                    at: 5,
+                    index: first_index + 9,
+                    run: (!(first_index + 9).is_multiple_of(4)).then_some(run.into()),
+                    parent,
+                })
+                .into_iter()
+                .collect(),
             hashes,
         }
     })
@@ -83,7 +93,7 @@ proptest! {
         let (namespace, lease) = (NAMESPACE, LeaseId(lease));
         let lookup = Lookup {
             context, namespace, chain: chain.clone(), parts: parts.clone(), probe: flag,
-            lease_ttl_ms: ttl, idempotency_key: key,
+            lease_ttl_ms: ttl, idempotency_key: key, lease: flag.then_some(lease),
         };
         prop_assert_eq!(Lookup::try_from(sent::<v1::LookupRequest>(lookup.clone().into())), Ok(lookup));
         let get = Get {

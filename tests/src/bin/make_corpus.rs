@@ -46,6 +46,12 @@ fn main() -> std::io::Result<()> {
         first_index: 3,
         run_hash: Bytes::from_static(&[2; 32]),
         parent_hash: Bytes::from_static(&[3; 32]),
+        jumps: vec![v1::Jump {
+            at: 2,
+            index: 9,
+            run_hash: Bytes::from_static(&[2; 32]),
+            parent_hash: Bytes::from_static(&[3; 32]),
+        }],
     });
 
     let put = v1::PutRequest {

@@ -209,6 +209,7 @@ impl World {
                 owner: OWNER,
                 ttl_ms: 1000,
                 idempotency: None,
+                id: None,
             }),
         });
         self.mover.prefetch(answer.promote);

@@ -169,6 +169,7 @@ fn an_ask_repeated_with_its_key_gets_the_same_lease() {
         owner: owner(1),
         ttl_ms: 1000,
         idempotency: Some([5; 16]),
+        id: None,
     };
     let first = world.ask(&chain, Some(ask)).lease.unwrap();
     world.clock.advance(Duration::from_millis(600));
@@ -237,6 +238,7 @@ fn a_block_counts_only_with_all_its_parts() {
         owner: owner(1),
         ttl_ms: 0,
         idempotency: None,
+        id: None,
     });
     let query = LookupQuery {
         namespace: SPACE,

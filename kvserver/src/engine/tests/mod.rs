@@ -153,6 +153,7 @@ impl World {
                 owner: owner(who),
                 ttl_ms: 1000,
                 idempotency: None,
+                id: None,
             }),
         )
     }
