@@ -4,7 +4,7 @@
 //! View ──new──► Placement (a seed, a weight and a zone for each member that takes runs)
 //!                   │
 //!          run ─────┴─► every member bids weight / -ln(u), u drawn by run and id   (`score`)
-//!                       first: the highest bid     owners: the highest of each zone, best zones first
+//!                       first: the highest bid     owners: the first, then the next in other zones (`zones`)
 //!                                                  ranked: all, by falling bid
 //! ```
 //!
@@ -20,10 +20,12 @@
 //! Source: Thaler and Ravishankar 1998 (rendezvous), Schindelhauer and Schomaker 2005 (weights).
 
 mod score;
+mod zones;
 
 use std::collections::BTreeMap;
 
 use score::{Draw, seed};
+use zones::Lifts;
 
 use crate::key::RunHash;
 use crate::view::{Member, MemberId, View};
@@ -34,6 +36,7 @@ pub struct Placement {
     bidders: Vec<Bidder>, // in the order of their ids
     ids: Vec<MemberId>,
     zone_count: usize,
+    lifts: Option<Lifts>, // only where zones are of very unequal weight
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -51,21 +54,22 @@ impl Placement {
                 .iter()
                 .filter(|member| member.state.takes_runs() && member.weight > 0)
         };
-        let mut zones: BTreeMap<&str, u32> = BTreeMap::new();
-        let bidders = takers()
-            .map(|member| {
-                let next = zones.len() as u32;
-                Bidder {
-                    seed: seed(member.id.0.as_bytes()),
-                    weight: f64::from(member.weight),
-                    zone: *zones.entry(&member.zone).or_insert(next),
-                }
-            })
-            .collect();
+        let mut zones: BTreeMap<&str, u64> = BTreeMap::new();
+        for member in takers() {
+            *zones.entry(&member.zone).or_default() += u64::from(member.weight);
+        }
+        let names: Vec<&str> = zones.keys().copied().collect();
+        let weights: Vec<u64> = zones.into_values().collect();
+        let bidder = |member: &Member| Bidder {
+            seed: seed(member.id.0.as_bytes()),
+            weight: f64::from(member.weight),
+            zone: names.partition_point(|name| *name < member.zone.as_str()) as u32,
+        };
         Self {
-            bidders,
+            bidders: takers().map(bidder).collect(),
             ids: takers().map(|member| member.id.clone()).collect(),
-            zone_count: zones.len(),
+            zone_count: weights.len(),
+            lifts: Lifts::new(&weights),
         }
     }
 
@@ -99,16 +103,25 @@ impl Placement {
     /// The owners of `run`, first the primary: at most `count` members, in other zones where the view has them.
     ///
     /// When fewer zones than `count` exist, the next in order fill up, so that the answer is as long as the view
-    /// allows.
+    /// allows. Where zones are of very unequal weight, other zones than the first owner's bid with a lift, so that
+    /// nobody is starved or buried (`placement/zones.rs`).
     pub fn owners(&self, run: &RunHash, count: usize) -> Vec<&MemberId> {
         let count = count.min(self.len());
         if count <= 1 {
             return self.first(run).into_iter().take(count).collect();
         }
-        let of_zones = count.min(self.zone_count);
-        // The best of the best zones, and, only where zones are too few, the best of all.
-        let (mut apart, mut next) = (Best::new(of_zones), Best::new(count));
         let key = seed(&run.0);
+        let owners = match &self.lifts {
+            Some(lifts) => self.lifted(key, count, lifts),
+            None => self.plain(key, count),
+        };
+        owners.into_iter().map(|at| &self.ids[at]).collect()
+    }
+
+    /// The best of the best zones, then, only where zones are too few, the best of all.
+    fn plain(&self, key: u64, count: usize) -> Vec<usize> {
+        let of_zones = count.min(self.zone_count);
+        let (mut apart, mut next) = (Best::new(of_zones), Best::new(count));
         for (at, bidder) in self.bidders.iter().enumerate() {
             let draw = Draw::new(key, bidder.seed);
             let floor = if of_zones < count {
@@ -119,36 +132,97 @@ impl Placement {
             if draw.loses_to(floor, bidder.weight) {
                 continue;
             }
-            let bid = Bid {
-                score: draw.score(bidder.weight),
-                at,
-                zone: bidder.zone,
-            };
+            let bid = bidder.bid(at, draw);
             apart.take(bid, |known| known.zone == bid.zone);
             if of_zones < count {
                 next.take(bid, |_| false);
             }
         }
         let mut owners: Vec<usize> = apart.bids.iter().map(|bid| bid.at).collect();
-        for bid in next.bids {
-            if owners.len() < count && !owners.contains(&bid.at) {
-                owners.push(bid.at);
+        fill(&mut owners, count, next.bids);
+        owners
+    }
+
+    /// The best of all, then again and again whoever has the least left to wait, in a zone not used yet.
+    fn lifted(&self, key: u64, count: usize, lifts: &Lifts) -> Vec<usize> {
+        let heavy = lifts.heavy();
+        let mut best_of: Vec<Option<Bid>> = vec![None; self.zone_count];
+        let mut of_heavy = Best::new(count);
+        for (at, bidder) in self.bidders.iter().enumerate() {
+            let draw = Draw::new(key, bidder.seed);
+            let is_heavy = heavy.is_some_and(|(zone, _)| zone == bidder.zone);
+            let known = &mut best_of[bidder.zone as usize];
+            let best = known.map_or(0.0, |bid| bid.score);
+            let floor = if is_heavy { of_heavy.floor() } else { best };
+            if draw.loses_to(floor, bidder.weight) {
+                continue;
+            }
+            let bid = bidder.bid(at, draw);
+            if bid.score > best {
+                *known = Some(bid);
+            }
+            if is_heavy {
+                of_heavy.take(bid, |_| false);
             }
         }
-        owners.into_iter().map(|at| &self.ids[at]).collect()
+        let mut left: Vec<Bid> = best_of.into_iter().flatten().collect();
+        let Some(first) = left.iter().copied().reduce(Bid::better) else {
+            return Vec::new();
+        };
+        let mut owners = vec![first.at];
+        left.retain(|bid| bid.zone != first.zone);
+        let mut inside = of_heavy.bids.into_iter().peekable();
+        let mut heavy_used = heavy.is_some_and(|(zone, _)| zone == first.zone);
+        while owners.len() < count {
+            while inside.next_if(|bid| owners.contains(&bid.at)).is_some() {}
+            // Least first; a tie goes to the smaller id.
+            let mut next: Option<(f64, Bid)> = None;
+            let outside = left
+                .iter()
+                .map(|bid| (bid.wait(&first) / lifts.of(bid.zone), *bid));
+            let inner = inside.peek().filter(|_| heavy_used).zip(heavy);
+            let inner = inner.map(|(bid, (_, lift))| (bid.wait(&first) / lift, *bid));
+            for (wait, bid) in outside.chain(inner) {
+                let better = next.is_none_or(|(least, known)| {
+                    wait.total_cmp(&least).then(bid.at.cmp(&known.at)).is_lt()
+                });
+                if better {
+                    next = Some((wait, bid));
+                }
+            }
+            let Some((_, bid)) = next else { break };
+            owners.push(bid.at);
+            left.retain(|other| other.zone != bid.zone);
+            heavy_used |= heavy.is_some_and(|(zone, _)| zone == bid.zone);
+        }
+        if owners.len() < count {
+            fill(&mut owners, count, self.bids(key));
+        }
+        owners
     }
 
     /// Every member that takes runs, best bid first: where to look next when an owner misses during a change.
     pub fn ranked(&self, run: &RunHash) -> Vec<&MemberId> {
-        let key = seed(&run.0);
-        let mut bids: Vec<(f64, usize)> = self
-            .bidders
-            .iter()
-            .enumerate()
-            .map(|(at, bidder)| (Draw::new(key, bidder.seed).score(bidder.weight), at))
-            .collect();
-        bids.sort_unstable_by(|(a, x), (b, y)| b.total_cmp(a).then(x.cmp(y)));
-        bids.into_iter().map(|(_, at)| &self.ids[at]).collect()
+        let bids = self.bids(seed(&run.0));
+        bids.into_iter().map(|bid| &self.ids[bid.at]).collect()
+    }
+
+    /// Every bid, best first.
+    fn bids(&self, key: u64) -> Vec<Bid> {
+        let bid = |(at, bidder): (usize, &Bidder)| bidder.bid(at, Draw::new(key, bidder.seed));
+        let mut bids: Vec<Bid> = self.bidders.iter().enumerate().map(bid).collect();
+        bids.sort_unstable_by(|x, y| y.score.total_cmp(&x.score).then(x.at.cmp(&y.at)));
+        bids
+    }
+}
+
+impl Bidder {
+    fn bid(&self, at: usize, draw: Draw) -> Bid {
+        Bid {
+            score: draw.score(self.weight),
+            at,
+            zone: self.zone,
+        }
     }
 }
 
@@ -157,6 +231,30 @@ struct Bid {
     score: f64,
     at: usize,
     zone: u32,
+}
+
+impl Bid {
+    fn better(self, other: Self) -> Self {
+        let order = self
+            .score
+            .total_cmp(&other.score)
+            .then(other.at.cmp(&self.at));
+        if order.is_lt() { other } else { self }
+    }
+
+    /// What is left of this bid's delay when `first` has won.
+    fn wait(&self, first: &Self) -> f64 {
+        1.0 / self.score - 1.0 / first.score
+    }
+}
+
+/// Adds the next in order until there are `count`.
+fn fill(owners: &mut Vec<usize>, count: usize, bids: Vec<Bid>) {
+    for bid in bids {
+        if owners.len() < count && !owners.contains(&bid.at) {
+            owners.push(bid.at);
+        }
+    }
 }
 
 /// The best few bids, best first.
@@ -277,7 +375,9 @@ mod tests {
                 zones.len()
             };
             let first = &owners[..owners.len().min(zones)];
-            prop_assert_eq!(distinct(first), first.len());
+            let weight_of = |zone: usize| weights.iter().skip(zone).step_by(3).sum::<u32>();
+            let heavy = (0..3).any(|zone| weight_of(zone) * 4 > weights.iter().sum::<u32>() * 3);
+            prop_assert!(heavy || distinct(first) == first.len());
             if count > 0 {
                 prop_assert_eq!(owners[0], ranked(&view, &run)[0]);
                 prop_assert_eq!(&owners[..1], &super::owners(&view, &run, 1)[..]);

@@ -258,8 +258,8 @@ fn checksums() {
     check("checksum.json", json!(vectors));
 }
 
-fn view() -> View {
-    let member = |id: &str, weight, zone: &str, state| Member {
+fn member(id: &str, weight: u32, zone: &str, state: MemberState) -> Member {
+    Member {
         id: MemberId(id.to_owned()),
         generation: 1,
         version: 1,
@@ -267,27 +267,48 @@ fn view() -> View {
         zone: zone.to_owned(),
         state,
         address: String::new(),
-    };
-    View::new([
-        member("node-a", 100, "z1", MemberState::Active),
-        member("node-b", 100, "z1", MemberState::Active),
-        member("node-c", 200, "z2", MemberState::Active),
-        member("node-d", 25, "z3", MemberState::Joining),
-        member("node-e", 100, "z3", MemberState::Draining),
-        member("node-f", 100, "z4", MemberState::Gone),
-        member("node-g", 0, "z4", MemberState::Active),
-        member(
-            &format!("node-{}", "x".repeat(80)),
-            50,
-            "",
-            MemberState::Active,
-        ),
-    ])
+    }
+}
+
+/// Every state, a weight of nothing, a long id; zones of about one size, of unequal size, and one that is nearly all.
+fn views() -> [View; 3] {
+    let long = format!("node-{}", "x".repeat(80));
+    let active = |id: &str, weight, zone: &str| member(id, weight, zone, MemberState::Active);
+    [
+        View::new([
+            active("node-a", 100, "z1"),
+            active("node-b", 100, "z1"),
+            active("node-c", 200, "z2"),
+            member("node-d", 150, "z3", MemberState::Joining),
+            member("node-e", 100, "z3", MemberState::Draining),
+            member("node-f", 100, "z4", MemberState::Gone),
+            active("node-g", 0, "z4"),
+            active(&long, 150, ""),
+        ]),
+        View::new([
+            active("node-a", 40, "z1"),
+            active("node-b", 60, "z1"),
+            active("node-c", 70, "z2"),
+            active("node-d", 30, "z3"),
+            active("node-e", 15, "z3"),
+            active("node-f", 10, ""),
+        ]),
+        View::new([
+            active("node-a", 100, "z1"),
+            active("node-b", 300, "z1"),
+            active("node-c", 500, "z1"),
+            active("node-d", 30, "z2"),
+            active("node-e", 20, "z3"),
+        ]),
+    ]
 }
 
 #[test]
 fn views_and_placement() {
-    let view = view();
+    check("placement.json", views().iter().map(placed).collect());
+}
+
+fn placed(view: &View) -> Value {
     let members: Vec<Value> = view
         .members()
         .iter()
@@ -304,15 +325,12 @@ fn views_and_placement() {
                 |members: Vec<&Member>| members.iter().map(|m| m.id.0.clone()).collect::<Vec<_>>();
             json!({
                 "run": run.to_string(),
-                "ranked": ids(placement::ranked(&view, &run)),
-                "owners_of_3": ids(placement::owners(&view, &run, 3)),
+                "ranked": ids(placement::ranked(view, &run)),
+                "owners_of_3": ids(placement::owners(view, &run, 3)),
             })
         })
         .collect();
-    check(
-        "placement.json",
-        json!({ "members": members, "digest": hex64(view.digest().0), "runs": runs }),
-    );
+    json!({ "members": members, "digest": hex64(view.digest().0), "runs": runs })
 }
 
 /// What the reader makes of a stream.
