@@ -126,7 +126,10 @@ impl Chain {
             let place = self.place(from, run_blocks);
             let of_run = (run_blocks - place.index % run_blocks) as usize;
             let behind = self.jumps.partition_point(|jump| jump.at as usize <= from);
-            let end = self.jumps.get(behind).map_or(self.hashes.len(), |jump| jump.at as usize);
+            let end = self
+                .jumps
+                .get(behind)
+                .map_or(self.hashes.len(), |jump| jump.at as usize);
             let range = from..end.min(from + of_run);
             from = range.end;
             Some((place.run, range))
@@ -172,11 +175,7 @@ impl Chain {
     /// # Panics
     ///
     /// As [`Chain::place`], and when there is no range, or one is empty or out of range.
-    pub fn select(
-        &self,
-        ranges: impl IntoIterator<Item = Range<usize>>,
-        run_blocks: u32,
-    ) -> Self {
+    pub fn select(&self, ranges: impl IntoIterator<Item = Range<usize>>, run_blocks: u32) -> Self {
         let mut picked = Self::from_root(Vec::new());
         // Index in the chain of the block behind the last one picked.
         let mut next = None;
@@ -209,7 +208,9 @@ impl Chain {
                 at: self.hashes.len() as u32,
                 index: place.index,
                 run,
-                parent: place.parent.expect("only the first block of a chain has none"),
+                parent: place
+                    .parent
+                    .expect("only the first block of a chain has none"),
             });
         }
     }

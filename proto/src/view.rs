@@ -189,7 +189,7 @@ fn member_news(new: &Member, known: &Member) -> bool {
 #[cfg(test)]
 pub(crate) mod tests {
     use proptest::collection::vec;
-    use proptest::prelude::{Strategy, any, prop_assert, prop_assert_eq, proptest};
+    use proptest::prelude::{Strategy, any, prop_assert, prop_assert_eq, prop_assert_ne, proptest};
     use proptest::sample::select;
 
     use super::{Member, MemberId, MemberState, View, ViewDigest};
@@ -241,6 +241,63 @@ pub(crate) mod tests {
             let mut again = first.clone();
             prop_assert!(!again.merge(&a) && !again.merge(&first));
             prop_assert!(first.members().windows(2).all(|pair| pair[0].id < pair[1].id));
+        }
+
+        #[test]
+        fn views_merge_in_any_grouping(a in members(), b in members(), c in members()) {
+            let (a, b, c) = (View::new(a), View::new(b), View::new(c));
+            let merged = |x: &View, y: &View| {
+                let mut view = x.clone();
+                view.merge(y);
+                view
+            };
+            prop_assert_eq!(merged(&merged(&a, &b), &c), merged(&a, &merged(&b, &c)));
+            prop_assert_eq!(merged(&a, &a), a);
+        }
+
+        #[test]
+        fn a_member_never_goes_back(news in members()) {
+            let mut view = View::default();
+            for member in news {
+                let old = view.get(&member.id).map(|known| (known.generation, known.version));
+                let told = view.merge_one(member.clone());
+                let known = view.get(&member.id).unwrap();
+                prop_assert!(old <= Some((known.generation, known.version)));
+                prop_assert!(Some((known.generation, known.version)) >= Some((member.generation, member.version)));
+                prop_assert!(!told || known == &member);
+            }
+        }
+
+        #[test]
+        fn equal_digests_mean_equal_owners_and_other_weights_or_zones_another_digest(
+            news in members(), other in any::<u64>(), run in any::<[u8; 32]>(),
+        ) {
+            use crate::placement::Placement;
+            let view = View::new(news);
+            let run = crate::key::RunHash(run);
+            // The same declarations by other lives at other addresses, and without the tombstones.
+            let retold = View::new(view.members().iter().filter(|m| m.state != MemberState::Gone).map(|member| Member {
+                generation: member.generation + 1 + other % 3,
+                version: other % 5,
+                address: format!("elsewhere-{other}"),
+                ..member.clone()
+            }));
+            prop_assert_eq!(view.digest(), retold.digest());
+            let (one, two) = (Placement::new(&view), Placement::new(&retold));
+            prop_assert_eq!(one.owners(&run, 3), two.owners(&run, 3));
+            prop_assert_eq!(one.ranked(&run), two.ranked(&run));
+            for member in retold.members() {
+                let changed = |change: fn(&mut Member)| {
+                    let mut member = Member { version: u64::MAX, ..member.clone() };
+                    change(&mut member);
+                    let mut view = retold.clone();
+                    view.merge_one(member);
+                    view.digest()
+                };
+                prop_assert_ne!(changed(|member| member.weight += 1), view.digest());
+                prop_assert_ne!(changed(|member| member.zone.push('x')), view.digest());
+                prop_assert_ne!(changed(|member| member.state = MemberState::Gone), view.digest());
+            }
         }
 
         #[test]
