@@ -36,12 +36,13 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::oneshot;
 
 use self::{
-    files::{check_secret, read_or_make_secret, write_whole},
+    files::{check_secret, read_or_make_secret},
     names::{Names, Record},
 };
 use super::{BlocksError, tenants::Tenants};
 use crate::{
     clock::Clock,
+    data_dir::write_whole,
     engine::{Domains, TenantId},
 };
 

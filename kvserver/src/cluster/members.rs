@@ -162,9 +162,9 @@ impl Members {
         }
     }
 
-    /// `id` was heard. True when it was suspect.
-    pub fn hear(&mut self, id: &MemberId) -> bool {
-        self.suspects.clear(id)
+    /// `id` gave a sign of life at `at`; what happened before that is no suspicion. True when it was suspect.
+    pub fn hear(&mut self, id: &MemberId, at: Tick) -> bool {
+        self.suspects.clear_before(id, at)
     }
 
     /// Time has passed: graces and ramps end, old tombstones and old views are forgotten. True when the view changed.

@@ -12,27 +12,36 @@
 //! Shape: the digest is an atomic, the roster an `Arc` behind a lock that is held for the clone of it alone, so that the
 //! data path never waits for a change. Units: [`Tick`], durations. Errors: none here; joining has its own.
 
+pub mod gossip;
+mod kept;
+mod load;
 mod members;
 mod roster;
 mod standing;
 mod told;
+pub mod wire;
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use kvproto::{BootId, Member, MemberId, ViewDigest};
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 pub use self::{
+    kept::{Kept, KeptError},
+    load::Load,
     members::{MOST_PAST, Members, RAMP_STEPS, TOMBSTONES_KEPT, Times},
     roster::{MOST_CANDIDATES, Roster},
     standing::Standing,
     told::{AGAIN, Told},
 };
-use crate::clock::Clock;
+use crate::clock::{Clock, Tick};
 
 /// The cluster as one node sees it.
 pub struct Cluster {
@@ -42,19 +51,30 @@ pub struct Cluster {
     members: Mutex<Members>,
     roster: watch::Sender<Arc<Roster>>,
     digest: AtomicU64,
+    loads: Mutex<BTreeMap<MemberId, Load>>,
+    /// Members that somebody's call failed at, on their way to whoever looks after them.
+    hurt: mpsc::Sender<MemberId>,
+    looked_after: Mutex<Option<mpsc::Receiver<MemberId>>>,
 }
+
+/// Failed calls that may wait for somebody to look after their member; more say nothing new.
+const MOST_HURT: usize = 64;
 
 impl Cluster {
     /// A cluster as `members` know it.
     #[must_use]
     pub fn new(members: Members, clock: Arc<dyn Clock>) -> Arc<Self> {
         let roster = Arc::new(members.roster());
+        let (hurt, looked_after) = mpsc::channel(MOST_HURT);
         Arc::new(Self {
             me: members.me().id.clone(),
             clock,
             digest: AtomicU64::new(roster.digest.0),
             members: Mutex::new(members),
             roster: watch::Sender::new(roster),
+            loads: Mutex::default(),
+            hurt,
+            looked_after: Mutex::new(Some(looked_after)),
         })
     }
 
@@ -101,6 +121,74 @@ impl Cluster {
         }
     }
 
+    /// A member was silent for too long, or did not answer.
+    pub fn suspect(&self, id: &MemberId) {
+        let now = self.clock.now();
+        if self.members.lock().suspect(id, now) {
+            tracing::warn!(%id, "a member of the cluster is silent");
+        }
+    }
+
+    /// A member gave a sign of life at `at`.
+    pub fn hear(&self, id: &MemberId, at: Tick) {
+        if self.members.lock().hear(id, at) {
+            tracing::info!(%id, "a member of the cluster is heard again");
+        }
+    }
+
+    /// Time has passed: graces and ramps end.
+    pub fn tick(&self) {
+        let now = self.clock.now();
+        self.change(|members| members.tick(now));
+    }
+
+    /// What this node declares of itself.
+    #[must_use]
+    pub fn declared(&self) -> Member {
+        self.members.lock().me().clone()
+    }
+
+    /// How many members are suspect.
+    #[must_use]
+    pub fn suspects(&self) -> usize {
+        self.members.lock().suspects()
+    }
+
+    /// Another weight for this node.
+    pub fn set_weight(&self, weight: u32) {
+        let now = self.clock.now();
+        self.change(|members| members.set_weight(weight, now));
+    }
+
+    /// This node hands over what it has, and takes nothing new.
+    pub fn drain(&self) {
+        let now = self.clock.now();
+        self.change(|members| members.drain(now));
+    }
+
+    /// This node takes runs again.
+    pub fn resume(&self) {
+        let now = self.clock.now();
+        self.change(|members| members.resume(now));
+    }
+
+    /// This node goes for good.
+    pub fn leave(&self) {
+        let now = self.clock.now();
+        self.change(|members| members.leave(now));
+    }
+
+    /// What a member last said it has to do; `None`: nothing was heard.
+    #[must_use]
+    pub fn load(&self, id: &MemberId) -> Option<Load> {
+        self.loads.lock().get(id).copied()
+    }
+
+    /// What this node has to do, for the others.
+    pub fn set_load(&self, load: Load) {
+        self.loads.lock().insert(self.me.clone(), load);
+    }
+
     /// How a member stands with this node. Suspicion is local and moves no owner.
     #[must_use]
     pub fn standing(&self, id: &MemberId) -> Standing {
@@ -110,6 +198,8 @@ impl Cluster {
     /// Somebody's call to this member failed, in this life of its if that is known: it is looked at now.
     pub fn hurt(&self, id: &MemberId, boot: BootId) {
         tracing::debug!(%id, boot = boot.0, "a call to a member failed");
+        // A full queue is a member that is being looked at already.
+        let _ = self.hurt.try_send(id.clone());
     }
 
     /// Where this node is reached, as a URL.
@@ -139,3 +229,6 @@ impl std::fmt::Debug for Cluster {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

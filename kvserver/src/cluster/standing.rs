@@ -58,7 +58,15 @@ impl Suspects {
         }
     }
 
-    /// It was heard, or is gone. True when it had been suspect.
+    /// It was heard after `at`. True when it had been suspect since an earlier moment.
+    pub(super) fn clear_before(&mut self, id: &MemberId, at: Tick) -> bool {
+        match self.0.get(id) {
+            Some(suspicion) if suspicion.since < at => self.0.remove(id).is_some(),
+            _ => false,
+        }
+    }
+
+    /// It is gone, or lives another life. True when it had been suspect.
     pub(super) fn clear(&mut self, id: &MemberId) -> bool {
         self.0.remove(id).is_some()
     }

@@ -1,12 +1,8 @@
 //! The two files of the registry: a secret that is made once, and a text that is replaced as a whole.
 
-use std::{
-    fs,
-    io::{self, Write},
-    path::Path,
-};
+use std::{fs, io, path::Path};
 
-use crate::clock::Clock;
+use crate::{clock::Clock, data_dir::write_whole};
 
 const SECRET_BYTES: usize = 32;
 
@@ -33,24 +29,4 @@ pub(super) fn check_secret(secret: Vec<u8>, path: &Path) -> io::Result<Vec<u8>> 
         secret.len()
     );
     Err(io::Error::new(io::ErrorKind::InvalidData, problem))
-}
-
-/// The old file or the new one, whatever happens: written beside it, synced, renamed.
-pub(super) fn write_whole(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
-    use std::os::unix::fs::OpenOptionsExt;
-    let beside = path.with_extension("new");
-    let mut file = fs::OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(mode)
-        .open(&beside)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&beside, path)?;
-    let folder = path
-        .parent()
-        .filter(|p| !p.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    fs::File::open(folder)?.sync_all()
 }

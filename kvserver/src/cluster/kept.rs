@@ -1,0 +1,231 @@
+//! What a node keeps of the cluster on disk: its name, and the members it knew last.
+//!
+//! ```text
+//! data_dir/node_id        16 hex digits, made at the first start
+//! data_dir/cluster.json   {"generation": of the last start, "members": [..]}   replaced as a whole
+//! ```
+//!
+//! A restarted node begins with its last view, so it has its old place at once and finds the others by itself, whoever
+//! told it to join the first time. Generations grow over restarts even when the machine's time went back.
+//!
+//! Errors: [`KeptError`]; a view that cannot be read is reported and forgotten, for gossip brings it again.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use kvproto::{Member, MemberId, MemberState, View};
+use serde::{Deserialize, Serialize};
+
+use crate::{clock::Clock, data_dir::write_whole};
+
+/// Why a node's name or its view could not be kept.
+#[derive(Debug, thiserror::Error)]
+pub enum KeptError {
+    /// The file of the name.
+    #[error("cannot use {}: {source}; make it readable, or name the node with --node-id", path.display())]
+    Name {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A name that is none.
+    #[error("{} holds {text:?}, which names no node; remove it, or name the node with --node-id", path.display())]
+    Nameless {
+        /// The file.
+        path: PathBuf,
+        /// What it holds.
+        text: String,
+    },
+    /// The file of the view.
+    #[error("cannot write {}: {source}", path.display())]
+    View {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A node's memory of the cluster.
+#[derive(Debug)]
+pub struct Kept {
+    file: PathBuf,
+    /// Who this node is.
+    pub id: MemberId,
+    /// This start's number; above every earlier one.
+    pub generation: u64,
+    /// The members known last; empty at the first start.
+    pub view: View,
+}
+
+#[derive(Default, Serialize, Deserialize)]
+struct Text {
+    generation: u64,
+    members: Vec<Record>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Record {
+    id: String,
+    generation: u64,
+    version: u64,
+    weight: u32,
+    zone: String,
+    state: u8,
+    address: String,
+}
+
+impl Kept {
+    /// Reads what `data_dir` holds, and begins another life of the node; `named`: its name, if it was given one.
+    ///
+    /// # Errors
+    /// When the name can be neither read nor written.
+    pub fn open(data_dir: &Path, named: &str, clock: &dyn Clock) -> Result<Self, KeptError> {
+        let id = match named {
+            "" => name(&data_dir.join("node_id"), clock)?,
+            named => named.to_owned(),
+        };
+        let file = data_dir.join("cluster.json");
+        let text = read(&file).unwrap_or_else(|problem| {
+            tracing::warn!(file = %file.display(), problem, "the last view of the cluster cannot be read; starting without it");
+            Text::default()
+        });
+        let kept = Self {
+            generation: clock.unix_ms().max(text.generation.saturating_add(1)),
+            view: View::new(text.members.into_iter().filter_map(Record::member)),
+            id: MemberId(id),
+            file,
+        };
+        // Before anybody hears of this life: a later one must be above it.
+        kept.write(&kept.view)?;
+        Ok(kept)
+    }
+
+    /// Whether others were known when the node stopped.
+    #[must_use]
+    pub fn was_member(&self) -> bool {
+        let others = self.view.members().iter();
+        let mut others = others.filter(|m| m.id != self.id && m.state != MemberState::Gone);
+        others.next().is_some()
+    }
+
+    /// Keeps this view instead of the last one.
+    ///
+    /// # Errors
+    /// When it cannot be written; the last one stays.
+    pub fn write(&self, view: &View) -> Result<(), KeptError> {
+        let text = Text {
+            generation: self.generation,
+            members: view.members().iter().map(Record::of).collect(),
+        };
+        let bytes = serde_json::to_vec_pretty(&text).expect("plain fields");
+        write_whole(&self.file, &bytes, 0o644).map_err(|source| KeptError::View {
+            path: self.file.clone(),
+            source,
+        })
+    }
+}
+
+impl Record {
+    fn of(member: &Member) -> Self {
+        Self {
+            id: member.id.0.clone(),
+            generation: member.generation,
+            version: member.version,
+            weight: member.weight,
+            zone: member.zone.clone(),
+            state: member.state as u8,
+            address: member.address.clone(),
+        }
+    }
+
+    fn member(self) -> Option<Member> {
+        Some(Member {
+            id: MemberId(self.id),
+            generation: self.generation,
+            version: self.version,
+            weight: self.weight,
+            zone: self.zone,
+            state: MemberState::from_wire(self.state.into())?,
+            address: self.address,
+        })
+    }
+}
+
+fn read(file: &Path) -> Result<Text, String> {
+    match fs::read(file) {
+        Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| e.to_string()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Text::default()),
+        Err(e) => Err(e.to_string()),
+    }
+}
+
+fn name(path: &Path, clock: &dyn Clock) -> Result<String, KeptError> {
+    let refuse = |source| KeptError::Name {
+        path: path.to_owned(),
+        source,
+    };
+    match fs::read_to_string(path) {
+        Ok(text) => {
+            let id = text.trim();
+            match !id.is_empty() && id.len() <= 64 && !id.chars().any(char::is_control) {
+                true => Ok(id.to_owned()),
+                false => Err(KeptError::Nameless {
+                    path: path.to_owned(),
+                    text,
+                }),
+            }
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let id = format!("{:016x}", clock.random_u64());
+            write_whole(path, format!("{id}\n").as_bytes(), 0o644).map_err(refuse)?;
+            Ok(id)
+        }
+        Err(e) => Err(refuse(e)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::{clock::ManualClock, cluster::tests::member};
+
+    #[test]
+    fn a_restart_keeps_the_name_and_the_view_and_is_a_later_life() {
+        let dir = TempDir::new().unwrap();
+        let clock = ManualClock::new(1);
+        let first = Kept::open(dir.path(), "", &clock).unwrap();
+        assert!(!first.was_member());
+        let view = View::new([member("a", 2), member("b", 1)]);
+        first.write(&view).unwrap();
+        // Another clock, as far behind as a machine's time may fall.
+        let again = Kept::open(dir.path(), "", &ManualClock::new(9)).unwrap();
+        assert_eq!((&again.id, &again.view), (&first.id, &view));
+        assert!(again.was_member() && again.generation > first.generation);
+    }
+
+    #[test]
+    fn a_torn_view_is_forgotten_and_the_name_is_not() {
+        let dir = TempDir::new().unwrap();
+        let clock = ManualClock::new(1);
+        let first = Kept::open(dir.path(), "", &clock).unwrap();
+        fs::write(dir.path().join("cluster.json"), b"{\"generation\": 17").unwrap();
+        let again = Kept::open(dir.path(), "", &clock).unwrap();
+        assert_eq!((again.id, again.view), (first.id, View::default()));
+    }
+
+    #[test]
+    fn a_file_that_names_nobody_is_refused_with_its_path() {
+        let dir = TempDir::new().unwrap();
+        fs::write(dir.path().join("node_id"), b"\n").unwrap();
+        let error = Kept::open(dir.path(), "", &ManualClock::new(1)).unwrap_err();
+        assert!(error.to_string().contains("node_id"), "{error}");
+        let named = Kept::open(dir.path(), "west-1", &ManualClock::new(1)).unwrap();
+        assert_eq!(named.id.0, "west-1");
+    }
+}
