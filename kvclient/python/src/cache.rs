@@ -14,34 +14,30 @@
 //! job.
 //! Why tasks and not calls: the engine's thread schedules every request; a microsecond there is a microsecond for all.
 
+mod asking;
+mod moving;
+
 use std::{
     collections::HashMap,
-    pin::Pin,
     sync::{Arc, mpsc},
     time::Duration,
 };
 
-use kvclient::{Lease, LookupOptions, Namespace, Part, PathReport, Target, clock::Clock};
+use kvclient::{Lease, Namespace, Part, PathReport, Target, clock::Clock};
 use parking_lot::{Condvar, Mutex};
 use tokio::runtime::{Builder, Handle, Runtime};
 
 use crate::{
-    device::{DeviceProblem, OnDevice},
-    hashes::{self, EngineHashes},
-    jobs::{Finished, JobKind, Jobs, Outcome, Refused, Taken},
-    layout::{Layer, Layout, LayoutError},
-    lookups::{Ask, Lookups, Ticket},
+    cache::moving::Work,
+    device::DeviceProblem,
+    jobs::{Finished, JobKind, Jobs},
+    layout::LayoutError,
+    lookups::Lookups,
     memory::{ClaimError, EngineMemory},
     misses::Misses,
-    node::{NodeLink, NodeSettings, NodeState, Way},
-    transfer::{Load, Mover, Save},
+    node::{NodeLink, NodeSettings, NodeState},
+    transfer::Mover,
 };
-
-/// Leases are given up this many lives after their lookup, whatever the engine does.
-const LEASE_LIVES: u32 = 12;
-
-/// Shortest pause between two looks at which leases are due.
-const RENEW_PAUSE: Duration = Duration::from_millis(20);
 
 /// How long closing may take to give leases back.
 const FAREWELL: Duration = Duration::from_millis(200);
@@ -160,22 +156,6 @@ struct Shared {
     lease: Duration,
 }
 
-#[derive(Debug)]
-enum Work {
-    Load(Load),
-    Save(Save),
-}
-
-impl Work {
-    /// Ready once nobody has a claim on its blocks.
-    fn ended(&self) -> Pin<Box<dyn Future<Output = ()> + Send>> {
-        match self {
-            Self::Load(load) => Box::pin(load.claim.ended()),
-            Self::Save(save) => Box::pin(save.claim.ended()),
-        }
-    }
-}
-
 impl Cache {
     /// Starts, and does not wait for the node.
     ///
@@ -226,16 +206,16 @@ impl Cache {
         runtimes
             .asking
             .spawn(async move { keeper.node.keep().await });
-        runtimes.asking.spawn(renew(Arc::clone(&shared)));
+        runtimes.asking.spawn(asking::renew(Arc::clone(&shared)));
         for _ in 0..threads {
             runtimes
                 .moving
-                .spawn(run(Arc::clone(&shared), JobKind::Load));
+                .spawn(moving::run(Arc::clone(&shared), JobKind::Load));
         }
         for _ in 0..threads.div_ceil(2) {
             runtimes
                 .moving
-                .spawn(run(Arc::clone(&shared), JobKind::Save));
+                .spawn(moving::run(Arc::clone(&shared), JobKind::Save));
         }
         Ok(Self {
             shared,
@@ -264,236 +244,6 @@ impl Cache {
         self.shared.node.path()
     }
 
-    /// How many blocks from `first` on may be loaded; `None`: on its way.
-    ///
-    /// # Errors
-    /// When the hashes are no hashes.
-    pub fn lookup(
-        &self,
-        request: &str,
-        hashes: &[u8],
-        width: usize,
-        first: usize,
-        probe: bool,
-    ) -> Result<Option<usize>, Error> {
-        let count = hashes::count(hashes, width)?;
-        let shared = &self.shared;
-        let Some(way) = shared.node.asking() else {
-            shared.node.counters.lookups_away.add(1);
-            return Ok(Some(0));
-        };
-        if first >= count {
-            return Ok(Some(0));
-        }
-        let whole = EngineHashes::new;
-        let now = shared.node.clock.now();
-        let mut lookups = shared.lookups.lock();
-        let mut misses = shared.misses.lock();
-        let mut asked = None;
-        let ticket = match lookups.ask(request, first, now, &mut misses, || {
-            let hashes = whole(hashes, width).expect("counted above");
-            asked = Some(hashes.clone());
-            hashes
-        }) {
-            Ask::Known(blocks) => return Ok(Some(blocks)),
-            Ask::Pending => return Ok(None),
-            Ask::Full => {
-                shared.node.counters.lookups_full.add(1);
-                return Ok(Some(0));
-            }
-            Ask::New(ticket) => ticket,
-        };
-        let hashes = asked.expect("a new lookup has taken its hashes");
-        let wanted = misses.before(hashes.iter(first..count), now);
-        if wanted < count - first {
-            shared.node.counters.lookups_cut.add(1);
-        }
-        if wanted == 0 {
-            let none = lookups.answer(request, ticket, 0, None, now, now);
-            debug_assert!(none.is_ok());
-            return Ok(Some(0));
-        }
-        drop((misses, lookups));
-        shared.node.counters.lookups_asked.add(1);
-        let asking = Asking {
-            request: request.to_owned(),
-            ticket,
-            hashes,
-            first,
-            wanted,
-            probe,
-        };
-        self.asking.spawn(ask(Arc::clone(shared), way, asking));
-        Ok(None)
-    }
-
-    /// The lease of an answered lookup; 0: none.
-    #[must_use]
-    pub fn lease(&self, request: &str) -> u64 {
-        self.shared.lookups.lock().lease(request)
-    }
-
-    /// Gives the lease back and forgets the answer.
-    pub fn forget(&self, request: &str) {
-        let lease = self.shared.lookups.lock().forget(request);
-        // Dropping it queues its release, without waiting.
-        drop(lease);
-    }
-
-    /// Lookups stop before these blocks for a while.
-    ///
-    /// # Errors
-    /// When the hashes are no hashes.
-    pub fn miss(&self, hashes: &[u8], width: usize) -> Result<(), Error> {
-        hashes::count(hashes, width)?;
-        let now = self.shared.node.clock.now();
-        let mut misses = self.shared.misses.lock();
-        for hash in hashes.chunks_exact(width) {
-            misses.add(hash, now);
-        }
-        Ok(())
-    }
-
-    /// Says where the engine's blocks lie; an empty list forgets it. Waits for copies in the memory known before.
-    ///
-    /// # Errors
-    /// When the layers make no layout; then nothing has changed.
-    ///
-    /// # Safety
-    /// As [`EngineMemory::new`], until [`Cache::close`] or the next call of this has returned. A block belongs to the cache from
-    /// `load` or `save` until its job is reported, or for a save until [`Cache::wait_gathered`] has returned.
-    #[allow(unsafe_code)]
-    pub unsafe fn layout(&self, layers: Vec<Layer>) -> Result<(), Error> {
-        // SAFETY: the caller's promise is the same.
-        self.relayout(layers, |layout| Ok(unsafe { EngineMemory::new(layout) }))
-    }
-
-    /// As [`Cache::layout`], with addresses of `device` (`cuda:N`, or `host`) and the number of the engine's stream there. Jobs
-    /// wait on the device for what that stream was given before them.
-    ///
-    /// # Errors
-    /// As [`Cache::layout`], and for a device that is not there; then nothing is known any more.
-    ///
-    /// # Safety
-    /// As [`Cache::layout`], for memory of the device, and the stream exists as long.
-    #[allow(unsafe_code)]
-    pub unsafe fn layout_on(
-        &self,
-        layers: Vec<Layer>,
-        device: &str,
-        stream: u64,
-    ) -> Result<(), Error> {
-        self.relayout(layers, |layout| {
-            // SAFETY: the caller's promise is the same.
-            let device = unsafe { OnDevice::new(&layout, device, stream) }?;
-            Ok(EngineMemory::on_device(layout, device))
-        })
-    }
-
-    fn relayout(
-        &self,
-        layers: Vec<Layer>,
-        memory_of: impl FnOnce(Layout) -> Result<Arc<EngineMemory>, Error>,
-    ) -> Result<(), Error> {
-        let layout = (!layers.is_empty())
-            .then(|| Layout::new(layers))
-            .transpose()?;
-        if self.is_forked() {
-            return Err(Error::Forked);
-        }
-        let mut memory = self.memory.lock();
-        if let Some(old) = memory.take() {
-            // Claims are what is waited for, not reports: a close that runs meanwhile makes those only after this.
-            self.shared.jobs.hurry(self.shared.node.clock.now());
-            old.retire();
-        }
-        *memory = layout.map(memory_of).transpose()?;
-        Ok(())
-    }
-
-    /// Starts to load blocks `first`, `first + 1`, … into `block_ids`. `false`: the queue is full.
-    ///
-    /// # Errors
-    /// For blocks that are not there, or hashes that do not reach so far.
-    pub fn load(
-        &self,
-        job: u64,
-        lease: u64,
-        hashes: &[u8],
-        width: usize,
-        first: usize,
-        block_ids: Vec<u32>,
-    ) -> Result<bool, Error> {
-        let hashes = reaching(hashes, width, first, block_ids.len())?;
-        let claim = self.memory()?.write(&block_ids);
-        self.submit(job, JobKind::Load, block_ids, claim, |claim| {
-            Work::Load(Load {
-                lease,
-                hashes,
-                first,
-                claim,
-            })
-        })
-    }
-
-    /// Starts to store `block_ids` as blocks `first`, `first + 1`, …. `false`: the queue is full.
-    ///
-    /// # Errors
-    /// As [`Cache::load`].
-    pub fn save(
-        &self,
-        job: u64,
-        hashes: &[u8],
-        width: usize,
-        first: usize,
-        block_ids: Vec<u32>,
-    ) -> Result<bool, Error> {
-        let hashes = reaching(hashes, width, first, block_ids.len())?;
-        let claim = self.memory()?.read(&block_ids);
-        self.submit(job, JobKind::Save, block_ids, claim, |claim| {
-            Work::Save(Save {
-                hashes,
-                first,
-                claim,
-            })
-        })
-    }
-
-    fn memory(&self) -> Result<Arc<EngineMemory>, Error> {
-        if self.is_forked() {
-            return Err(Error::Forked);
-        }
-        self.memory.lock().clone().ok_or(Error::NoLayout)
-    }
-
-    fn submit<C>(
-        &self,
-        job: u64,
-        kind: JobKind,
-        block_ids: Vec<u32>,
-        claim: Result<C, ClaimError>,
-        work: impl FnOnce(C) -> Work,
-    ) -> Result<bool, Error> {
-        let (jobs, now) = (&self.shared.jobs, self.shared.node.clock.now());
-        let submitted = match claim {
-            Ok(claim) => jobs.submit(job, kind, block_ids, now, || work(claim)),
-            // The engine's other jobs are at these blocks, or its memory is just going: an outcome like any other.
-            Err(busy @ (ClaimError::Busy { .. } | ClaimError::Retired | ClaimError::Stream(_))) => {
-                jobs.submit_failed(job, kind, block_ids, &busy.to_string(), now)
-            }
-            Err(ClaimError::Layout(error)) => return Err(error.into()),
-            Err(twice) => return Err(Error::Claim(twice)),
-        };
-        match submitted {
-            Ok(()) => Ok(true),
-            Err(Refused::Known) => Err(Error::JobKnown { job }),
-            Err(Refused::Full | Refused::Closed) => {
-                self.shared.node.counters.jobs_refused.add(1);
-                Ok(false)
-            }
-        }
-    }
-
     /// The jobs that ended since the last call.
     #[must_use]
     pub fn finished(&self) -> Vec<Finished> {
@@ -517,55 +267,6 @@ impl Cache {
         self.shared
             .jobs
             .wait(job, timeout, &*self.shared.node.clock)
-    }
-
-    /// Waits for a lookup: how many blocks from `first` on are there. With a `request` it is leased and remembered.
-    ///
-    /// # Errors
-    /// When the hashes are no hashes.
-    pub fn exists(
-        &self,
-        hashes: &[u8],
-        width: usize,
-        timeout: Duration,
-        first: usize,
-        request: Option<&str>,
-    ) -> Result<usize, Error> {
-        let clock = &self.shared.node.clock;
-        let until = clock.now().after(timeout);
-        let unnamed;
-        let (request, probe) = match request {
-            Some(request) => (request, false),
-            None => {
-                // Longer than any engine's id, and of this call alone.
-                unnamed = format!(
-                    "terrace/exists/{:016x}{:016x}",
-                    clock.random_u64(),
-                    clock.random_u64()
-                );
-                (unnamed.as_str(), true)
-            }
-        };
-        let found = loop {
-            if let Some(found) = self.lookup(request, hashes, width, first, probe)? {
-                break found;
-            }
-            let mut lookups = self.shared.lookups.lock();
-            // An answer that came since is seen by the next turn; one that comes from now on wakes this one.
-            if lookups.is_pending(request) {
-                let left = until.since(clock.now());
-                if left.is_zero() {
-                    break 0;
-                }
-                self.shared
-                    .answered
-                    .wait_for(&mut lookups, left.min(self.shared.lookup_timeout));
-            }
-        };
-        if probe {
-            self.forget(request);
-        }
-        Ok(found)
     }
 
     /// Forgets the whole namespace at the node; how many blocks.
@@ -662,237 +363,5 @@ impl Drop for Cache {
     }
 }
 
-/// Hashes that reach to the last of `count` blocks from `first` on.
-fn reaching(bytes: &[u8], width: usize, first: usize, count: usize) -> Result<EngineHashes, Error> {
-    let known = hashes::count(bytes, width)?;
-    match first.checked_add(count) {
-        Some(end) if end <= known => Ok(EngineHashes::new(&bytes[..end * width], width)?),
-        _ => Err(kvproto::FieldError::new(
-            "hashes",
-            format!("has {known} blocks; {count} from {first} on are wanted"),
-        )
-        .into()),
-    }
-}
-
-/// One lookup on its way.
-struct Asking {
-    request: String,
-    ticket: Ticket,
-    hashes: EngineHashes,
-    first: usize,
-    wanted: usize,
-    probe: bool,
-}
-
-async fn ask(shared: Arc<Shared>, way: Way, asking: Asking) {
-    let range = asking.first..asking.first + asking.wanted;
-    let chain = asking
-        .hashes
-        .chain(way.namespace.key(), way.namespace.run_blocks(), range);
-    let options = LookupOptions {
-        parts: shared.parts.clone(),
-        probe: asking.probe,
-        lease_ttl: shared.lease,
-        idempotency_key: None,
-    };
-    let client = way.client.with_deadline(shared.lookup_timeout);
-    let (blocks, lease) = match client.lookup(&way.namespace, &chain, &options).await {
-        Ok(found) if asking.probe => (found.present_blocks as usize, None),
-        Ok(found) => (found.leased_blocks() as usize, found.lease),
-        Err(error) => {
-            shared.node.failed(&error);
-            shared.node.counters.lookups_away.add(1);
-            (0, None)
-        }
-    };
-    let now = shared.node.clock.now();
-    let lease = lease.map(|lease| (lease.id().0, lease));
-    let renew_at = now.after(shared.lease / 2);
-    let answered =
-        shared
-            .lookups
-            .lock()
-            .answer(&asking.request, asking.ticket, blocks, lease, now, renew_at);
-    if answered.is_ok() {
-        shared.node.counters.lookups_answered.add(1);
-        shared.node.counters.lookup_blocks.add(blocks as u64);
-    }
-    // A late answer's lease is released by being dropped here.
-    drop(answered);
-    shared.answered.notify_all();
-}
-
-/// Keeps the leases of answered lookups alive.
-async fn renew(shared: Arc<Shared>) {
-    loop {
-        let pause = (shared.lease / 4).max(RENEW_PAUSE);
-        shared.node.clock.sleep(pause).await;
-        let now = shared.node.clock.now();
-        let (due, given_up) = shared.lookups.lock().due(now, shared.lease * LEASE_LIVES);
-        drop(given_up);
-        let mut answering = true;
-        for (request, ticket, mut lease) in due {
-            let renewed = match answering.then_some(()) {
-                Some(()) => lease.renew(shared.lease).await,
-                None => Ok(false),
-            };
-            let lease = match renewed {
-                Ok(true) => {
-                    shared.node.counters.leases_renewed.add(1);
-                    Some(lease)
-                }
-                Ok(false) => None,
-                Err(error) => {
-                    shared.node.failed(&error);
-                    answering = false;
-                    None
-                }
-            };
-            let renew_at = shared.node.clock.now().after(shared.lease / 2);
-            let unwanted = shared
-                .lookups
-                .lock()
-                .renewed(&request, ticket, lease, renew_at);
-            drop(unwanted);
-        }
-    }
-}
-
-/// Does one job of this kind after the other.
-async fn run(shared: Arc<Shared>, kind: JobKind) {
-    loop {
-        let taken = shared.jobs.take(kind).await;
-        let job = taken.job;
-        let ended = taken.work.ended();
-        // A task of its own: should it panic, its claims are dropped, its job ends, and the next one is done.
-        let done = tokio::spawn(work(Arc::clone(&shared), taken)).await;
-        if let Err(error) = done {
-            // A device that was told to copy has shares of them still.
-            ended.await;
-            shared
-                .jobs
-                .fail(job, &format!("a defect: {error}"), shared.node.clock.now());
-        }
-    }
-}
-
-async fn work(shared: Arc<Shared>, taken: Taken<Work>) {
-    let (node, job) = (&shared.node, taken.job);
-    match taken.work {
-        Work::Load(load) => {
-            let (hashes, first) = (load.hashes.clone(), load.first);
-            let blocks: Box<[u32]> = load.claim.blocks().into();
-            let (outcome, corrupt) = shared.mover.load(node, load).await;
-            shared.missed(&hashes, first, &blocks, &outcome);
-            shared.jobs.end(job, outcome, node.clock.now());
-            shared.mover.forget(node, &hashes, &corrupt).await;
-        }
-        Work::Save(save) => {
-            let hashes = save.hashes.clone();
-            let hurry = shared.jobs.hurried_since(taken.hurries);
-            let gathered = || shared.jobs.gathered(job);
-            let (outcome, kept) = shared.mover.save(node, save, hurry, gathered).await;
-            let mut misses = shared.misses.lock();
-            for block in kept {
-                misses.remove(hashes.get(block));
-            }
-            drop(misses);
-            shared.jobs.end(job, outcome, node.clock.now());
-        }
-    }
-}
-
-impl Shared {
-    /// What a load did not bring, lookups must not promise again at once.
-    fn missed(&self, hashes: &EngineHashes, first: usize, blocks: &[u32], outcome: &Outcome) {
-        if outcome.failed.is_empty() {
-            return;
-        }
-        let now = self.node.clock.now();
-        let mut misses = self.misses.lock();
-        // Failed blocks are in the job's order, so one walk finds them.
-        let mut failed = outcome.failed.iter().peekable();
-        for (at, block) in blocks.iter().enumerate() {
-            if failed.next_if_eq(&block).is_some() {
-                misses.add(hashes.get(first + at), now);
-            }
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use std::{
-        sync::atomic::{AtomicBool, Ordering},
-        thread,
-    };
-
-    use super::*;
-
-    /// A cache of a node that is not there, and one layer of two blocks for it.
-    fn cache(buffer: &mut [u8; 16]) -> Cache {
-        let node = NodeSettings {
-            endpoint: "127.0.0.1:9".to_owned(),
-            owner: None,
-            token: None,
-            local: "off".to_owned(),
-            strict: false,
-        };
-        let spec = Namespace::opaque("tests", 16, 1);
-        let cache = Cache::new(CacheSettings::new(node, spec)).unwrap();
-        let layer = Layer {
-            address: buffer.as_mut_ptr().expose_provenance(),
-            blocks: 2,
-            stride_bytes: 8,
-            block_bytes: 8,
-        };
-        // SAFETY: the tests keep the buffer until the cache is closed, and do not look at it.
-        #[allow(unsafe_code)]
-        unsafe {
-            cache.layout(vec![layer]).unwrap();
-        }
-        cache
-    }
-
-    #[test]
-    fn no_close_or_layout_returns_and_no_job_is_reported_while_a_copy_runs() {
-        let mut buffer = [0; 16];
-        let cache = cache(&mut buffer);
-        let memory = cache.memory().unwrap();
-        // As a device has it, whose copy outlasts the task that started it.
-        let copy = memory.write(&[1]).unwrap();
-        let now = cache.shared.node.clock.now();
-        cache
-            .shared
-            .jobs
-            .submit_taken(7, JobKind::Load, vec![1], now);
-        let over = AtomicBool::new(false);
-        thread::scope(|scope| {
-            let close = || {
-                cache.close();
-                assert!(over.load(Ordering::SeqCst), "closed while a copy ran");
-            };
-            scope.spawn(close);
-            while memory.read(&[0]).is_ok() {
-                thread::yield_now();
-            }
-            scope.spawn(close);
-            scope.spawn(|| {
-                // SAFETY: an empty layout promises nothing.
-                #[allow(unsafe_code)]
-                unsafe {
-                    cache.layout(Vec::new()).unwrap();
-                }
-                assert!(over.load(Ordering::SeqCst), "laid out while a copy ran");
-            });
-            for _ in 0..1000 {
-                thread::yield_now();
-            }
-            assert!(cache.finished().is_empty());
-            over.store(true, Ordering::SeqCst);
-            drop(copy);
-        });
-        assert_eq!(cache.finished()[0].failed_block_ids, [1]);
-    }
-}
+mod tests;

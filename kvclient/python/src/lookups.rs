@@ -358,6 +358,20 @@ mod tests {
                 other => panic!("{other:?}"),
             }
         }
+
+        /// The node has 5 blocks, and renews their lease from 10 ms on.
+        fn answer(
+            &mut self,
+            request: &str,
+            ticket: Ticket,
+            lease: Option<(u64, &'static str)>,
+            now: u32,
+        ) {
+            let answered = self
+                .lookups
+                .answer(request, ticket, 5, lease, at(now), at(10));
+            answered.expect("it is waited for");
+        }
     }
 
     fn at(ms: u32) -> Tick {
@@ -369,10 +383,7 @@ mod tests {
         let mut table = Table::new(8);
         let ticket = table.ticket("r", 2, 0);
         assert_eq!(table.ask("r", 2, 1), Ask::Pending);
-        table
-            .lookups
-            .answer("r", ticket, 5, Some((7, "lease")), at(2), at(9))
-            .unwrap();
+        table.answer("r", ticket, Some((7, "lease")), 2);
         assert_eq!(table.ask("r", 2, 3), Ask::Known(5));
         assert_eq!(table.ask("r", 4, 3), Ask::Known(3));
         assert_eq!(table.ask("r", 9, 3), Ask::Known(0));
@@ -423,10 +434,7 @@ mod tests {
     fn a_miss_cuts_answers_already_given() {
         let mut table = Table::new(8);
         let ticket = table.ticket("r", 2, 0);
-        table
-            .lookups
-            .answer("r", ticket, 5, None, at(2), at(9))
-            .unwrap();
+        table.answer("r", ticket, None, 2);
         assert_eq!(table.ask("r", 2, 3), Ask::Known(5));
         table.misses.add(&[4], at(3));
         assert_eq!(table.ask("r", 2, 4), Ask::Known(2));
@@ -436,10 +444,7 @@ mod tests {
     fn wanting_more_than_was_asked_asks_again() {
         let mut table = Table::new(8);
         let ticket = table.ticket("r", 5, 0);
-        table
-            .lookups
-            .answer("r", ticket, 5, None, at(1), at(9))
-            .unwrap();
+        table.answer("r", ticket, None, 1);
         assert!(matches!(table.ask("r", 3, 2), Ask::New(_)));
     }
 
@@ -448,10 +453,7 @@ mod tests {
         let mut table = Table::new(2);
         let (a, b) = (table.ticket("a", 0, 0), table.ticket("b", 0, 0));
         assert_eq!(table.ask("c", 0, 1), Ask::Full);
-        table
-            .lookups
-            .answer("a", a, 5, Some((1, "a")), at(1), at(9))
-            .unwrap();
+        table.answer("a", a, Some((1, "a")), 1);
         table.lookups.answer("b", b, 0, None, at(1), at(9)).unwrap();
         assert!(matches!(table.ask("c", 0, 2), Ask::New(_)));
         assert_eq!(table.lookups.lease("a"), 1);
@@ -462,10 +464,7 @@ mod tests {
     fn leases_are_renewed_when_due_and_given_up_when_old() {
         let mut table = Table::new(8);
         let ticket = table.ticket("r", 0, 0);
-        table
-            .lookups
-            .answer("r", ticket, 5, Some((1, "one")), at(0), at(10))
-            .unwrap();
+        table.answer("r", ticket, Some((1, "one")), 0);
         let keep = 100 * MS;
         assert!(table.lookups.due(at(9), keep).0.is_empty());
         let (due, _) = table.lookups.due(at(10), keep);
@@ -485,10 +484,7 @@ mod tests {
     fn a_lease_that_is_gone_lets_the_request_ask_again() {
         let mut table = Table::new(8);
         let ticket = table.ticket("r", 0, 0);
-        table
-            .lookups
-            .answer("r", ticket, 5, Some((1, "one")), at(0), at(10))
-            .unwrap();
+        table.answer("r", ticket, Some((1, "one")), 0);
         table.lookups.due(at(10), 100 * MS);
         table.lookups.renewed("r", ticket, None, at(20)).unwrap();
         assert!(matches!(table.ask("r", 0, 11), Ask::New(_)));

@@ -21,6 +21,7 @@
 
 use std::{
     collections::{HashMap, HashSet, hash_map::Entry},
+    marker::PhantomData,
     ops::Range,
     slice,
     sync::Arc,
@@ -116,7 +117,7 @@ impl EngineMemory {
     /// # Errors
     /// When one is not there or being written.
     pub fn read(self: &Arc<Self>, blocks: &[u32]) -> Result<ReadClaim, ClaimError> {
-        Ok(ReadClaim(Arc::new(self.claim(blocks, false)?)))
+        self.claim(blocks, false)
     }
 
     /// These blocks, to be written; all different.
@@ -128,7 +129,7 @@ impl EngineMemory {
         if let Some(&block) = blocks.iter().find(|block| !seen.insert(**block)) {
             return Err(ClaimError::Twice { block });
         }
-        Ok(WriteClaim(Arc::new(self.claim(blocks, true)?)))
+        self.claim(blocks, true)
     }
 
     /// Waits until nobody has a claim, and gives no more.
@@ -140,7 +141,11 @@ impl EngineMemory {
         }
     }
 
-    fn claim(self: &Arc<Self>, blocks: &[u32], write: bool) -> Result<Claim, ClaimError> {
+    fn claim<Access>(
+        self: &Arc<Self>,
+        blocks: &[u32],
+        write: bool,
+    ) -> Result<Claim<Access>, ClaimError> {
         for &block in blocks {
             self.layout.check(block)?;
         }
@@ -171,12 +176,14 @@ impl EngineMemory {
             }
         }
         drop(claims);
-        Ok(Claim {
+        let held = Arc::new(Held {
             memory: self.clone(),
             blocks: blocks.into(),
             turn,
             ended: watch::Sender::default(),
-        })
+        });
+        let access = PhantomData;
+        Ok(Claim { held, access })
     }
 }
 
@@ -193,9 +200,9 @@ impl Claims {
     }
 }
 
-/// Blocks of a job, given back when dropped.
+/// Blocks of a job, given back with the last share of them.
 #[derive(Debug)]
-struct Claim {
+struct Held {
     memory: Arc<EngineMemory>,
     blocks: Box<[u32]>,
     /// When the engine handed the blocks over, on a device.
@@ -204,32 +211,7 @@ struct Claim {
     ended: watch::Sender<()>,
 }
 
-impl Claim {
-    fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
-        let mut ended = self.ended.subscribe();
-        // Nothing is ever sent: only the end of the sender comes.
-        async move { while ended.changed().await.is_ok() {} }
-    }
-
-    fn device(&self) -> Option<(&OnDevice, &Event)> {
-        self.memory.device.as_ref().zip(self.turn.as_ref())
-    }
-
-    /// Where the bytes of each of the blocks in `range` lie, in memory that the processor may touch.
-    fn pieces(&self, range: Range<usize>) -> impl Iterator<Item = Vec<Range<usize>>> {
-        assert!(
-            self.memory.device.is_none(),
-            "addresses of a device are not this process's"
-        );
-        let pieces = |&block: &u32| {
-            let pieces = self.memory.layout.pieces(block);
-            pieces.expect("a claimed block is one of the layout's")
-        };
-        self.blocks[range].iter().map(pieces)
-    }
-}
-
-impl Drop for Claim {
+impl Drop for Held {
     fn drop(&mut self) {
         let mut claims = self.memory.claims.lock();
         claims.release(&self.blocks);
@@ -239,39 +221,77 @@ impl Drop for Claim {
     }
 }
 
-/// Blocks that nobody writes as long as this lives.
+/// What a claim allows: to read.
 #[derive(Debug)]
-pub struct ReadClaim(Arc<Claim>);
+pub enum Reading {}
 
-impl ReadClaim {
+/// What a claim allows: to write, and nobody else does anything.
+#[derive(Debug)]
+pub enum Writing {}
+
+/// Blocks that are one job's as long as this lives.
+#[derive(Debug)]
+pub struct Claim<Access> {
+    held: Arc<Held>,
+    access: PhantomData<Access>,
+}
+
+/// Blocks that nobody writes as long as this lives.
+pub type ReadClaim = Claim<Reading>;
+
+/// Blocks that nobody else reads or writes as long as this lives.
+pub type WriteClaim = Claim<Writing>;
+
+impl<Access> Claim<Access> {
     /// The engine's ids of them.
     #[must_use]
     pub fn blocks(&self) -> &[u32] {
-        &self.0.blocks
+        &self.held.blocks
     }
 
     /// Bytes of each of them.
     #[must_use]
     pub fn block_bytes(&self) -> usize {
-        self.0.memory.layout.block_bytes()
+        self.held.memory.layout.block_bytes()
     }
 
     /// The device they are on, and when their turn is.
     #[must_use]
     pub fn device(&self) -> Option<(&OnDevice, &Event)> {
-        self.0.device()
+        self.held
+            .memory
+            .device
+            .as_ref()
+            .zip(self.held.turn.as_ref())
     }
 
     /// Ready once the claim and all its shares were dropped; itself none of them.
-    pub fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
-        self.0.ended()
+    pub fn ended(&self) -> impl Future<Output = ()> + Send + use<Access> {
+        let mut ended = self.held.ended.subscribe();
+        // Nothing is ever sent: only the end of the sender comes.
+        async move { while ended.changed().await.is_ok() {} }
     }
 
-    /// A share of the claim, for a copy that may outlast who started it.
-    pub fn share(&self) -> impl Send + 'static {
-        Arc::clone(&self.0)
+    /// A share of the claim, for a copy by the device that may outlast who started it.
+    pub fn share(&self) -> impl Send + use<Access> {
+        Arc::clone(&self.held)
     }
 
+    /// Where the bytes of each of the blocks in `range` lie, in memory that the processor may touch.
+    fn addresses(&self, range: Range<usize>) -> impl Iterator<Item = Vec<Range<usize>>> {
+        let memory = &self.held.memory;
+        assert!(
+            memory.device.is_none(),
+            "addresses of a device are not this process's"
+        );
+        self.held.blocks[range].iter().map(|&block| {
+            let pieces = memory.layout.pieces(block);
+            pieces.expect("a claimed block is one of the layout's")
+        })
+    }
+}
+
+impl ReadClaim {
     /// The bytes of those in `range`, each block's pieces in the order of the layers.
     ///
     /// # Panics
@@ -286,43 +306,11 @@ impl ReadClaim {
             unsafe { slice::from_raw_parts(address, piece.len()) }
         };
         let block = |pieces: Vec<Range<usize>>| pieces.into_iter().map(piece).collect();
-        self.0.pieces(range).map(block).collect()
+        self.addresses(range).map(block).collect()
     }
 }
 
-/// Blocks that nobody else reads or writes as long as this lives.
-#[derive(Debug)]
-pub struct WriteClaim(Arc<Claim>);
-
 impl WriteClaim {
-    /// The engine's ids of them.
-    #[must_use]
-    pub fn blocks(&self) -> &[u32] {
-        &self.0.blocks
-    }
-
-    /// Bytes of each of them.
-    #[must_use]
-    pub fn block_bytes(&self) -> usize {
-        self.0.memory.layout.block_bytes()
-    }
-
-    /// The device they are on, and when their turn is.
-    #[must_use]
-    pub fn device(&self) -> Option<(&OnDevice, &Event)> {
-        self.0.device()
-    }
-
-    /// Ready once the claim and all its shares were dropped; itself none of them.
-    pub fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
-        self.0.ended()
-    }
-
-    /// A share of the claim, for a copy by the device that may outlast who started it.
-    pub fn share(&self) -> impl Send + 'static {
-        Arc::clone(&self.0)
-    }
-
     /// The memory of those in `range`, each block's pieces in the order of the layers.
     ///
     /// # Panics
@@ -337,7 +325,7 @@ impl WriteClaim {
             unsafe { slice::from_raw_parts_mut(address, piece.len()) }
         };
         let block = |pieces: Vec<Range<usize>>| pieces.into_iter().map(piece).collect();
-        self.0.pieces(range).map(block).collect()
+        self.addresses(range).map(block).collect()
     }
 }
 
