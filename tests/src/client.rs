@@ -3,9 +3,11 @@
 use std::time::Duration;
 
 use kvclient::{
-    BreakerPolicy, Chain, Client, ClientBuilder, GetOutcome, Got, NamespaceHandle, PutBlock,
-    PutOptions, PutOutcome,
+    BreakerPolicy, Chain, Client, ClientBuilder, GetOutcome, Got, LookupOptions, NamespaceHandle,
+    PutBlock, PutOptions, PutOutcome,
 };
+
+use crate::patience::within_awake;
 
 /// Longer than any test.
 pub const HOUR: Duration = Duration::from_secs(3600);
@@ -60,6 +62,44 @@ pub fn assert_landed(got: &[Got], buffers: &[&mut [u8]], data: &[Vec<u8>]) {
         assert_eq!((got[i].outcome, got[i].length_bytes), hit, "block {i}");
         assert!(buffers[i][..data.len()] == data[..], "block {i}");
     }
+}
+
+/// Checks that a call with this deadline ends by it, and says that nobody is there.
+///
+/// # Panics
+/// When it takes longer, succeeds, or fails otherwise.
+pub async fn assert_unavailable<T>(
+    deadline: Duration,
+    call: impl Future<Output = Result<T, kvclient::Error>>,
+) {
+    let slack = deadline + Duration::from_millis(400);
+    let outcome = within_awake(slack, call)
+        .await
+        .expect("the call ends at its deadline");
+    let error = outcome.err().expect("nobody is there to answer");
+    assert!(error.is_unavailable(), "{error}");
+}
+
+/// One of every call that moves blocks, each of which ends by this deadline and says that nobody is there.
+///
+/// # Panics
+/// As [`assert_unavailable`].
+pub async fn assert_no_blocks_move(
+    deadline: Duration,
+    client: &Client,
+    namespace: &NamespaceHandle,
+    chain: &Chain,
+) {
+    let (mut buffer, block) = ([0; 4096], [PutBlock::new(0, vec![1; 4096])]);
+    let options = LookupOptions::default();
+    assert_unavailable(deadline, client.lookup(namespace, chain, &options)).await;
+    let into: &mut [&mut [u8]] = &mut [&mut buffer];
+    assert_unavailable(deadline, client.get_into(namespace, chain, None, into)).await;
+    let into = &mut [vec![&mut buffer[..]]];
+    assert_unavailable(deadline, client.get_scattered(namespace, chain, None, into)).await;
+    assert_unavailable(deadline, client.get(namespace, chain, None)).await;
+    let options = PutOptions::default();
+    assert_unavailable(deadline, client.put(namespace, chain, &block, options)).await;
 }
 
 /// A client with one connection whose breaker opens after so many failures, for an hour.

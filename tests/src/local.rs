@@ -17,7 +17,7 @@ use std::{
 use bytes::Bytes;
 use kvgpu::{ReadSegment, StagingMap};
 use kvproto::{
-    BlockHeader, BlockKey, Chain, Namespace, NamespaceId, NamespaceKey, Part, convert, hash,
+    BlockHeader, Chain, Namespace, NamespaceId, NamespaceKey, convert,
     local::{Inbox, VERSION, encode},
     v1::{self, local_reply::Answer, local_request::Call},
 };
@@ -25,7 +25,7 @@ use kvserver::Node;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
 use crate::{
-    node::{BLOCK_TOKENS, RUN_BLOCKS},
+    node::{self, BLOCK_TOKENS, RUN_BLOCKS},
     patience::HANG,
 };
 
@@ -285,21 +285,13 @@ impl Space {
     /// A chain of `blocks` blocks; another seed, another chain.
     #[must_use]
     pub fn chain(&self, seed: u32, blocks: u32) -> Chain {
-        let tokens: Vec<u32> = (0..blocks * BLOCK_TOKENS)
-            .map(|i| seed * 1_000_003 + i)
-            .collect();
-        Chain::from_root(hash::chain(&self.key, BLOCK_TOKENS, &tokens))
+        node::chain(&self.key, seed, blocks)
     }
 
     /// The header of block `i` of a chain with these bytes.
     #[must_use]
     pub fn header(&self, chain: &Chain, i: usize, bytes: &[u8]) -> BlockHeader {
-        let key = BlockKey {
-            namespace: self.id,
-            hash: chain.hashes[i],
-            part: Part::default(),
-        };
-        BlockHeader::describe(key, chain.place(i, RUN_BLOCKS), bytes)
+        node::header(self.id, chain, i, bytes)
     }
 
     /// The header of a hit, judged as a client must.

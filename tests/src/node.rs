@@ -6,7 +6,10 @@
 //! Stock { tonic's generated client, tonic's own codec, nothing of ours but kvproto's rules }
 //! ```
 
-use std::path::Path;
+use std::{
+    path::Path,
+    sync::{Arc, OnceLock},
+};
 
 use bytes::Bytes;
 use kvproto::{
@@ -16,6 +19,7 @@ use kvproto::{
 use kvserver::{
     Node,
     config::{Capacity, Config, LogFormat, MIB},
+    tier::{FaultyTier, Tier},
 };
 use tempfile::TempDir;
 use tokio::{
@@ -96,6 +100,23 @@ impl TestNode {
     }
 }
 
+/// A node around a disk that fails on demand.
+///
+/// # Panics
+/// When it does not start, or `config` gives it no disk.
+pub async fn start_frail(config: Config) -> (Node, Arc<FaultyTier>) {
+    let made = Arc::new(OnceLock::new());
+    let kept = Arc::clone(&made);
+    let node = Node::start_around(config, move |tier, clock| {
+        let faulty = Arc::new(FaultyTier::new(tier, Arc::clone(clock)));
+        kept.set(Arc::clone(&faulty)).expect("one tier");
+        faulty as Arc<dyn Tier>
+    });
+    let node = node.await.expect("it starts");
+    let nvme = Arc::clone(made.get().expect("it has a disk"));
+    (node, nvme)
+}
+
 /// A page of a node's console, its HTTP head included.
 ///
 /// # Panics
@@ -121,6 +142,26 @@ pub fn are_hits(got: &[(v1::GetOutcome, Bytes)], sent: &[Bytes]) -> bool {
         got.0 == v1::GetOutcome::Hit && got.1 == *sent
     };
     got.len() == sent.len() && got.iter().zip(sent).all(is_hit)
+}
+
+/// A chain of `blocks` blocks of the tests' namespace; another seed, another chain.
+#[must_use]
+pub fn chain(key: &NamespaceKey, seed: u32, blocks: u32) -> Chain {
+    let tokens: Vec<u32> = (0..blocks * BLOCK_TOKENS)
+        .map(|i| seed * 1_000_003 + i)
+        .collect();
+    Chain::from_root(hash::chain(key, BLOCK_TOKENS, &tokens))
+}
+
+/// The header of block `i` of a chain with these bytes.
+#[must_use]
+pub fn header(namespace: NamespaceId, chain: &Chain, i: usize, bytes: &[u8]) -> BlockHeader {
+    let key = BlockKey {
+        namespace,
+        hash: chain.hashes[i],
+        part: Part::default(),
+    };
+    BlockHeader::describe(key, chain.place(i, RUN_BLOCKS), bytes)
 }
 
 /// tonic's generated client and the namespace it works in.
@@ -160,21 +201,13 @@ impl Stock {
     /// A chain of `blocks` blocks; another seed, another chain.
     #[must_use]
     pub fn chain(&self, seed: u32, blocks: u32) -> Chain {
-        let tokens: Vec<u32> = (0..blocks * BLOCK_TOKENS)
-            .map(|i| seed * 1_000_003 + i)
-            .collect();
-        Chain::from_root(hash::chain(&self.key, BLOCK_TOKENS, &tokens))
+        chain(&self.key, seed, blocks)
     }
 
     /// The header of block `i` of a chain with these bytes.
     #[must_use]
     pub fn header(&self, chain: &Chain, i: usize, bytes: &[u8]) -> BlockHeader {
-        let key = BlockKey {
-            namespace: self.namespace,
-            hash: chain.hashes[i],
-            part: Part::default(),
-        };
-        BlockHeader::describe(key, chain.place(i, RUN_BLOCKS), bytes)
+        header(self.namespace, chain, i, bytes)
     }
 
     /// The first message of a put.

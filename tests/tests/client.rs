@@ -13,10 +13,10 @@ use std::{
 
 use kvclient::{
     BreakerState, Client, ErrorKind, GetOutcome, LocalPath, LookupOptions, Namespace,
-    NamespaceHandle, PutBlock, PutOptions, PutOutcome, Target, WatchEvent, split_buffers,
+    NamespaceHandle, PutBlock, PutOutcome, Target, WatchEvent, split_buffers,
 };
 use kvtests::{
-    client::{assert_landed, bytes, put_as, put_new},
+    client::{assert_landed, assert_no_blocks_move, assert_unavailable, bytes, put_as, put_new},
     node::TestNode,
     patience::{HANG, eventually, private_loopback, until, within_awake},
 };
@@ -310,26 +310,10 @@ async fn patient(endpoint: &str) -> Client {
 
 /// One of every call; each must end within its deadline, and say that the node is unavailable.
 async fn assert_all_unavailable(client: &Client, ns: &NamespaceHandle) {
-    let chain = ns.engine_chain(&[b"a"]);
-    let block = [PutBlock::new(0, vec![1; MIB])];
-    let mut buffer = vec![0; MIB];
-    let slack = DEADLINE + Duration::from_millis(400);
-    macro_rules! check {
-        ($call:expr) => {
-            let outcome = within_awake(slack, $call)
-                .await
-                .expect("the call ends at its deadline");
-            let error = outcome.map(|_| ()).expect_err("nobody is there to answer");
-            assert!(error.is_unavailable(), "{error}");
-        };
-    }
-    check!(client.lookup(ns, &chain, &LookupOptions::default()));
-    check!(client.get_into(ns, &chain, None, &mut [&mut buffer]));
-    check!(client.get(ns, &chain, None));
-    check!(client.put(ns, &chain, &block, PutOptions::default()));
-    check!(client.invalidate(ns, Target::All));
-    check!(client.watch(None, Duration::from_secs(1)));
-    check!(client.stats());
+    assert_no_blocks_move(DEADLINE, client, ns, &ns.engine_chain(&[b"a"])).await;
+    assert_unavailable(DEADLINE, client.invalidate(ns, Target::All)).await;
+    assert_unavailable(DEADLINE, client.watch(None, Duration::from_secs(1))).await;
+    assert_unavailable(DEADLINE, client.stats()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,10 +1,6 @@
 //! A whole node over tiers that fail: what it goes on to do, what it says, and what it never forgets to forget.
 
-use std::{
-    net::SocketAddr,
-    path::Path,
-    sync::{Arc, OnceLock},
-};
+use std::{net::SocketAddr, path::Path, sync::Arc};
 
 use bytes::Bytes;
 use kvproto::{
@@ -18,7 +14,7 @@ use kvserver::{
     tier::{Fault, Faults, FaultyTier, Tier},
 };
 use kvtests::{
-    node::{Stock, are_hits, filled, page, small},
+    node::{Stock, are_hits, filled, page, small, start_frail},
     patience::{HANG, eventually, until},
 };
 use tempfile::TempDir;
@@ -40,15 +36,7 @@ fn settings(dir: &Path) -> Config {
 
 impl Frail {
     async fn start(config: Config) -> Self {
-        let made = Arc::new(OnceLock::new());
-        let kept = Arc::clone(&made);
-        let node = Node::start_around(config, move |tier, clock| {
-            let faulty = Arc::new(FaultyTier::new(tier, Arc::clone(clock)));
-            kept.set(Arc::clone(&faulty)).expect("one tier");
-            faulty as Arc<dyn Tier>
-        });
-        let node = node.await.expect("it starts");
-        let nvme = Arc::clone(made.get().expect("it has a disk"));
+        let (node, nvme) = start_frail(config).await;
         Self { node, nvme }
     }
 

@@ -123,6 +123,19 @@ impl Blocks {
 }
 
 impl GetPlan {
+    /// For an answer that is given as a whole or not at all: nothing is counted before [`GetPlan::into_tally`]'s word, and
+    /// without that everything has failed.
+    #[must_use]
+    pub fn as_a_whole(mut self) -> Self {
+        self.tally.hold_back();
+        self
+    }
+
+    /// The account of what was handed out.
+    pub fn into_tally(self) -> GetTally {
+        self.tally
+    }
+
     /// The next block and what became of it; `None` after the last.
     pub async fn next(&mut self) -> Option<(u32, Found)> {
         poll_fn(|cx| self.poll_next(cx)).await

@@ -11,14 +11,14 @@
 use kvproto::{GetOutcome, TierKind, convert::request, v1};
 
 use super::{Refused, session::Session};
-use crate::{blocks::get::Found, clock::Tick, tier::BlockRef};
+use crate::{blocks::get::Found, clock::Tick, telemetry::metrics::GetTally, tier::BlockRef};
 
 impl Session {
     pub(super) fn get(
         &mut self,
         wire: v1::GetRequest,
         deadline: Tick,
-    ) -> Result<v1::LocalGot, Refused> {
+    ) -> Result<(v1::LocalGot, GetTally), Refused> {
         let asked = request::Get::try_from(wire)?;
         let owner = self.owner(&asked.context)?;
         let parts = asked.parts.len();
@@ -29,13 +29,14 @@ impl Session {
         let mut hold = engine.hold(owner);
         let mut kept = Vec::new();
         let count = asked.chain.len() * parts;
-        let mut plan = self.shared.blocks.get(
+        let plan = self.shared.blocks.get(
             owner,
             asked.namespace,
             asked.chain,
             asked.parts,
             asked.lease,
         )?;
+        let mut plan = plan.as_a_whole();
         let mut blocks = Vec::with_capacity(count);
         loop {
             let keeps = |number, bytes: &BlockRef| {
@@ -55,11 +56,12 @@ impl Session {
             });
         }
         let now = self.shared.clock.now();
-        Ok(v1::LocalGot {
+        let got = v1::LocalGot {
             context: Some((&self.answer(&asked.context)).into()),
             blocks,
             hold: self.holds.keep(kept, hold, now),
-        })
+        };
+        Ok((got, plan.into_tally()))
     }
 
     fn hit(&self, block: &BlockRef, tier: TierKind) -> v1::LocalBlock {

@@ -25,7 +25,12 @@ use super::{
     map::map,
     socket::{Received, Socket, Stopped, refusal},
 };
-use crate::{clock::Tick, cluster::Told, engine::Owner, telemetry::metrics::LocalCall};
+use crate::{
+    clock::Tick,
+    cluster::Told,
+    engine::Owner,
+    telemetry::metrics::{GetTally, LocalCall},
+};
 
 /// A connection that does not attach within this time is closed: it holds a thread.
 const ATTACH_TIME: Duration = Duration::from_secs(5);
@@ -42,8 +47,24 @@ pub(super) struct Session {
     told: Told,
 }
 
-/// An answer and the descriptors that go with it.
-type Answered = Result<(Answer, Vec<OwnedFd>), Refused>;
+/// What a call comes to, unless it is refused.
+struct Answered {
+    answer: Answer,
+    /// Descriptors that go with it.
+    fds: Vec<OwnedFd>,
+    /// Of a get: counted once it is certain that its answer goes out.
+    tally: Option<GetTally>,
+}
+
+impl From<Answer> for Answered {
+    fn from(answer: Answer) -> Self {
+        Self {
+            answer,
+            fds: Vec::new(),
+            tally: None,
+        }
+    }
+}
 
 impl Session {
     pub(super) fn new(
@@ -109,17 +130,18 @@ impl Session {
         self.holds.expire(started);
         let name = name(call.as_ref());
         let deadline = started.after(self.time(timeout_ms));
-        let (mut refused, mut closes, mut fds) = (None, false, Vec::new());
+        let (mut refused, mut closes) = (None, false);
+        let (mut fds, mut tally) = (Vec::new(), None);
         let answered = match self.socket.as_mut().is_some_and(Socket::has_unread_fds) {
             true => Err(pipelined()),
             false => self.call(call, deadline),
         };
         let mut reply = match answered {
-            Ok((answer, with)) => {
-                fds = with;
+            Ok(answered) => {
+                (fds, tally) = (answered.fds, answered.tally);
                 v1::LocalReply {
                     sequence,
-                    answer: Some(answer),
+                    answer: Some(answered.answer),
                 }
             }
             Err(why) => {
@@ -140,8 +162,13 @@ impl Session {
             );
             refused = Some(why.reason);
             fds.clear();
+            tally = None;
             reply = refusal(sequence, why);
             socket.put(&reply).map_err(io::Error::other)?;
+        }
+        // Before the answer, so that who has it finds it counted.
+        if let Some(tally) = tally {
+            tally.given();
         }
         match socket.send(&fds, &*self.shared.clock) {
             // Nothing was sent: more descriptors of this user are on their way to whoever does not read them than
@@ -178,7 +205,7 @@ impl Session {
         socket.send(&[], &*self.shared.clock)
     }
 
-    fn call(&mut self, call: Option<Call>, deadline: Tick) -> Answered {
+    fn call(&mut self, call: Option<Call>, deadline: Tick) -> Result<Answered, Refused> {
         if self.shared.draining.load(Ordering::Relaxed) {
             let problem = "this node is stopping; try again later";
             return Err(Refused::new(Reason::Draining, problem).closing());
@@ -190,23 +217,34 @@ impl Session {
             return self.attach(asked).map_err(Refused::closing);
         }
         let domain = self.attached()?.domain();
-        let plain = |answer| Ok((answer, Vec::new()));
-        match call {
+        let answer = match call {
             Call::Attach(_) => unreachable!("answered above"),
             Call::Map(asked) => {
                 let (mapped, fds) = map(&self.shared, domain, &asked)?;
-                Ok((Answer::Mapped(mapped), fds))
+                let answer = Answer::Mapped(mapped);
+                return Ok(Answered {
+                    fds,
+                    ..answer.into()
+                });
             }
-            Call::Lookup(asked) => plain(Answer::Lookup(self.lookup(asked)?)),
-            Call::Get(asked) => plain(Answer::Got(self.get(asked, deadline)?)),
-            Call::Put(asked) => plain(Answer::Put(self.put(asked, deadline)?)),
-            Call::Renew(asked) => plain(Answer::Renew(self.renew(asked)?)),
-            Call::Release(asked) => plain(Answer::Release(self.release(asked)?)),
-            Call::Nothing(nothing) => plain(Answer::Nothing(nothing)),
-        }
+            Call::Get(asked) => {
+                let (got, tally) = self.get(asked, deadline)?;
+                let (answer, tally) = (Answer::Got(got), Some(tally));
+                return Ok(Answered {
+                    tally,
+                    ..answer.into()
+                });
+            }
+            Call::Lookup(asked) => Answer::Lookup(self.lookup(asked)?),
+            Call::Put(asked) => Answer::Put(self.put(asked, deadline)?),
+            Call::Renew(asked) => Answer::Renew(self.renew(asked)?),
+            Call::Release(asked) => Answer::Release(self.release(asked)?),
+            Call::Nothing(nothing) => Answer::Nothing(nothing),
+        };
+        Ok(answer.into())
     }
 
-    fn attach(&mut self, asked: &v1::LocalAttach) -> Answered {
+    fn attach(&mut self, asked: &v1::LocalAttach) -> Result<Answered, Refused> {
         if let Some(refused) = self.admitted.take() {
             return Err(refused);
         }
@@ -215,7 +253,11 @@ impl Session {
         }
         let (attached, answer, fds) = attach(&self.shared, asked)?;
         self.attached = Some(attached);
-        Ok((Answer::Attached(answer), fds))
+        let answer = Answer::Attached(answer);
+        Ok(Answered {
+            fds,
+            ..answer.into()
+        })
     }
 
     fn lookup(&self, wire: v1::LookupRequest) -> Result<v1::LookupResponse, Refused> {

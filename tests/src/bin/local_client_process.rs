@@ -7,6 +7,8 @@
 //! holder   holds a chain where it lies, says "held"; for every "go": reads it and says what became of each block
 //! put      says "putting", then puts new blocks without end
 //! staged   attaches with no more than the wire's own words, writes its staging memory, says "staged", waits
+//! knock    attaches with no more than the wire's own words, to a socket; says "attached", or the refusal
+//! paths    puts a chain and gets it; says how many blocks came by which path
 //! read     for every "go": leases a chain for a moment and reads it, until a block is no hit; says what it saw
 //! ```
 
@@ -14,9 +16,10 @@ use std::io::{BufRead, Write};
 use std::time::Duration;
 
 use kvclient::{
-    Chain, Client, GetOutcome, LookupOptions, Namespace, NamespaceHandle, Path, PutBlock,
-    PutOptions,
+    Chain, Client, Fetched, GetOutcome, LookupOptions, Namespace, NamespaceHandle, Path,
+    PathReport, PutBlock, PutOptions,
 };
+use kvproto::v1::local_request::Call;
 use kvtests::{
     local::{Raw, attach},
     node::filled,
@@ -39,13 +42,20 @@ fn main() -> anyhow::Result<()> {
 }
 
 async fn run(mode: &str, endpoint: &str) -> anyhow::Result<()> {
+    if mode == "knock" {
+        let answer = Raw::connect(endpoint.as_ref())?.call(Call::Attach(attach(9)));
+        return say(&match answer {
+            Ok(_) => "attached".to_owned(),
+            Err(refused) => format!("{:?}: {}", refused.reason(), refused.message),
+        });
+    }
     if mode == "staged" {
         let mut raw = Raw::connect(endpoint.as_ref())?;
         let asked = kvproto::v1::LocalAttach {
             staging_bytes: 8 << 20,
             ..attach(9)
         };
-        raw.call(kvproto::v1::local_request::Call::Attach(asked))
+        raw.call(Call::Attach(asked))
             .map_err(|refused| anyhow::anyhow!("{refused:?}"))?;
         raw.staging().write(4096, &filled(1, LENGTH))?;
         say("staged")?;
@@ -95,6 +105,22 @@ async fn run(mode: &str, endpoint: &str) -> anyhow::Result<()> {
                     .await?;
             }
             Ok(())
+        }
+        "paths" => {
+            let data = filled(1, LENGTH);
+            let block = |i| PutBlock::new(i, data.clone());
+            let blocks: Vec<_> = (0..BLOCKS as usize).map(block).collect();
+            client
+                .put(&ns, &chain, &blocks, PutOptions::default())
+                .await?;
+            let fetched = client.get(&ns, &chain, None).await?;
+            let is_right = |block: &Fetched| block.bytes.as_ref() == Some(&data);
+            anyhow::ensure!(fetched.iter().all(is_right), "{fetched:?}");
+            let PathReport { local, grpc, .. } = client.path();
+            say(&format!(
+                "local {} grpc {}",
+                local.got_blocks, grpc.got_blocks
+            ))
         }
         "read" => {
             for line in std::io::stdin().lock().lines() {

@@ -9,12 +9,14 @@ use std::{
 };
 
 use kvproto::v1::{self, GetOutcome, PutOutcome, Reason, local_reply::Answer, local_request::Call};
+use kvserver::tier::{Fault, Faults};
 use kvtests::{
     local::{Raw, Space, pattern},
-    node::TestNode,
+    node::{RUN_BLOCKS, TestNode, filled},
 };
+use tempfile::TempDir;
 
-use super::{Client, MIB, got, metric, outcomes, put_one};
+use super::{Client, MIB, got, metric, outcomes, put_one, with_a_disk};
 
 #[tokio::test]
 async fn a_chain_is_read_where_it_lies_with_and_without_a_lease() {
@@ -328,4 +330,54 @@ async fn a_call_without_time_is_answered_late_and_the_next_is_served() {
     for _ in 0..3 {
         assert!(raw.call_with(&[], 1, nothing()).is_ok());
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_a_get_that_is_refused_as_a_whole_no_block_counts_as_handed_out() {
+    let dir = TempDir::new().expect("a folder");
+    let (node, _) = with_a_disk(dir).await;
+    let mut stock = node.client().await;
+    let blocks: Vec<_> = (0..3).map(|i| filled(i, MIB)).collect();
+    let chain = stock.chain(1, 3);
+    stock
+        .put_as(&chain, &blocks, v1::Ack::Stored, PutOutcome::Stored)
+        .await;
+    drop(stock);
+    // Another life finds them on the disk alone.
+    let (node, nvme) = with_a_disk(node.stop().await).await;
+    let space = Space::open(&node.node, "default").await;
+    let mut client = Client::new(&node, "", 1);
+    let first = chain.slice(0..1, RUN_BLOCKS);
+    let answer = client.raw.get(space.get(&first, 0));
+    assert_eq!(got(&answer.blocks), [GetOutcome::Hit]);
+    let count = |source: &str| {
+        metric(
+            &node,
+            &format!("terrace_get_blocks_total{{source=\"{source}\"}}"),
+        )
+    };
+    let bytes = metric(&node, "terrace_get_bytes_total");
+    assert_eq!(
+        [count("nvme"), count("ram"), count("failed")],
+        [1.0, 0.0, 0.0]
+    );
+
+    nvme.set(Faults {
+        reads: Fault::Hang,
+        ..Faults::default()
+    });
+    let refused = client
+        .raw
+        .call_with(&[], 100, Call::Get(space.get(&chain, 0)));
+    assert_eq!(
+        refused.expect_err("the disk hangs").reason(),
+        Reason::Deadline
+    );
+    assert_eq!(
+        [count("nvme"), count("ram"), count("failed")],
+        [1.0, 0.0, 3.0]
+    );
+    assert_eq!(metric(&node, "terrace_get_bytes_total"), bytes);
+    assert_eq!(metric(&node, "terrace_get_blocks_asked_total"), 4.0);
+    nvme.set(Faults::default());
 }

@@ -4,14 +4,18 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use kvproto::{convert::request::Target, v1};
-use kvserver::engine::TenantId;
+use kvserver::{
+    engine::TenantId,
+    tier::{Fault, Faults},
+};
 use kvtests::{
-    local::{Raw, Space},
+    local::{Raw, Space, pattern},
     node::TestNode,
     patience::{HANG, eventually, within_awake},
 };
+use tempfile::TempDir;
 
-use super::{Client, MIB, metric, put_one};
+use super::{Client, MIB, metric, outcomes, put_one, with_a_disk};
 
 #[tokio::test]
 async fn a_client_that_dies_gives_back_leases_holds_and_memory() {
@@ -126,4 +130,34 @@ async fn a_node_ends_promptly_whoever_is_attached() {
             "still open"
         );
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_put_that_waits_for_the_disk_when_its_node_stops_is_answered() {
+    let (node, nvme) = with_a_disk(TempDir::new().expect("a folder")).await;
+    nvme.set(Faults {
+        writes: Fault::Lag(Duration::from_millis(300)),
+        ..Faults::default()
+    });
+    let space = Space::open(&node.node, "default").await;
+    let mut client = Client::new(&node, "", 1);
+    let bytes = pattern(1, MIB);
+    client.staging.write(0, &bytes).expect("inside");
+    let header = space.header(&space.chain(1, 1), 0, &bytes);
+    let mut stored = space.put(&[(header, 0)]);
+    stored.start.as_mut().expect("its start").ack = v1::Ack::Stored as i32;
+    let putting = tokio::task::spawn_blocking(move || (client.raw.put(stored), client));
+    eventually("the put waits for the disk", || node.arena_bytes() > 0).await;
+    assert!(!putting.is_finished());
+    node.node.shutdown(HANG).await;
+    let (put, mut client) = putting.await.expect("no panic");
+    assert_eq!(
+        outcomes(&put.expect("an answer")),
+        [v1::PutOutcome::Stored],
+        "the node stopped before its answer was out"
+    );
+    assert!(
+        matches!(client.raw.reply(), Ok(None) | Err(_)),
+        "still open"
+    );
 }

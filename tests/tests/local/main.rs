@@ -7,12 +7,19 @@ mod holds;
 mod hostile;
 mod tenants;
 
+use std::sync::Arc;
+
 use kvgpu::StagingMap;
 use kvproto::{BlockHeader, Chain, v1};
+use kvserver::{
+    config::{Capacity, Config},
+    tier::FaultyTier,
+};
 use kvtests::{
     local::{Raw, Space, pattern},
-    node::TestNode,
+    node::{TestNode, small, start_frail},
 };
+use tempfile::TempDir;
 
 const MIB: usize = 1 << 20;
 
@@ -84,4 +91,14 @@ fn metric(node: &TestNode, name: &str) -> f64 {
     let stats = node.node.blocks().stats();
     let counter = stats.counters.iter().find(|counter| counter.name == name);
     counter.unwrap_or_else(|| panic!("no metric {name}")).value
+}
+
+/// A node over this folder with 128 MiB of a disk that fails on demand.
+async fn with_a_disk(dir: TempDir) -> (TestNode, Arc<FaultyTier>) {
+    let config = Config {
+        nvme_bytes: Capacity::Bytes(128 << 20),
+        ..small(dir.path())
+    };
+    let (node, nvme) = start_frail(config).await;
+    (TestNode { node, dir }, nvme)
 }

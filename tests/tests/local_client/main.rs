@@ -1,11 +1,13 @@
 //! The same-host path as an engine meets it: chosen by itself, the same bytes, and gone without a trace when it fails.
 
+mod answers;
 mod death;
 mod liars;
 mod limits;
 mod nodes;
 mod paths;
 mod process;
+mod strangers;
 
 use kvclient::{
     Chain, Client, ClientBuilder, LocalPath, Namespace, NamespaceHandle, Path, PutBlock,

@@ -2,8 +2,11 @@
 
 use std::time::Duration;
 
-use kvclient::{Client, LookupOptions, NamespaceHandle, Path, PutBlock, PutOptions};
-use kvtests::patience::{HANG, private_loopback, until, within_awake};
+use kvclient::{Client, LookupOptions, NamespaceHandle, Path};
+use kvtests::{
+    client::assert_no_blocks_move,
+    patience::{HANG, private_loopback, until},
+};
 use tempfile::TempDir;
 
 use crate::{MIB, assert_is_local, chain, get, open, process::Process, put};
@@ -19,27 +22,9 @@ async fn attached(endpoint: &str) -> (Client, NamespaceHandle) {
     (client, ns)
 }
 
-/// One of every call that goes over the same-host path; each ends within its deadline and says that nobody is there.
 async fn assert_all_unavailable(client: &Client, ns: &NamespaceHandle) {
     let client = client.with_deadline(DEADLINE);
-    let chain = chain(ns, 1, 1);
-    let block = [PutBlock::new(0, vec![1; MIB])];
-    let mut buffer = vec![0; MIB];
-    let slack = DEADLINE + Duration::from_millis(400);
-    macro_rules! check {
-        ($call:expr) => {
-            let outcome = within_awake(slack, $call)
-                .await
-                .expect("the call ends at its deadline");
-            let error = outcome.map(|_| ()).expect_err("nobody is there to answer");
-            assert!(error.is_unavailable(), "{error}");
-        };
-    }
-    check!(client.lookup(ns, &chain, &LookupOptions::default()));
-    check!(client.get_into(ns, &chain, None, &mut [&mut buffer]));
-    check!(client.get_scattered(ns, &chain, None, &mut [vec![&mut buffer[..]]]));
-    check!(client.get(ns, &chain, None));
-    check!(client.put(ns, &chain, &block, PutOptions::default()));
+    assert_no_blocks_move(DEADLINE, &client, ns, &chain(ns, 1, 1)).await;
 }
 
 /// Until blocks go over the same-host path again, both ways.

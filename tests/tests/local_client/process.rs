@@ -1,7 +1,8 @@
 //! Child processes that are killed and stopped: clients and nodes.
 
 use std::{
-    io::{BufRead, BufReader, Write},
+    io::{self, BufRead, BufReader, Write},
+    os::unix::process::CommandExt,
     path::Path,
     process::{Child, ChildStdout, Command, Stdio},
 };
@@ -20,6 +21,15 @@ impl Process {
         Self::start(Command::new(env!("CARGO_BIN_EXE_local_client_process")).args([mode, endpoint]))
     }
 
+    /// The same, run by another user.
+    pub(crate) fn client_of_user(user: u32, mode: &str, endpoint: &str) -> io::Result<Self> {
+        let program = env!("CARGO_BIN_EXE_local_client_process");
+        let mut command = Command::new(program);
+        // Somewhere that anybody may be.
+        let command = command.args([mode, endpoint]).current_dir("/");
+        Self::try_start(command.uid(user).gid(user))
+    }
+
     /// A node over this folder, and its endpoint.
     pub(crate) fn node(dir: &Path, listen: &str) -> (Self, String) {
         let mut node = Self::start(
@@ -32,10 +42,14 @@ impl Process {
     }
 
     fn start(command: &mut Command) -> Self {
+        Self::try_start(command).expect("a process")
+    }
+
+    fn try_start(command: &mut Command) -> io::Result<Self> {
         let command = command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = command.spawn().expect("a process");
+        let mut child = command.spawn()?;
         let out = BufReader::new(child.stdout.take().expect("piped"));
-        Self { child, out }
+        Ok(Self { child, out })
     }
 
     /// The next line it says; empty when it has ended.

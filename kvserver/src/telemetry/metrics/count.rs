@@ -3,7 +3,8 @@
 //! Of every block that a get was asked for exactly one `source` is counted, so that
 //! `gpu + ram + nvme + peer + miss + rejected + failed = asked` holds by construction: only a
 //! [`GetTally`] can count, it counts a block at most once, and what it was never told about when it
-//! is dropped (the client went away) it counts as failed.
+//! is dropped (the client went away) it counts as failed. An answer that is given as a whole or not at
+//! all is counted likewise: [`GetTally::hold_back`], then [`GetTally::given`], or everything has failed.
 
 use std::sync::Arc;
 
@@ -28,6 +29,7 @@ impl Metrics {
         GetTally {
             metrics: Arc::clone(self),
             left: blocks,
+            held_back: None,
         }
     }
 
@@ -73,33 +75,69 @@ impl Metrics {
 #[must_use = "blocks that are not counted are counted as failed"]
 pub struct GetTally {
     metrics: Arc<Metrics>,
+    /// Blocks of which nothing was said yet.
     left: u64,
+    /// What is counted only once the answer is given.
+    held_back: Option<HeldBack>,
+}
+
+#[derive(Default)]
+struct HeldBack {
+    blocks: [u64; Source::ALL.len()],
+    bytes: u64,
 }
 
 impl GetTally {
+    /// Counts nothing before [`GetTally::given`].
+    pub fn hold_back(&mut self) {
+        self.held_back = Some(HeldBack::default());
+    }
+
+    /// The answer that was held back is given.
+    pub fn given(mut self) {
+        let Some(said) = self.held_back.take() else {
+            return;
+        };
+        for (counter, blocks) in self.metrics.get_blocks.iter().zip(said.blocks) {
+            counter.inc_by(blocks);
+        }
+        self.metrics.get_bytes.inc_by(said.bytes);
+    }
+
     /// A block that was handed out.
     pub fn hit(&mut self, tier: TierKind, bytes: u64) {
-        self.count(Source::of_tier(tier));
-        self.metrics.get_bytes.inc_by(bytes);
+        self.count(Source::of_tier(tier), bytes);
     }
 
     /// A block that was answered without bytes.
     pub fn gone(&mut self, outcome: GetOutcome) {
-        self.count(Source::of_outcome(outcome));
+        self.count(Source::of_outcome(outcome), 0);
     }
 
-    fn count(&mut self, source: Source) {
-        if self.left > 0 {
-            self.left -= 1;
-            self.metrics.get_blocks[source as usize].inc();
+    fn count(&mut self, source: Source, bytes: u64) {
+        if self.left == 0 {
+            return;
+        }
+        self.left -= 1;
+        match &mut self.held_back {
+            Some(said) => {
+                said.blocks[source as usize] += 1;
+                said.bytes += bytes;
+            }
+            None => {
+                self.metrics.get_blocks[source as usize].inc();
+                self.metrics.get_bytes.inc_by(bytes);
+            }
         }
     }
 }
 
 impl Drop for GetTally {
     fn drop(&mut self) {
-        if self.left > 0 {
-            self.metrics.get_blocks[Source::Failed as usize].inc_by(self.left);
+        let taken_back = self.held_back.take().unwrap_or_default();
+        let failed = self.left + taken_back.blocks.iter().sum::<u64>();
+        if failed > 0 {
+            self.metrics.get_blocks[Source::Failed as usize].inc_by(failed);
         }
     }
 }
