@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,9 @@ import terrace
 HERE = Path(__file__).parent
 LAYERS, KV_HEADS, HEAD, BLOCK = 12, 4, 64, 32
 TOKEN_BYTES = LAYERS * KV_HEADS * HEAD * 2 * 4
-SHAPE = ["--hidden", "768", "--inner", "3072", "--layers", "12", "--heads", "12", "--kv-heads", "4", "--vocab", "13000"]
+VOCAB = 13_000
+WARM_UP = 256  # tokens of the worker's first request
+SHAPE = ["--hidden", "768", "--inner", "3072", "--layers", "12", "--heads", "12", "--kv-heads", "4", "--vocab", str(VOCAB)]
 
 
 class Engine:
@@ -66,88 +69,98 @@ class Engine:
             self.process.wait()
 
 
-def await_blocks(endpoint: str, wanted: int) -> None:
-    """Until the node holds so many blocks; the engine saves behind its answers."""
-    with terrace.Client(endpoint) as client:
-        until = time.monotonic() + 30
-        while client.stats()["blocks"] < wanted:
-            if time.monotonic() > until:
-                raise RuntimeError(f"{client.stats()['blocks']} of {wanted} blocks were saved")
-            time.sleep(0.02)
+def await_blocks(client: terrace.Client, wanted: int) -> None:
+    """Until the node holds so many blocks; the engine saves behind its answers. Seldom asked: asking costs the node too."""
+    until = time.monotonic() + 30
+    while client.stats()["ram_blocks"] < wanted:
+        if time.monotonic() > until:
+            raise RuntimeError(f"{client.stats()['ram_blocks']} of {wanted} blocks were saved")
+        time.sleep(0.2)
 
 
-def show(what: str, ratio: Ratio, bar: float) -> dict[str, Any]:
-    print(f"  {what:62} {ratio.show():26} bar <= {bar}: {ratio.at_most(bar)}")
-    return {"median": ratio.median, "low": ratio.low, "high": ratio.high, "bar": bar, "verdict": ratio.at_most(bar)}
+class Engines:
+    """One engine with Terrace and one without, in front of a node of their own."""
+
+    def __init__(self, model: Path, folder: Path, tokens: int, endpoint: str, node_pid: int) -> None:
+        self.tokens, self.blocks, self.node_pid = tokens, (tokens - 1) // BLOCK, node_pid
+        common: dict[str, Any] = {
+            "model": str(model),
+            "vocab": VOCAB,
+            "max_tokens": tokens + 64,
+            "kv_cache_bytes": 2 * (tokens + 64) * TOKEN_BYTES,
+        }
+        transfer = {
+            "kv_connector": "TerraceConnector",
+            "kv_connector_module_path": "terrace.vllm",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {"endpoint": endpoint},
+        }
+        self.client = terrace.Client(endpoint)
+        self.ours = Engine(folder / "terrace.log", **common, transfer=transfer)
+        self.plain = Engine(folder / "plain.log", **common)
+        self.held = WARM_UP // BLOCK
+        await_blocks(self.client, self.held)
+        moved = self.blocks * BLOCK * TOKEN_BYTES
+        self.source, self.target = np.ones(moved, np.uint8), np.ones(moved, np.uint8)
+
+    def close(self) -> None:
+        self.ours.close()
+        self.plain.close()
+        self.client.close()
+
+    def cold(self, ask: dict[str, Any]) -> tuple[dict[str, Any], float, float]:
+        """A prompt that nobody knows, until it is saved: the answer, and the CPU seconds of Terrace and of all."""
+        before, server = self.ours.ask(account=True), cpu_ns(self.node_pid)
+        answer = self.ours.ask(**ask)
+        self.held += self.tokens // BLOCK
+        await_blocks(self.client, self.held)
+        after, server_s = self.ours.ask(account=True), (cpu_ns(self.node_pid) - server) / 1e9
+        terrace_s = after["terrace_s"] - before["terrace_s"] + server_s
+        return answer, terrace_s, after["process_s"] - before["process_s"] + server_s
+
+    def without(self, ask: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        before = self.plain.ask(account=True)
+        answer = self.plain.ask(**ask)
+        return answer, self.plain.ask(account=True)["process_s"] - before["process_s"]
+
+    def copy(self) -> float:
+        started = time.perf_counter()
+        np.copyto(self.target, self.source)
+        return time.perf_counter() - started
+
+    def round(self, turn: int) -> dict[str, float]:
+        """One prompt in every way; seconds, of the clock and of the CPU."""
+        ask = {"generate": turn + 1, "tokens": self.tokens}
+        if turn % 2:
+            plain, plain_s = self.without(ask)
+        cold, terrace_s, all_s = self.cold(ask)
+        if not turn % 2:
+            plain, plain_s = self.without(ask)
+        own = self.ours.ask(**ask)
+        self.ours.ask(reset=True)
+        warm = self.ours.ask(**ask)
+        copy = self.copy()
+        known = self.blocks * BLOCK
+        if (plain["cached"], cold["cached"], own["cached"], warm["cached"]) != (0, 0, known, known):
+            raise RuntimeError(f"not what was meant to be measured: {plain} {cold} {own} {warm}")
+        if not plain["token"] == cold["token"] == own["token"] == warm["token"]:
+            raise RuntimeError(f"tokens differ: {plain} {cold} {own} {warm}")
+        ttft = {"plain": plain, "cold": cold, "own": own, "warm": warm}
+        seconds = {name: float(answer["ttft_s"]) for name, answer in ttft.items()}
+        return seconds | {"copy": copy, "cpu_terrace": terrace_s, "cpu_all": all_s, "cpu_plain": plain_s}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kvserver", type=Path, default=Path("target/release/kvserver"))
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--model", type=Path, help="folder of the model; made there if it is missing")
-    parser.add_argument("--json", type=Path, help="the figures as one JSON object to this file")
-    options = parser.parse_args()
-    blocks = (options.tokens - 1) // BLOCK
-    moved = blocks * BLOCK * TOKEN_BYTES
-    rows: dict[str, list[float]] = {name: [] for name in ("plain", "cold", "own", "warm", "copy", "cpu")}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        model = options.model or folder / "model"
-        if not (model / "config.json").is_file():
-            maker = HERE.parent.parent / "tests" / "python" / "vllm" / "model.py"
-            subprocess.run([sys.executable, str(maker), str(model), *SHAPE], check=True)
-        ram = f"{(options.rounds + 2) * moved * 5 // 4 >> 20}MiB"
-        with node(options.kvserver, folder, ram_bytes=ram) as (endpoint, pid):
-            common: dict[str, Any] = {
-                "model": str(model),
-                "vocab": 13000,
-                "max_tokens": options.tokens + 64,
-                "kv_cache_bytes": 2 * (options.tokens + 64) * TOKEN_BYTES,
-            }
-            transfer = {
-                "kv_connector": "TerraceConnector",
-                "kv_connector_module_path": "terrace.vllm",
-                "kv_role": "kv_both",
-                "kv_load_failure_policy": "recompute",
-                "kv_connector_extra_config": {"endpoint": endpoint},
-            }
-            engine = Engine(folder / "terrace.log", **common, transfer=transfer)
-            plain = Engine(folder / "plain.log", **common)
-            source, target = np.ones(moved, np.uint8), np.zeros(moved, np.uint8)
-            held = 256 // BLOCK
-            try:
-                for turn in range(options.rounds):
-                    ask = {"generate": turn + 1, "tokens": options.tokens}
-                    if turn % 2:
-                        rows["plain"].append((first := plain.ask(**ask))["ttft_s"])
-                    before, server = engine.ask(account=True), cpu_ns(pid)
-                    cold = engine.ask(**ask)
-                    held += options.tokens // BLOCK
-                    await_blocks(endpoint, held)
-                    after, server = engine.ask(account=True), (cpu_ns(pid) - server) / 1e9
-                    if not turn % 2:
-                        rows["plain"].append((first := plain.ask(**ask))["ttft_s"])
-                    own = engine.ask(**ask)
-                    engine.ask(reset=True)
-                    warm = engine.ask(**ask)
-                    if warm["cached"] < blocks * BLOCK or cold["cached"] or own["cached"] < blocks * BLOCK:
-                        raise RuntimeError(f"not what was meant to be measured: {cold} {own} {warm}")
-                    if not first["token"] == cold["token"] == own["token"] == warm["token"]:
-                        raise RuntimeError(f"tokens differ: {first} {cold} {own} {warm}")
-                    started = time.perf_counter()
-                    np.copyto(target, source)
-                    rows["copy"].append(time.perf_counter() - started)
-                    for name, got in (("cold", cold), ("own", own), ("warm", warm)):
-                        rows[name].append(got["ttft_s"])
-                    ours = after["terrace_s"] - before["terrace_s"] + server
-                    rows["cpu"].append(ours / (after["process_s"] - before["process_s"] + server))
-                    print(f"round {turn + 1} of {options.rounds}", end="\r", file=sys.stderr, flush=True)
-            finally:
-                engine.close()
-                plain.close()
-    print(f"time to first token, {options.tokens} tokens, {moved >> 20} MiB of KV, {options.rounds} rounds, medians")
+def show(what: str, ratio: Ratio, bar: float | None = None) -> dict[str, Any]:
+    verdict = f"bar <= {bar}: {ratio.at_most(bar)}" if bar is not None else ""
+    print(f"  {what:62} {ratio.show():26} {verdict}".rstrip())
+    return {"median": ratio.median, "low": ratio.low, "high": ratio.high, "bar": bar}
+
+
+def report(rounds: list[dict[str, float]], tokens: int) -> dict[str, Any]:
+    rows = {name: [row[name] for row in rounds] for name in rounds[0]}
+    moved = (tokens - 1) // BLOCK * BLOCK * TOKEN_BYTES
+    print(f"time to first token, {tokens} tokens, {moved >> 20} MiB of KV, {len(rounds)} rounds, medians")
     for name, what in (
         ("plain", "cold, engine without Terrace"),
         ("cold", "cold, with Terrace (nothing found, all saved)"),
@@ -155,18 +168,53 @@ def main() -> None:
         ("warm", "again, from Terrace"),
         ("copy", "a copy of as many bytes"),
     ):
-        print(f"  {what:46} {sorted(rows[name])[len(rows[name]) // 2] * 1e3:9.1f} ms")
+        print(f"  {what:46} {median(rows[name]) * 1e3:9.1f} ms")
+    print(f"  {'CPU of a cold request, with and without Terrace':46}", end="")
+    print(f" {median(rows['cpu_all']) * 1e3:9.1f} ms {median(rows['cpu_plain']) * 1e3:9.1f} ms")
     floor = [copy + own for copy, own in zip(rows["copy"], rows["own"], strict=True)]
-    result = {
-        "tokens": options.tokens,
+    return {
+        "tokens": tokens,
         "bytes": moved,
         "rounds": rows,
         "warm_to_cold": show("warm to cold", paired(rows["warm"], rows["cold"]), 0.1),
         "warm_to_floor": show("warm to (copy + suffix after a hit of its own)", paired(rows["warm"], floor), 1.15),
-        "cpu_share": show("no reuse: CPU of connector and server, share of the request's", paired(rows["cpu"], [1.0] * len(rows["cpu"])), 0.02),
+        "cpu_share": show(
+            "no reuse: CPU of connector and node, share of the request's", paired(rows["cpu_terrace"], rows["cpu_all"]), 0.02
+        ),
+        "cpu_to_plain": show("no reuse: CPU with Terrace to CPU without", paired(rows["cpu_all"], rows["cpu_plain"])),
+        "cold_to_plain": show("no reuse: time to first token, with to without", paired(rows["cold"], rows["plain"])),
     }
-    ratio = paired(rows["cold"], rows["plain"])
-    print(f"  {'cold with Terrace to cold without':62} {ratio.show()}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kvserver", type=Path, default=Path("target/release/kvserver"))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, help="begin no round after so many seconds of them")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--model", type=Path, help="folder of the model; made there if it is missing")
+    parser.add_argument("--json", type=Path, help="the figures as one JSON object to this file")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = options.model or folder / "model"
+        if not (model / "config.json").is_file():
+            maker = HERE.parent.parent / "tests" / "python" / "vllm" / "model.py"
+            subprocess.run([sys.executable, str(maker), str(model), *SHAPE], check=True)
+        ram = f"{(options.rounds + 2) * options.tokens * TOKEN_BYTES * 5 // 4 >> 20}MiB"
+        with node(options.kvserver, folder, ram_bytes=ram) as (endpoint, pid):
+            engines = Engines(model, folder, options.tokens, endpoint, pid)
+            rounds: list[dict[str, float]] = []
+            started = time.monotonic()
+            try:
+                for turn in range(options.rounds):
+                    if options.seconds is not None and time.monotonic() - started > options.seconds:
+                        break
+                    rounds.append(engines.round(turn))
+                    print(f"round {turn + 1} of {options.rounds}", end="\r", file=sys.stderr, flush=True)
+            finally:
+                engines.close()
+    result = report(rounds, options.tokens)
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 

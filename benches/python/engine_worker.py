@@ -1,8 +1,8 @@
 """One vLLM engine in a process of its own, driven by lines of JSON: the other half of `engine.py`.
 
-    {"generate": seed, "tokens": n, "suffix": m}   a prompt of n tokens drawn from seed; answers its time to first token
-    {"reset": true}                                drops the engine's own prefix cache
-    {"account": true}                              CPU seconds so far: of the process, and of Terrace in it
+    {"generate": seed, "tokens": n}   a prompt of n tokens drawn from seed; answers its time to first token
+    {"reset": true}                   drops the engine's own prefix cache
+    {"account": true}                 CPU seconds so far: of the process, and of Terrace in it
 
 Terrace's share is the connector's methods on the engine's threads (each call's own thread time) and all of the package's
 own threads (by their names).
@@ -11,6 +11,7 @@ own threads (by their names).
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import random
@@ -53,20 +54,25 @@ class Accounts:
 
     def watch(self, cls: type) -> None:
         for name in dir(cls):
-            member = getattr(cls, name)
-            if not name.startswith("_") and callable(member) and not isinstance(cls.__dict__.get(name), classmethod):
+            member = inspect.getattr_static(cls, name)
+            if not name.startswith("_") and inspect.isfunction(member):
                 setattr(cls, name, self.wrap(member))
 
 
-def own_threads_s() -> float:
-    total = 0
-    for task in Path("/proc/self/task").iterdir():
-        try:
-            if (task / "comm").read_text().startswith(THREADS):
-                total += int((task / "schedstat").read_text().split(" ", 1)[0])
-        except OSError:
-            continue  # it ended
-    return total / 1e9
+class OwnThreads:
+    """CPU time of the package's own threads, with what those that have ended had when they were last seen."""
+
+    def __init__(self) -> None:
+        self.nanos: dict[str, int] = {}
+
+    def seconds(self) -> float:
+        for task in Path("/proc/self/task").iterdir():
+            try:
+                if (task / "comm").read_text().startswith(THREADS):
+                    self.nanos[task.name] = int((task / "schedstat").read_text().split(" ", 1)[0])
+            except OSError:
+                continue  # it ended
+        return sum(self.nanos.values()) / 1e9
 
 
 def main() -> None:
@@ -76,7 +82,7 @@ def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.config import KVTransferConfig
 
-    accounts = Accounts()
+    accounts, threads = Accounts(), OwnThreads()
     extra: dict[str, Any] = {}
     if transfer := settings.get("transfer"):
         if transfer["kv_connector_module_path"].startswith("terrace"):
@@ -112,7 +118,7 @@ def main() -> None:
             return generate(ask["generate"], ask["tokens"])
         if "reset" in ask:
             return {"reset": llm.reset_prefix_cache()}
-        return {"process_s": time.process_time(), "terrace_s": accounts.nanos / 1e9 + own_threads_s()}
+        return {"process_s": time.process_time(), "terrace_s": accounts.nanos / 1e9 + threads.seconds()}
 
     generate(0, 256)  # the first request of a process pays for what all others share
     print(json.dumps({"ready": True}), file=out, flush=True)

@@ -77,10 +77,6 @@ def node(program: Path, folder: Path, **settings: str) -> Iterator[tuple[str, in
 
 
 def cpu_ns(*pids: int) -> int:
-    """CPU time of all threads of some processes, from the scheduler's own account."""
-    total = 0
-    for pid in pids:
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            with contextlib.suppress(OSError):
-                total += int((task / "schedstat").read_text().split(" ", 1)[0])
-    return total
+    """CPU time of some processes, with that of their threads that have ended."""
+    clocks = ((~pid << 3) | 2 for pid in pids)  # as clock_getcpuclockid(3) makes them
+    return sum(map(time.clock_gettime_ns, clocks))
