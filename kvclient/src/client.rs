@@ -177,6 +177,7 @@ impl Client {
                     context: Some(context),
                     spec: Some(spec.into()),
                     strict,
+                    ..v1::OpenNamespaceRequest::default()
                 }
             })
             .await?;

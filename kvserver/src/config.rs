@@ -277,6 +277,10 @@ settings! {
     suspect_grace: Duration = Duration::from_secs(30), within(Duration::from_millis(100), Duration::from_secs(86_400));
     /// For how long after a change of the cluster blocks are looked for where they were before.
     motion_window: Duration = Duration::from_secs(600), within(Duration::ZERO, Duration::from_secs(86_400));
+    /// The most that a lookup waits for blocks which it misses and which may still lie with another node; half of its own deadline binds too.
+    motion_wait: Duration = Duration::from_millis(100), within(Duration::ZERO, Duration::from_secs(60));
+    /// Nodes that hold each block of a namespace whose caller does not say.
+    replicas: u32 = 1, within(1, 8);
     /// In what time a joining node grows to its full weight.
     join_ramp: Duration = Duration::from_secs(30), within(Duration::ZERO, Duration::from_secs(3600));
     /// How long a node that was never a member tries to reach one of `join` before it gives up.

@@ -25,6 +25,7 @@ mod data_dir;
 pub mod engine;
 pub mod error;
 mod local;
+pub mod peers;
 pub mod process;
 mod rpc;
 mod server;

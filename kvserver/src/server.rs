@@ -201,11 +201,12 @@ impl Node {
     /// as time and wear allow, closes the tiers. What is not done after `deadline` is cut. Answers what was kept.
     pub async fn shutdown(mut self, deadline: Duration) -> Saved {
         let (rpc, local, console) = (self.rpc.take(), self.local.take(), self.console.take());
-        let (mover, clock, tiers) = (
+        let (mover, clock, blocks) = (
             Arc::clone(&self.mover),
             Arc::clone(&self.clock),
-            self.blocks.tiers.clone(),
+            Arc::clone(&self.blocks),
         );
+        let tiers = blocks.tiers.clone();
         let saves = self.config.shutdown_save && tiers.nvme.is_some();
         let draining = self.background.handle().spawn(async move {
             let started = clock.now();
@@ -221,6 +222,9 @@ impl Node {
                 rpc.shutdown(deadline).await;
             }
             let _ = local.await; // a panic there was logged there
+            if let Some(motion) = blocks.motion() {
+                motion.stop().await;
+            }
             let left = deadline
                 .saturating_sub(clock.now().since(started))
                 .max(LAST_MOMENT);

@@ -184,7 +184,7 @@ impl Stock {
         let asked = v1::OpenNamespaceRequest {
             context: None,
             spec: Some((&Namespace::opaque("test", BLOCK_TOKENS, RUN_BLOCKS)).into()),
-            strict: false,
+            ..v1::OpenNamespaceRequest::default()
         };
         let opened = client
             .open_namespace(asked)

@@ -9,6 +9,8 @@
 //!
 //! Shape: block `i` of the chain, part `p` is number `i * parts + p`. A block is held only from its turn
 //! until it is handed out, or while it waits behind a read.
+//! A block that is missing here and may still lie with another node ([`GetPlan::asks_peers`]) is waited for; the rest of
+//! its run comes with it.
 //! Errors: what is not here is an outcome. Under a lease nothing is answered `overloaded`: a promotion that
 //! found no slot is tried again as a leased one, which cannot be refused.
 
@@ -17,18 +19,21 @@ use std::{
     future::poll_fn,
     sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
-use futures_util::FutureExt;
+use futures_util::{FutureExt, future::BoxFuture};
 use kvproto::{
     BlockKey, Chain, FieldError, GetOutcome, LeaseId, NamespaceId, Part, Reason, TierKind,
 };
 
 use super::{
     Blocks, BlocksError,
+    motion::Brought,
     mover::{Reading, Urgency},
 };
 use crate::{
+    clock::Tick,
     engine::{Below, Cover, Owner, Whereabouts},
     telemetry::metrics::GetTally,
     tier::BlockRef,
@@ -39,6 +44,10 @@ const READ_AHEAD_BLOCKS: usize = 16;
 
 /// Bytes of them. With 1 MiB blocks this is the depth at which a disk gives its full rate.
 const READ_AHEAD_BYTES: u64 = 16 << 20;
+
+/// What is left of a get's time when it stops waiting for other nodes, so that its answer is still in time.
+const LEAST_MARGIN: Duration = Duration::from_millis(5);
+const MOST_MARGIN: Duration = Duration::from_millis(100);
 
 /// What became of one block.
 #[derive(Debug)]
@@ -60,6 +69,7 @@ pub struct GetPlan {
     namespace: NamespaceId,
     chain: Chain,
     parts: Vec<Part>,
+    replicas: usize,
     lease: Option<(LeaseId, Owner)>,
     /// What the lease holds, once a block below RAM made it matter.
     cover: Option<Cover>,
@@ -69,6 +79,10 @@ pub struct GetPlan {
     answer: u32,
     window: VecDeque<Waiting>,
     reading_bytes: u64,
+    /// Until when it waits for other nodes; `None`: they are not asked.
+    asks_until: Option<Tick>,
+    /// What came from them for this get.
+    brought: Vec<Arc<Brought>>,
     tally: GetTally,
 }
 
@@ -82,6 +96,11 @@ enum Waiting {
         below: Below,
         reading: Reading,
         is_leased: bool,
+    },
+    /// Its run is being fetched from another node.
+    Fetching {
+        key: BlockKey,
+        fetching: BoxFuture<'static, Arc<Brought>>,
     },
 }
 
@@ -108,6 +127,7 @@ impl Blocks {
         }
         Ok(GetPlan {
             tally: self.metrics.get(asked as u64),
+            replicas: known.replicas as usize,
             blocks: Arc::clone(self),
             namespace,
             chain,
@@ -118,6 +138,8 @@ impl Blocks {
             answer: 0,
             window: VecDeque::new(),
             reading_bytes: 0,
+            asks_until: None,
+            brought: Vec::new(),
         })
     }
 }
@@ -134,6 +156,14 @@ impl GetPlan {
     /// The account of what was handed out.
     pub fn into_tally(self) -> GetTally {
         self.tally
+    }
+
+    /// What is missing here may come from other nodes, while there is a reason to ask them and until `deadline`, less
+    /// the time that the answer needs.
+    pub fn asks_peers(&mut self, deadline: Tick) {
+        let left = deadline.since(self.blocks.clock.now());
+        let margin = (left / 10).clamp(LEAST_MARGIN, MOST_MARGIN);
+        self.asks_until = Some(self.blocks.clock.now().after(left.saturating_sub(margin)));
     }
 
     /// The next block and what became of it; `None` after the last.
@@ -175,6 +205,18 @@ impl GetPlan {
             let Some(first) = self.window.front_mut() else {
                 continue;
             };
+            if let Waiting::Fetching { key, fetching } = first {
+                let Poll::Ready(brought) = fetching.poll_unpin(cx) else {
+                    return Poll::Pending;
+                };
+                let key = *key;
+                self.brought.push(brought);
+                let waiting = self.look(&key, None);
+                if let (Some(first), Some(waiting)) = (self.window.front_mut(), waiting) {
+                    *first = waiting;
+                }
+                continue;
+            }
             if let Waiting::Reading {
                 below,
                 reading,
@@ -244,16 +286,35 @@ impl GetPlan {
             hash,
             part: self.parts[p],
         };
-        let waiting = match self.blocks.engine.locate(&key, self.lease) {
-            Whereabouts::Ram(bytes) => Waiting::Ready(Found::Hit {
-                bytes,
-                tier: TierKind::Ram,
-            }),
+        if let Some(waiting) = self.look(&key, Some(i)) {
+            self.window.push_back(waiting);
+        }
+        true
+    }
+
+    /// Where a block is; on a miss, with its number `i` in the chain, other nodes may be asked for it.
+    fn look(&mut self, key: &BlockKey, i: Option<usize>) -> Option<Waiting> {
+        Some(match self.blocks.engine.locate(key, self.lease) {
+            Whereabouts::Ram(bytes) => {
+                let came = |brought: &Arc<Brought>| brought.blocks.contains(key);
+                let tier = match self.brought.iter().any(came) {
+                    true => TierKind::Peer,
+                    false => TierKind::Ram,
+                };
+                Waiting::Ready(Found::Hit { bytes, tier })
+            }
             Whereabouts::Gone(reason) => {
-                Waiting::Ready(Found::Gone(GetOutcome::from_reason(reason)))
+                let fetching = i.filter(|_| reason == Reason::Evicted);
+                match fetching.and_then(|i| self.fetch(i)) {
+                    Some(fetching) => Waiting::Fetching {
+                        key: *key,
+                        fetching,
+                    },
+                    None => Waiting::Ready(Found::Gone(GetOutcome::from_reason(reason))),
+                }
             }
             Whereabouts::Below(below) => {
-                let is_leased = self.is_leased(&key);
+                let is_leased = self.is_leased(key);
                 let urgency = match is_leased {
                     true => Urgency::Leased,
                     false => Urgency::Asked,
@@ -265,9 +326,18 @@ impl GetPlan {
                     is_leased,
                 }
             }
-        };
-        self.window.push_back(waiting);
-        true
+        })
+    }
+
+    /// The run of block `i` from there on, if another node may have it.
+    fn fetch(&self, i: usize) -> Option<BoxFuture<'static, Arc<Brought>>> {
+        let until = self.asks_until?;
+        let motion = self.blocks.motion()?;
+        if !motion.may_ask(self.replicas) {
+            return None;
+        }
+        let space = self.blocks.spaces().get(&self.namespace)?;
+        motion.bring_run(&space, &self.chain, i, &self.parts, until)
     }
 
     /// A lease speaks for the blocks it holds, not for all that its owner asks for, nor for what others hold.

@@ -1,5 +1,8 @@
 //! Lookup: one synchronous question to the engine, then promotions in the background.
 
+use std::{sync::Arc, time::Duration};
+
+use futures_util::future::BoxFuture;
 use kvproto::{
     LeaseId,
     convert::{answer, request},
@@ -48,6 +51,51 @@ impl Blocks {
                 bytes: lease.bytes,
             }),
         })
+    }
+
+    /// As [`Blocks::lookup`]; where blocks may still lie with another node it first waits for them, a little while.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn lookup_in_motion(
+        self: &Arc<Self>,
+        owner: Owner,
+        asked: &request::Lookup,
+        time_left: Duration,
+    ) -> Result<answer::Lookup, BlocksError> {
+        if let Some(moved) = self.awaited(owner, asked, time_left)? {
+            moved.await;
+        }
+        self.lookup(owner, asked)
+    }
+
+    /// What a lookup should wait for; `None`, and that nearly always: nothing.
+    fn awaited(
+        &self,
+        owner: Owner,
+        asked: &request::Lookup,
+        time_left: Duration,
+    ) -> Result<Option<BoxFuture<'static, ()>>, BlocksError> {
+        // A probe leaves no trace, and a peer asks for what is here.
+        if asked.probe || asked.context.no_forward {
+            return Ok(None);
+        }
+        let Some(motion) = self.motion() else {
+            return Ok(None);
+        };
+        let known = self.namespaces.get(owner.tenant, asked.namespace)?;
+        if !motion.may_ask(known.replicas as usize) {
+            return Ok(None);
+        }
+        asked.chain.validate(known.run_blocks)?;
+        let space = self.spaces().get(&asked.namespace);
+        let space = space.ok_or(BlocksError::UnknownNamespace(asked.namespace))?;
+        Ok(Some(motion.bring_prefix(
+            &space,
+            &asked.chain,
+            &asked.parts,
+            time_left,
+        )))
     }
 
     /// Prolongs a lease; the time it now has, or `None` when it is gone.

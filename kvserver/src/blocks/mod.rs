@@ -18,6 +18,7 @@
 pub mod get;
 pub mod invalidate;
 pub mod lookup;
+pub mod motion;
 pub mod mover;
 pub mod namespaces;
 pub(crate) mod owners;
@@ -35,7 +36,12 @@ use kvproto::{
     view::ViewDigest,
 };
 
-use self::{mover::Mover, namespaces::Namespaces, tenants::Tenants};
+use self::{
+    motion::Motion,
+    mover::Mover,
+    namespaces::{Namespaces, Replicas, Spaces},
+    tenants::Tenants,
+};
 use crate::{
     clock::{Clock, Tick},
     cluster::{Cluster, Told},
@@ -144,6 +150,8 @@ pub struct BlockLimits {
     pub max_blocks_per_call: usize,
     /// Largest block.
     pub max_block_bytes: u64,
+    /// Owners of the runs of a namespace whose caller does not say.
+    pub replicas: u32,
 }
 
 /// Everything that a node does with blocks.
@@ -163,6 +171,8 @@ pub struct Blocks {
     cluster: Arc<Cluster>,
     /// Where the same-host path is, once it is there.
     local_socket: OnceLock<String>,
+    /// Reads, moves and copies between nodes, once they are there.
+    motion: OnceLock<Arc<Motion>>,
 }
 
 impl Blocks {
@@ -199,6 +209,7 @@ impl Blocks {
             boot_id,
             cluster,
             local_socket: OnceLock::new(),
+            motion: OnceLock::new(),
         })
     }
 
@@ -255,6 +266,22 @@ impl Blocks {
         }
     }
 
+    /// From now on, what is missing here may come from other nodes.
+    pub(crate) fn set_motion(&self, motion: Arc<Motion>) {
+        let _ = self.motion.set(motion); // made once, by the node that made this
+    }
+
+    /// Reads, moves and copies between nodes.
+    #[must_use]
+    pub fn motion(&self) -> Option<&Arc<Motion>> {
+        self.motion.get()
+    }
+
+    /// Every namespace, for peers.
+    pub(crate) fn spaces(&self) -> Spaces {
+        self.namespaces.spaces()
+    }
+
     /// From now on, callers are told where the same-host path is.
     pub(crate) fn set_local_socket(&self, path: String) {
         // A second path would be a second node.
@@ -271,10 +298,29 @@ impl Blocks {
         namespace: &Namespace,
         strict: bool,
     ) -> Result<OpenedNamespace, BlocksError> {
+        self.open_replicated(tenant, namespace, strict, 0).await
+    }
+
+    /// As [`Blocks::open_namespace`], with so many owners of each of its runs; 0: as it is, or as the node's settings
+    /// say.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn open_replicated(
+        &self,
+        tenant: TenantId,
+        namespace: &Namespace,
+        strict: bool,
+        replicas: u32,
+    ) -> Result<OpenedNamespace, BlocksError> {
         let name = self.tenants.name(tenant);
+        let replicas = Replicas {
+            asked: replicas,
+            default: self.limits.replicas,
+        };
         let opened = self
             .namespaces
-            .open_namespace(tenant, name, namespace, strict)
+            .open_replicated(tenant, name, namespace, strict, replicas)
             .await?;
         Ok(OpenedNamespace {
             id: opened.id,

@@ -44,6 +44,7 @@ use crate::{
     clock::Clock,
     data_dir::write_whole,
     engine::{Domains, TenantId},
+    peers::Space,
 };
 
 /// Asks that may wait for the registry's file; each is a caller that waits, and one write serves them all.
@@ -70,6 +71,26 @@ pub struct Known {
     pub run_blocks: u32,
     /// Tokens per block.
     pub block_tokens: u32,
+    /// Owners of each run, at least 1.
+    pub replicas: u32,
+}
+
+/// How many owners the runs of a namespace have.
+#[derive(Clone, Copy, Debug)]
+pub struct Replicas {
+    /// As its caller wishes; 0: as it is, or as the node's settings say.
+    pub asked: u32,
+    /// What the node's settings say.
+    pub default: u32,
+}
+
+impl Default for Replicas {
+    fn default() -> Self {
+        Self {
+            asked: 0,
+            default: 1,
+        }
+    }
 }
 
 /// The answer of a handshake.
@@ -81,6 +102,21 @@ pub struct OpenedNamespace {
     pub key: NamespaceKey,
     /// What differs from the namespace last opened under this label.
     pub difference: Option<String>,
+}
+
+/// Every namespace as peers are told of it.
+#[derive(Clone, Default)]
+pub(crate) struct Spaces(Arc<RwLock<HashMap<NamespaceId, Arc<Space>>>>);
+
+impl Spaces {
+    /// The namespace of this id.
+    pub(crate) fn get(&self, id: &NamespaceId) -> Option<Arc<Space>> {
+        self.0.read().get(id).cloned()
+    }
+
+    fn set(&self, space: Space) {
+        self.0.write().insert(space.id, Arc::new(space));
+    }
 }
 
 /// The registry.
@@ -96,6 +132,7 @@ pub struct Namespaces {
 /// What is durable, for those who ask.
 struct Shared {
     known: RwLock<HashMap<NamespaceId, Known>>,
+    spaces: Spaces,
     names: RwLock<Names>,
     /// Told of a namespace before anybody can use it.
     domains: Arc<Domains>,
@@ -148,10 +185,15 @@ impl Namespaces {
         for (id, known) in &known {
             domains.set(*id, known.tenant.domain());
         }
+        let spaces = Spaces::default();
+        for record in &records {
+            spaces.set(record.space());
+        }
         let mut names = Names::default();
         records.into_iter().for_each(|record| names.push(record));
         let shared = Arc::new(Shared {
             known: RwLock::new(known),
+            spaces,
             names: RwLock::new(names),
             domains,
         });
@@ -189,8 +231,33 @@ impl Namespaces {
         namespace: &Namespace,
         strict: bool,
     ) -> Result<OpenedNamespace, BlocksError> {
+        let replicas = Replicas::default();
+        self.open_replicated(tenant, tenant_name, namespace, strict, replicas)
+            .await
+    }
+
+    /// As [`Namespaces::open_namespace`], where it matters how many owners its runs have.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn open_replicated(
+        &self,
+        tenant: TenantId,
+        tenant_name: &str,
+        namespace: &Namespace,
+        strict: bool,
+        replicas: Replicas,
+    ) -> Result<OpenedNamespace, BlocksError> {
         namespace.validate()?;
-        let record = Record::of(tenant_name, namespace);
+        let replicas = match replicas.asked {
+            0 => {
+                let known = self.shared.known.read();
+                let known = known.get(&namespace.id(tenant_name));
+                known.map_or(replicas.default, |known| known.replicas)
+            }
+            asked => asked,
+        };
+        let record = Record::of(tenant_name, namespace, replicas);
         let is_last = self.shared.names.read().last(&record) == Some(&record);
         let difference = match is_last {
             true => None,
@@ -240,6 +307,11 @@ impl Namespaces {
         }
     }
 
+    /// All of them, for peers.
+    pub(crate) fn spaces(&self) -> Spaces {
+        self.shared.spaces.clone()
+    }
+
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -283,12 +355,14 @@ impl Writer {
     fn serve(&self, asks: Vec<Ask>) {
         let mut next = self.shared.names.read().clone();
         let mut new: Vec<(NamespaceId, Known)> = Vec::new();
+        let mut spaces = Vec::new();
         let mut answers = Vec::new();
         for ask in &asks {
             let judged = next.open(&ask.record, ask.strict, self.bounds);
             if let Ok((_, true)) = &judged {
                 let id = ask.record.namespace().id(&ask.record.tenant);
                 new.push((id, ask.record.known(ask.tenant)));
+                spaces.push(ask.record.space());
             }
             answers.push(judged.map(|(difference, _)| difference));
         }
@@ -301,6 +375,9 @@ impl Writer {
                 for (id, known) in &new {
                     self.shared.domains.set(*id, known.tenant.domain());
                 }
+                spaces
+                    .into_iter()
+                    .for_each(|space| self.shared.spaces.set(space));
                 self.shared.known.write().extend(new);
                 *self.shared.names.write() = next;
             }

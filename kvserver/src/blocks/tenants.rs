@@ -3,6 +3,8 @@
 //! The tenant comes from the credential, never from the caller's word. Without a token file there are
 //! no credentials, and everybody is the tenant `default`.
 //! File: one `tenant token` per line; `#` starts a comment; a tenant may have several tokens.
+//! Nodes have a token of their own (`peer_token_file`): who shows it names the tenant it acts for, because it carries
+//! every tenant's blocks.
 
 use std::{collections::HashMap, fs, path::Path};
 
@@ -20,6 +22,12 @@ pub enum TenantsError {
     /// It cannot be read.
     #[error("cannot read tokens_file: {0}")]
     Unreadable(#[from] std::io::Error),
+    /// The file of the nodes' token cannot be read.
+    #[error("cannot read peer_token_file: {0}")]
+    UnreadablePeers(std::io::Error),
+    /// It holds something else.
+    #[error("peer_token_file: expected one token of at least 16 characters")]
+    PeerToken,
     /// A line that is not a tenant and a token.
     #[error("tokens_file line {line}: {problem}")]
     Line {
@@ -36,6 +44,8 @@ pub struct Tenants {
     /// std's SipHash under a random key, so that how long a wrong token takes says nothing about a
     /// right one. `None`: no credentials are asked for.
     by_token: Option<HashMap<String, TenantId>>,
+    /// What other nodes show, and this one shows them.
+    peer_token: Option<String>,
 }
 
 impl Tenants {
@@ -45,6 +55,7 @@ impl Tenants {
         Self {
             names: vec![DEFAULT_TENANT.to_owned()],
             by_token: None,
+            peer_token: None,
         }
     }
 
@@ -57,6 +68,54 @@ impl Tenants {
             Ok(Self::open())
         } else {
             Self::parse(&fs::read_to_string(path)?)
+        }
+    }
+
+    /// With the token of nodes; the empty path means none.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or holds no token, or one that could be guessed.
+    pub fn with_peer_token(mut self, path: &Path) -> Result<Self, TenantsError> {
+        if path.as_os_str().is_empty() {
+            return Ok(self);
+        }
+        let text = fs::read_to_string(path).map_err(TenantsError::UnreadablePeers)?;
+        let mut words = text.split_whitespace();
+        let token = match (words.next(), words.next()) {
+            (Some(token), None) if token.len() >= TOKEN_BYTES_LEAST => token,
+            _ => return Err(TenantsError::PeerToken),
+        };
+        self.peer_token = Some(token.to_owned());
+        Ok(self)
+    }
+
+    /// The token of nodes.
+    #[must_use]
+    pub fn peer_token(&self) -> Option<&str> {
+        self.peer_token.as_deref()
+    }
+
+    /// Whether the `authorization` header is that of a node. Without credentials everybody may be one.
+    #[must_use]
+    pub fn is_peer(&self, authorization: Option<&[u8]>) -> bool {
+        match &self.peer_token {
+            Some(token) => bearer(authorization).is_some_and(|shown| is_same(shown, token)),
+            None => self.by_token.is_none(),
+        }
+    }
+
+    /// As [`Tenants::authenticate`]; a node may name the tenant that it acts for.
+    #[must_use]
+    pub fn authenticate_for(
+        &self,
+        authorization: Option<&[u8]>,
+        tenant: Option<&[u8]>,
+    ) -> Option<TenantId> {
+        match tenant {
+            Some(tenant) if self.peer_token.is_some() && self.is_peer(authorization) => {
+                self.find(std::str::from_utf8(tenant).ok()?)
+            }
+            _ => self.authenticate(authorization),
         }
     }
 
@@ -97,6 +156,7 @@ impl Tenants {
         Ok(Self {
             names,
             by_token: Some(by_token),
+            peer_token: None,
         })
     }
 
@@ -106,12 +166,7 @@ impl Tenants {
         if self.by_token.is_none() {
             return Some(TenantId(0));
         }
-        let text = std::str::from_utf8(authorization?).ok()?;
-        let (scheme, token) = text.split_once(' ')?;
-        if !scheme.eq_ignore_ascii_case("bearer") {
-            return None;
-        }
-        self.tenant_of(token.trim())
+        self.tenant_of(bearer(authorization)?)
     }
 
     /// The tenant of a bare token; `None` when it is none of them.
@@ -145,6 +200,22 @@ impl Tenants {
     }
 }
 
+/// The token of an `authorization` header.
+fn bearer(authorization: Option<&[u8]>) -> Option<&str> {
+    let text = std::str::from_utf8(authorization?).ok()?;
+    let (scheme, token) = text.split_once(' ')?;
+    scheme
+        .eq_ignore_ascii_case("bearer")
+        .then_some(token.trim())
+}
+
+/// Takes as long for a wrong token as for the right one of its length.
+fn is_same(shown: &str, token: &str) -> bool {
+    let (shown, token) = (shown.as_bytes(), token.as_bytes());
+    let differing = shown.iter().zip(token).fold(0, |all, (a, b)| all | (a ^ b));
+    shown.len() == token.len() && differing == 0
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -173,6 +244,25 @@ mod tests {
         ] {
             assert_eq!(tenants.authenticate(wrong), None);
         }
+    }
+
+    #[test]
+    fn a_node_names_the_tenant_it_acts_for_and_nobody_else_may() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("peers");
+        fs::write(&file, "nodes-among-themselves\n").unwrap();
+        let tenants = Tenants::parse("red 0123456789abcdef\nblue fedcba9876543210").unwrap();
+        let tenants = tenants.with_peer_token(&file).unwrap();
+        let node = Some(&b"Bearer nodes-among-themselves"[..]);
+        let red = Some(&b"Bearer 0123456789abcdef"[..]);
+        let name = |id: Option<TenantId>| id.map(|id| tenants.name(id));
+        assert_eq!(name(tenants.authenticate_for(node, Some(b"blue"))), Some("blue"));
+        assert_eq!(name(tenants.authenticate_for(node, Some(b"green"))), None);
+        assert_eq!(name(tenants.authenticate_for(node, None)), None);
+        assert_eq!(name(tenants.authenticate_for(red, Some(b"blue"))), Some("red"));
+        assert!(tenants.is_peer(node) && !tenants.is_peer(red) && !tenants.is_peer(None));
+        fs::write(&file, "short").unwrap();
+        assert!(Tenants::open().with_peer_token(&file).is_err());
     }
 
     #[test]

@@ -84,6 +84,14 @@ impl Roster {
         self.recent(now).next().is_some()
     }
 
+    /// Until when a change is young; the beginning of time when none has been.
+    #[must_use]
+    pub fn young_until(&self) -> Tick {
+        self.past
+            .first()
+            .map_or(Tick::default(), |(changed, _)| changed.after(self.window))
+    }
+
     /// Members that are not gone, in the order of their ids.
     pub fn present(&self) -> impl Iterator<Item = &Member> {
         let is_present = |member: &&Member| member.state != MemberState::Gone;

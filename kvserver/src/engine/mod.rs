@@ -9,6 +9,7 @@
 //!   index.rs  key ─► Entry     ram.rs  handle ─► block, policies     lease.rs  who pins what
 //!   walk.rs   along a chain, pinning
 //!   budget.rs bytes by kind    fence.rs what an invalidation outlaws  losses.rs why it is gone
+//!   held.rs   what lies here, by run
 //! ```
 //!
 //! Invariants:
@@ -27,6 +28,7 @@ mod config;
 mod domains;
 mod events;
 mod fence;
+mod held;
 mod hold;
 mod index;
 mod invalidate;
@@ -59,6 +61,7 @@ pub use budget::{KindBudget, slot_bytes};
 pub use config::{Demotion, EngineConfig, EngineConfigError};
 pub use domains::Domains;
 pub use events::{BlockEvent, Change};
+pub use held::{HeldBlock, HeldRun, RunKey};
 pub use hold::Hold;
 pub use index::TierSet;
 pub use invalidate::{Invalidated, Target};

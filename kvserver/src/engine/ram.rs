@@ -3,6 +3,8 @@
 //! Locks: the engine keeps this under one lock, which is taken *before* a shard's. Handles are given out and
 //! taken back only under it.
 
+use std::collections::BTreeSet;
+
 use kvproto::Kind;
 
 use super::{
@@ -14,11 +16,16 @@ use crate::tier::BlockRef;
 /// References that the engine itself holds on a block in RAM: one here, one in the index.
 pub(super) const OWN_REFERENCES: usize = 2;
 
+/// Blocks that are first to go and that one search for a victim looks at.
+const LOOK_AHEAD: usize = 64;
+
 /// Handles and policies.
 pub(super) struct Ram {
     policies: [Box<dyn EvictionPolicy>; Kind::ALL.len()],
     blocks: Vec<Option<BlockRef>>,
     free: Vec<BlockId>,
+    /// Asked before the policies: blocks that lie elsewhere too.
+    going: [BTreeSet<BlockId>; Kind::ALL.len()],
 }
 
 impl Ram {
@@ -28,6 +35,7 @@ impl Ram {
             policies: [policy, other],
             blocks: Vec::new(),
             free: Vec::new(),
+            going: Default::default(),
         }
     }
 
@@ -37,8 +45,19 @@ impl Ram {
 
     pub(super) fn touch(&mut self, kind: Kind, tail_first: &[BlockId]) {
         if !tail_first.is_empty() {
+            let going = &mut self.going[slot_of(kind)];
+            if !going.is_empty() {
+                tail_first.iter().for_each(|id| {
+                    going.remove(id);
+                });
+            }
             self.policies[slot_of(kind)].touched(tail_first);
         }
+    }
+
+    /// A block that goes before any that the policy would choose.
+    pub(super) fn first_to_go(&mut self, slot: usize, id: BlockId) {
+        self.going[slot].insert(id);
     }
 
     pub(super) fn block(&self, id: BlockId) -> Option<&BlockRef> {
@@ -69,6 +88,7 @@ impl Ram {
             .is_some_and(|block| block.take().is_some())
         {
             self.policies[slot_of(kind)].removed(id);
+            self.going[slot_of(kind)].remove(&id);
             self.free.push(id);
         }
     }
@@ -80,6 +100,19 @@ impl Ram {
         take: &mut dyn FnMut(BlockId, &BlockRef) -> bool,
     ) -> Option<BlockRef> {
         let blocks = &self.blocks;
+        let going = &self.going[slot_of(kind)];
+        // Those at the front may all be leased for the moment; the policy's own order serves then.
+        let first = going.iter().copied().take(LOOK_AHEAD).find(|id| {
+            blocks
+                .get(id.slot())
+                .and_then(Option::as_ref)
+                .is_some_and(|block| take(*id, block))
+        });
+        if let Some(id) = first {
+            let block = self.blocks[id.slot()].clone();
+            self.remove(kind, id);
+            return block;
+        }
         let policy = &mut self.policies[slot_of(kind)];
         let id = policy.victim(&mut |id| {
             blocks

@@ -37,6 +37,9 @@ impl Session {
             asked.lease,
         )?;
         let mut plan = plan.as_a_whole();
+        if !asked.context.no_forward {
+            plan.asks_peers(deadline);
+        }
         let mut blocks = Vec::with_capacity(count);
         loop {
             let keeps = |number, bytes: &BlockRef| {

@@ -235,7 +235,7 @@ impl Session {
                     ..answer.into()
                 });
             }
-            Call::Lookup(asked) => Answer::Lookup(self.lookup(asked)?),
+            Call::Lookup(asked) => Answer::Lookup(self.lookup(asked, deadline)?),
             Call::Put(asked) => Answer::Put(self.put(asked, deadline)?),
             Call::Renew(asked) => Answer::Renew(self.renew(asked)?),
             Call::Release(asked) => Answer::Release(self.release(asked)?),
@@ -260,11 +260,17 @@ impl Session {
         })
     }
 
-    fn lookup(&self, wire: v1::LookupRequest) -> Result<v1::LookupResponse, Refused> {
+    fn lookup(
+        &self,
+        wire: v1::LookupRequest,
+        deadline: Tick,
+    ) -> Result<v1::LookupResponse, Refused> {
         let asked = request::Lookup::try_from(wire)?;
         let owner = self.owner(&asked.context)?;
         let blocks = &self.shared.blocks;
-        let found = blocks.lookup(owner, &asked)?;
+        let time_left = deadline.since(self.shared.clock.now());
+        let found = blocks.lookup_in_motion(owner, &asked, time_left);
+        let found = self.wait(found, deadline)??;
         Ok(found.into_wire(&self.answer(&asked.context)))
     }
 

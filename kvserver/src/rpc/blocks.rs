@@ -65,7 +65,12 @@ impl BlocksService for BlocksRpc {
         let asked: request::OpenNamespace = decode(request.into_inner())?;
         let blocks = &caller.shared.blocks;
         let opened = blocks
-            .open_namespace(caller.tenant, &asked.namespace, asked.strict)
+            .open_replicated(
+                caller.tenant,
+                &asked.namespace,
+                asked.strict,
+                asked.replicas,
+            )
             .await;
         let opened = opened.map_err(|e| status::blocks(&e))?;
         Ok(Response::new(
@@ -78,12 +83,13 @@ impl BlocksService for BlocksRpc {
         request: Request<v1::LookupRequest>,
     ) -> Result<Response<v1::LookupResponse>, Status> {
         let caller = caller(&request);
+        let time = request.extensions().get::<StreamTime>().map(|time| time.0);
         let asked: request::Lookup = decode(request.into_inner())?;
         let owner = caller.owner(asked.context.owner_id)?;
         let blocks = &caller.shared.blocks;
-        let found = blocks
-            .lookup(owner, &asked)
-            .map_err(|e| status::blocks(&e))?;
+        let time = time.unwrap_or(caller.shared.limits.deadlines.default);
+        let found = blocks.lookup_in_motion(owner, &asked, time).await;
+        let found = found.map_err(|e| status::blocks(&e))?;
         Ok(Response::new(
             found.into_wire(&caller.answer(&asked.context)),
         ))

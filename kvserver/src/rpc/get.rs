@@ -58,7 +58,7 @@ pub(crate) async fn serve(
 
 /// Answers the request that `message` is.
 pub(crate) fn answer(caller: Caller, call: Call, message: Bytes) -> Response<RpcBody> {
-    match begin(&caller, message) {
+    match begin(&caller, &call, message) {
         Ok((plan, piece_bytes, context)) => {
             let body = GetBody {
                 shared: caller.shared,
@@ -79,7 +79,11 @@ pub(crate) fn answer(caller: Caller, call: Call, message: Bytes) -> Response<Rpc
     }
 }
 
-fn begin(caller: &Caller, message: Bytes) -> Result<(GetPlan, usize, AnswerContext), Status> {
+fn begin(
+    caller: &Caller,
+    call: &Call,
+    message: Bytes,
+) -> Result<(GetPlan, usize, AnswerContext), Status> {
     let shared = &caller.shared;
     let wire =
         v1::GetRequest::decode(message).map_err(|e| status::undecodable("GetRequest", &e))?;
@@ -93,7 +97,10 @@ fn begin(caller: &Caller, message: Bytes) -> Result<(GetPlan, usize, AnswerConte
         request.parts,
         request.lease,
     );
-    let plan = plan.map_err(|e| status::blocks(&e))?;
+    let mut plan = plan.map_err(|e| status::blocks(&e))?;
+    if !request.context.no_forward {
+        plan.asks_peers(shared.clock.now().after(call.time_left()));
+    }
     Ok((plan, piece_bytes, caller.answer(&request.context)))
 }
 

@@ -47,13 +47,14 @@ use tonic_health::{
     server::{HealthReporter, HealthService},
 };
 
-pub(crate) use self::status::kind as error_kind;
+pub(crate) use self::status::{REASON_TRAILER, kind as error_kind};
 use self::{blocks::BlocksRpc, deadline::DeadlineLimits, listen::Listeners};
 use crate::{
     blocks::{Blocks, owners::Owners},
     clock::Clock,
     config::Config,
     engine::TenantId,
+    peers::{PEER_HEADER, TENANT_HEADER},
     telemetry::{Metrics, metrics::Method},
 };
 
@@ -105,6 +106,8 @@ pub(crate) struct Transport {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CallLimits {
     pub(crate) max_calls: usize,
+    /// Of them, by other nodes.
+    pub(crate) peer_calls: usize,
     pub(crate) max_watchers: usize,
     pub(crate) max_message_bytes: usize,
     pub(crate) max_block_bytes: u64,
@@ -130,6 +133,7 @@ pub(crate) struct Shared {
     /// Set last: whatever still runs is dropped.
     pub(crate) abort: CancellationToken,
     calls: AtomicUsize,
+    peer_calls: AtomicUsize,
     pub(crate) watchers: AtomicUsize,
     /// Told when the last call is over.
     idle: Notify,
@@ -143,6 +147,7 @@ pub(crate) struct Admitted {
     pub(crate) tenant: TenantId,
     /// How long it may take.
     pub(crate) time: Duration,
+    _peer: Option<PeerSeat>,
 }
 
 impl Shared {
@@ -181,9 +186,18 @@ impl Shared {
         let credential = headers
             .get(http::header::AUTHORIZATION)
             .map(http::HeaderValue::as_bytes);
-        let Some(tenant) = self.blocks.tenants().authenticate(credential) else {
+        let acts_for = headers
+            .get(TENANT_HEADER)
+            .map(http::HeaderValue::as_bytes);
+        let tenants = self.blocks.tenants();
+        let Some(tenant) = tenants.authenticate_for(credential, acts_for) else {
             let problem = "authorization: expected \"Bearer <token>\" with a token this node knows";
             return Err(status::refuse(Reason::Unauthenticated, problem));
+        };
+        // Who says to be a node has a bound of its own, so that no move keeps a client out.
+        let peer = match headers.contains_key(PEER_HEADER) {
+            true => Some(PeerSeat::take(self)?),
+            false => None,
         };
         if self.calls.fetch_add(1, Ordering::Relaxed) >= self.limits.max_calls {
             self.calls.fetch_sub(1, Ordering::Relaxed);
@@ -198,7 +212,31 @@ impl Shared {
             shared: Arc::clone(self),
             tenant,
             time,
+            _peer: peer,
         })
+    }
+}
+
+/// One of `peer_calls`.
+struct PeerSeat(Arc<Shared>);
+
+impl PeerSeat {
+    fn take(shared: &Arc<Shared>) -> Result<Self, Status> {
+        let most = shared.limits.peer_calls;
+        if shared.peer_calls.fetch_add(1, Ordering::Relaxed) >= most {
+            shared.peer_calls.fetch_sub(1, Ordering::Relaxed);
+            let problem = format!("{most} calls of nodes are being served already (peer_calls)");
+            return Err(status::refuse(Reason::Overloaded, problem));
+        }
+        shared.metrics.motion.peer_calls.inc();
+        Ok(Self(Arc::clone(shared)))
+    }
+}
+
+impl Drop for PeerSeat {
+    fn drop(&mut self) {
+        self.0.peer_calls.fetch_sub(1, Ordering::Relaxed);
+        self.0.metrics.motion.peer_calls.dec();
     }
 }
 
@@ -237,6 +275,7 @@ impl Rpc {
             .await;
         let limits = CallLimits {
             max_calls: config.max_calls,
+            peer_calls: config.peer_calls,
             max_watchers: config.max_watchers,
             max_message_bytes: narrow(config.max_message_bytes) as usize,
             max_block_bytes: config.max_block_bytes,
@@ -270,6 +309,7 @@ impl Rpc {
             draining: CancellationToken::new(),
             abort: CancellationToken::new(),
             calls: AtomicUsize::new(0),
+            peer_calls: AtomicUsize::new(0),
             watchers: AtomicUsize::new(0),
             idle: Notify::new(),
             refusing: AtomicBool::new(false),

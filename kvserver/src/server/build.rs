@@ -18,6 +18,7 @@ use super::NodeError;
 use crate::{
     blocks::{
         BlockLimits, Blocks, Tiers,
+        motion::{Motion, MotionConfig, MotionParts, NodeHoldings},
         mover::{Mover, ReadLimits},
         namespaces::{Bounds, Namespaces},
         owners::Owners,
@@ -30,6 +31,7 @@ use crate::{
     data_dir::DataDir,
     engine::{Demotion, Engine, EngineConfig, KindBudget, policy},
     local::Local,
+    peers::{Grpc, Pace, grpc::GrpcConfig},
     rpc::Rpc,
     telemetry::Metrics,
     tier::{
@@ -62,7 +64,9 @@ pub(super) async fn build(
     chosen
         .keep(&config)
         .map_err(|source| data_dir.refuse(source))?;
-    let tenants = Tenants::load(&config.tokens_file)?;
+    let tenants =
+        Tenants::load(&config.tokens_file)?.with_peer_token(&config.peer_token_file)?;
+    let peer_token = tenants.peer_token().map(str::to_owned);
     let boot_id = BootId(clock.random_u64().max(1));
     let arena = Arena::new(ArenaConfig {
         capacity_bytes: chosen.ram_bytes,
@@ -126,10 +130,13 @@ pub(super) async fn build(
         BlockLimits {
             max_blocks_per_call: config.max_blocks_per_call,
             max_block_bytes: config.max_block_bytes,
+            replicas: config.replicas,
         },
         boot_id,
         Arc::clone(&cluster),
     );
+    let motion = motion(&config, &blocks, &cluster, peer_token, &clock);
+    blocks.set_motion(Arc::clone(&motion));
     let owners = Arc::new(Owners::new(Arc::clone(&blocks)));
     let local = start_local(&config, &blocks, &owners, &metrics, &clock)?;
     let started = Rpc::start(
@@ -150,6 +157,7 @@ pub(super) async fn build(
     if let Some(address) = config.advertised(rpc.address()) {
         cluster.set_address(format!("http://{address}"));
     }
+    motion.start();
     let console = match config.http_listen {
         Some(address) => match Console::start(address, rpc.address(), Arc::clone(&blocks)).await {
             Ok(console) => Some(console),
@@ -201,6 +209,44 @@ fn cluster(
     };
     let members = Members::new(times, me, &View::default(), clock.now());
     Cluster::new(members, Arc::clone(clock))
+}
+
+/// What goes between this node and others.
+fn motion(
+    config: &Config,
+    blocks: &Arc<Blocks>,
+    cluster: &Arc<Cluster>,
+    peer_token: Option<String>,
+    clock: &Arc<dyn Clock>,
+) -> Arc<Motion> {
+    let peers = GrpcConfig {
+        me: cluster.me().clone(),
+        token: peer_token,
+        calls: config.peer_calls,
+    };
+    let holdings = NodeHoldings::new(
+        Arc::clone(&blocks.engine),
+        blocks.tiers.clone(),
+        Arc::clone(&blocks.mover),
+        blocks.spaces(),
+        config.max_block_bytes,
+    );
+    let settings = MotionConfig {
+        wait: config.motion_wait,
+        ..MotionConfig::default()
+    };
+    Motion::new(
+        settings,
+        MotionParts {
+            cluster: Arc::clone(cluster),
+            transport: Arc::new(Grpc::new(&peers, Arc::clone(clock), Handle::current())),
+            holdings: Arc::new(holdings),
+            clock: Arc::clone(clock),
+            pace: Arc::new(Pace::new(Arc::clone(clock), config.peer_bytes_per_second)),
+            metrics: Arc::clone(&blocks.metrics.motion),
+            runtime: Handle::current(),
+        },
+    )
 }
 
 /// Length of a segment. A segment is one tenant's, so with several there have to be several for each.

@@ -13,6 +13,7 @@ mod count;
 mod labels;
 mod local;
 mod make;
+mod motion;
 pub mod names;
 mod snapshot;
 
@@ -28,6 +29,7 @@ pub use self::{
     count::GetTally,
     labels::{LocalCall, Method, Source},
     local::LocalMetrics,
+    motion::MotionMetrics,
     names::NAMES,
     snapshot::{Snapshot, TierFigures, samples},
 };
@@ -83,6 +85,8 @@ pub struct Metrics {
     namespaces: IntGauge,
     /// The same-host path's.
     pub local: LocalMetrics,
+    /// Blocks on their way between nodes.
+    pub motion: Arc<MotionMetrics>,
 }
 
 impl Metrics {
@@ -226,6 +230,7 @@ impl Metrics {
             ),
             namespaces: r.gauge(names::NAMESPACES, "Namespaces known."),
             local: LocalMetrics::new(&r),
+            motion: Arc::new(MotionMetrics::new(&r)),
             registry,
             scraping: parking_lot::Mutex::new(()),
         })

@@ -19,6 +19,9 @@ use crate::view::ViewDigest;
 /// Smallest piece a get may ask for; smaller ones would cost more than they carry.
 pub const MIN_PIECE_BYTES: u32 = 4096;
 
+/// Most members that hold one run.
+pub const MAX_REPLICAS: u32 = 8;
+
 /// Sent with every request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Context {
@@ -72,16 +75,23 @@ pub struct OpenNamespace {
     pub namespace: Namespace,
     /// Refuse a known label with another fingerprint.
     pub strict: bool,
+    /// Members that hold each of its runs; 0: as it is, or the node's setting.
+    pub replicas: u32,
 }
 
 impl TryFrom<v1::OpenNamespaceRequest> for OpenNamespace {
     type Error = FieldError;
 
     fn try_from(wire: v1::OpenNamespaceRequest) -> Result<Self, FieldError> {
+        if wire.replicas > MAX_REPLICAS {
+            let problem = format!("is {}; at most {MAX_REPLICAS} are kept", wire.replicas);
+            return Err(FieldError::new("replicas", problem));
+        }
         Ok(Self {
             context: Context::from_wire(wire.context)?,
             namespace: spec(wire.spec)?,
             strict: wire.strict,
+            replicas: wire.replicas,
         })
     }
 }
@@ -92,6 +102,7 @@ impl From<OpenNamespace> for v1::OpenNamespaceRequest {
             context: request.context.to_wire(),
             spec: Some((&request.namespace).into()),
             strict: request.strict,
+            replicas: request.replicas,
         }
     }
 }

@@ -116,7 +116,7 @@ proptest! {
             let wire = sent::<v1::InvalidateRequest>(invalidate.into());
             prop_assert_eq!(Invalidate::try_from(wire), Ok(invalidate));
         }
-        let open = OpenNamespace { context, namespace: Namespace::opaque("demo", 16, 8), strict: flag };
+        let open = OpenNamespace { context, namespace: Namespace::opaque("demo", 16, 8), strict: flag, replicas: 3 };
         prop_assert_eq!(OpenNamespace::try_from(sent::<v1::OpenNamespaceRequest>(open.clone().into())), Ok(open));
     }
 

@@ -84,6 +84,7 @@ fn main() -> std::io::Result<()> {
                 context: context.clone(),
                 spec: Some(spec()),
                 strict: true,
+                replicas: 2,
             }
             .encode_to_vec(),
         ),

@@ -57,6 +57,7 @@ async fn a_strict_caller_is_refused_another_shape() {
         context: None,
         spec: Some((&other).into()),
         strict: true,
+        replicas: 0,
     };
     let status = client
         .client
@@ -252,7 +253,7 @@ async fn the_tenant_comes_from_the_credential() {
         let mut asked = Request::new(v1::OpenNamespaceRequest {
             context: None,
             spec: Some((&spec).into()),
-            strict: false,
+            ..v1::OpenNamespaceRequest::default()
         });
         if let Some(token) = token {
             asked

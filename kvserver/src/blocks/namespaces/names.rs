@@ -2,13 +2,13 @@
 //!
 //! Errors: a strict caller's difference, a bound that is reached. Nothing here touches a file.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use kvproto::namespace::{Layout, Namespace, World};
 use serde::{Deserialize, Serialize};
 
 use super::{Bounds, Known};
-use crate::{blocks::BlocksError, engine::TenantId};
+use crate::{blocks::BlocksError, engine::TenantId, peers::Space};
 
 /// All records, by tenant and label; those of one label in order of opening.
 #[derive(Clone, Default)]
@@ -51,7 +51,7 @@ impl Names {
         let labels = self.tenants.get(&record.tenant);
         let is_old = labels
             .and_then(|labels| labels.records.get(&record.label))
-            .is_some_and(|records| records.contains(record));
+            .is_some_and(|records| records.iter().any(|held| held.is_same(record)));
         if !is_old {
             let of_tenant = labels.map_or(0, |labels| labels.len);
             let refuse = |what, field, limit| Err(BlocksError::Overloaded { what, field, limit });
@@ -72,7 +72,7 @@ impl Names {
         let labels = self.tenants.entry(record.tenant.clone()).or_default();
         let records = labels.records.entry(record.label.clone()).or_default();
         let before = records.len();
-        records.retain(|held| *held != record);
+        records.retain(|held| !held.is_same(&record));
         records.push(record);
         if records.len() > before {
             labels.len += 1;
@@ -105,10 +105,22 @@ pub(super) struct Record {
     pipeline_parallel: u32,
     context_parallel: u32,
     engine_class: String,
+    /// Owners of each run; no part of what a namespace is. 0: written before there were any.
+    #[serde(default)]
+    pub(super) replicas: u32,
 }
 
 impl Record {
-    pub(super) fn of(tenant: &str, n: &Namespace) -> Self {
+    /// Whether both are one namespace.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        let replicas = other.replicas;
+        Self {
+            replicas,
+            ..self.clone()
+        } == *other
+    }
+
+    pub(super) fn of(tenant: &str, n: &Namespace, replicas: u32) -> Self {
         Self {
             tenant: tenant.to_owned(),
             label: n.label.clone(),
@@ -126,6 +138,7 @@ impl Record {
             pipeline_parallel: n.world.pipeline,
             context_parallel: n.world.context,
             engine_class: n.engine_class.clone(),
+            replicas,
         }
     }
 
@@ -158,6 +171,17 @@ impl Record {
             tenant,
             run_blocks: self.run_blocks,
             block_tokens: self.block_tokens,
+            replicas: self.replicas.max(1),
+        }
+    }
+
+    pub(super) fn space(&self) -> Space {
+        let shape = self.namespace();
+        Space {
+            id: shape.id(&self.tenant),
+            tenant: self.tenant.as_str().into(),
+            shape: Arc::new(shape),
+            replicas: self.replicas.max(1) as usize,
         }
     }
 }

@@ -47,6 +47,17 @@ pub const NAMES: &[&str] = &[
     LOCAL_HELD_BYTES,
     LOCAL_HOLDS_EXPIRED,
     LOCAL_STAGING_BYTES,
+    MOTION_FETCHED_BLOCKS,
+    MOTION_FETCHED_BYTES,
+    MOTION_FETCH_SECONDS,
+    MOTION_MOVED_RUNS,
+    MOTION_MOVED_BYTES,
+    MOTION_MOVE_SECONDS,
+    MOTION_WAITING_RUNS,
+    MOTION_WAITING_BYTES,
+    MOTION_REFUSED,
+    MOTION_REPLICA_BLOCKS,
+    PEER_CALLS,
 ];
 /// Always 1; the version is the label.
 pub const BUILD_INFO: &str = "terrace_build_info";
@@ -134,3 +145,25 @@ pub const LOCAL_HELD_BYTES: &str = "terrace_local_held_bytes";
 pub const LOCAL_HOLDS_EXPIRED: &str = "terrace_local_holds_expired_total";
 /// Bytes of staging memory granted to same-host clients.
 pub const LOCAL_STAGING_BYTES: &str = "terrace_local_staging_bytes";
+/// Blocks that came from peers, by what became of them here.
+pub const MOTION_FETCHED_BLOCKS: &str = "terrace_motion_fetched_blocks_total";
+/// Bytes of blocks that came from peers.
+pub const MOTION_FETCHED_BYTES: &str = "terrace_motion_fetched_bytes_total";
+/// Time per run that was fetched from peers, over all who were asked.
+pub const MOTION_FETCH_SECONDS: &str = "terrace_motion_fetch_seconds";
+/// Runs handed over to another owner.
+pub const MOTION_MOVED_RUNS: &str = "terrace_motion_moved_runs_total";
+/// Bytes of blocks handed over to another owner.
+pub const MOTION_MOVED_BYTES: &str = "terrace_motion_moved_bytes_total";
+/// Time per run handed over.
+pub const MOTION_MOVE_SECONDS: &str = "terrace_motion_move_seconds";
+/// Runs that have another owner now and are still to go.
+pub const MOTION_WAITING_RUNS: &str = "terrace_motion_waiting_runs";
+/// Bytes of them, and of what another owner refused.
+pub const MOTION_WAITING_BYTES: &str = "terrace_motion_waiting_bytes";
+/// Blocks that could not be moved or fetched, by reason.
+pub const MOTION_REFUSED: &str = "terrace_motion_refused_blocks_total";
+/// Blocks passed on to a further owner of their run.
+pub const MOTION_REPLICA_BLOCKS: &str = "terrace_motion_replica_blocks_total";
+/// Calls of other nodes being served.
+pub const PEER_CALLS: &str = "terrace_peer_calls";

@@ -1,0 +1,305 @@
+//! Reads in motion: a run that is missing here and may still lie with somebody else.
+//!
+//! ```text
+//! lookup ─┐ missing, and owned here              candidates, in order, once each
+//! get ────┴─► flight (namespace, run) ───────────► lookup + lease ─► get ─► keep, verified ─► release
+//!    waits:     one, whoever asks                    miss, dead, late, lies: the next one
+//!    a lookup until MotionConfig::wait, a get until its own time is up; the flight goes on without them
+//! ```
+//!
+//! What is fetched is an ordinary block here; whoever waited looks again and finds it, or the miss that it was.
+//! A flight that asks for fewer blocks of its run than somebody else wants is waited for and followed by another.
+//! Units: blocks, durations. Errors: none. Bounds: `fetches` flights, [`MAX_STRETCHES`] of one lookup, a lease of
+//! [`LEASE`] at one peer at a time.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use futures_util::{
+    FutureExt, StreamExt,
+    future::{BoxFuture, Shared, join_all},
+};
+use kvproto::{BlockKey, Chain, Kind, Part, Reason};
+use tokio::sync::oneshot;
+
+use super::{
+    Kept, Motion,
+    runs::{Stretch, keys, stretches},
+};
+use crate::{
+    clock::Tick,
+    engine::RunKey,
+    peers::{Asked, Fetched, Peer, PeerError, Space},
+};
+
+/// Runs that one lookup fetches; the prefix ends there for now.
+const MAX_STRETCHES: usize = 64;
+
+/// How long a lease at a peer holds: longer than a flight.
+const LEASE: Duration = Duration::from_secs(10);
+
+/// How long a lease may take to be given back.
+const RELEASE: Duration = Duration::from_secs(1);
+
+/// What a flight brought.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Brought {
+    /// Blocks that came from a peer and are here now.
+    pub blocks: BTreeSet<BlockKey>,
+}
+
+type Landed = Shared<BoxFuture<'static, Arc<Brought>>>;
+
+/// A run that is being fetched.
+pub(super) struct Flight {
+    /// What it asks for.
+    wants: Arc<Asked>,
+    landed: Landed,
+}
+
+impl Flight {
+    fn covers(&self, asked: &Asked) -> bool {
+        let has = |key| keys(self.wants.space.id, &self.wants.chain, &self.wants.parts).any(|k| k == key);
+        keys(asked.space.id, &asked.chain, &asked.parts).all(has)
+    }
+}
+
+impl Motion {
+    /// Fetches what a lookup misses of its prefix and this node is to have; ends when that is done, or when the lookup
+    /// has waited long enough: what has come by then is here.
+    pub fn bring_prefix(
+        self: &Arc<Self>,
+        space: &Arc<Space>,
+        chain: &Chain,
+        parts: &[Part],
+        time_left: Duration,
+    ) -> BoxFuture<'static, ()> {
+        let missing = keys(space.id, chain, parts).position(|key| self.holdings.lacks(&key));
+        let Some(missing) = missing else {
+            return std::future::ready(()).boxed();
+        };
+        let first = missing / parts.len().max(1);
+        let roster = self.cluster.roster();
+        let mut flights = Vec::new();
+        for Stretch { run, chain } in stretches(chain, space.run_blocks(), first, MAX_STRETCHES) {
+            // The prefix ends at a run of somebody else's.
+            if !self.owns(&roster, &run, space.replicas) {
+                break;
+            }
+            flights.push(self.bring(Asked {
+                space: Arc::clone(space),
+                chain,
+                parts: parts.to_vec(),
+            }));
+        }
+        if flights.is_empty() {
+            return std::future::ready(()).boxed();
+        }
+        let wait = self.config.wait.min(time_left / 2);
+        let clock = Arc::clone(&self.clock);
+        let waited = self.on_runtime(async move {
+            let late = clock.sleep(wait);
+            tokio::select! {
+                biased;
+                _ = join_all(flights) => {}
+                () = late => {}
+            }
+        });
+        waited.map(drop).boxed()
+    }
+
+    /// Fetches the rest of a run for a get whose block `chain` begins with is missing; ends when that is done, or at
+    /// `until`. `None`: it is nobody's business here.
+    pub fn bring_run(
+        self: &Arc<Self>,
+        space: &Arc<Space>,
+        chain: &Chain,
+        from: usize,
+        parts: &[Part],
+        until: Tick,
+    ) -> Option<BoxFuture<'static, Arc<Brought>>> {
+        let Stretch { run, chain } = stretches(chain, space.run_blocks(), from, 1).pop()?;
+        if !self.owns(&self.cluster.roster(), &run, space.replicas) || self.left(until).is_zero() {
+            return None;
+        }
+        let flight = self.bring(Asked {
+            space: Arc::clone(space),
+            chain,
+            parts: parts.to_vec(),
+        });
+        let me = Arc::clone(self);
+        let waited = self.on_runtime(async move {
+            let late = me.clock.sleep(me.left(until));
+            tokio::select! {
+                biased;
+                brought = flight => brought,
+                () = late => Arc::default(),
+            }
+        });
+        Some(waited.map(Option::unwrap_or_default).boxed())
+    }
+
+    /// One run, by the flight there is or another one.
+    fn bring(self: &Arc<Self>, asked: Asked) -> BoxFuture<'static, Arc<Brought>> {
+        let asked = Arc::new(asked);
+        let first = self.enter(&asked);
+        let me = Arc::clone(self);
+        async move {
+            let (landed, covers) = first;
+            let mut brought = landed.await;
+            if !covers {
+                let (landed, _) = me.enter(&asked);
+                brought = landed.await;
+            }
+            brought
+        }
+        .boxed()
+    }
+
+    /// The flight of a run, begun if there is none; and whether it fetches all that is asked.
+    fn enter(self: &Arc<Self>, asked: &Arc<Asked>) -> (Landed, bool) {
+        let nothing = || std::future::ready(Arc::default()).boxed().shared();
+        let key = RunKey {
+            namespace: asked.space.id,
+            run: asked.chain.place(0, asked.space.run_blocks()).run,
+        };
+        let mut flights = self.flights.lock();
+        if let Some(flight) = flights.get(&key) {
+            return (flight.landed.clone(), flight.covers(asked));
+        }
+        if flights.len() >= self.config.fetches {
+            self.metrics.refused(Reason::Overloaded);
+            return (nothing(), true);
+        }
+        if self.stopping.is_cancelled() {
+            return (nothing(), true);
+        }
+        let (answer, answered) = oneshot::channel();
+        let landed = answered
+            .map(|landed: Result<Arc<Brought>, _>| landed.unwrap_or_default())
+            .boxed()
+            .shared();
+        let flight = Flight {
+            wants: Arc::clone(asked),
+            landed: landed.clone(),
+        };
+        flights.insert(key, flight);
+        let (me, asked) = (Arc::clone(self), Arc::clone(asked));
+        self.spawn(async move {
+            let began = me.clock.now();
+            let brought = tokio::select! {
+                biased;
+                () = me.stopping.cancelled() => Arc::default(),
+                brought = me.fly(key, &asked) => brought,
+            };
+            me.flights.lock().remove(&key);
+            let seconds = me.clock.now().since(began).as_secs_f64();
+            me.metrics.fetch_seconds.observe(seconds);
+            // Nobody listens when every caller has gone; the blocks are here all the same.
+            let _ = answer.send(brought);
+        });
+        (landed, true)
+    }
+
+    async fn fly(self: &Arc<Self>, key: RunKey, asked: &Asked) -> Arc<Brought> {
+        // Before anybody is asked: an invalidation that comes in between outlaws what is on its way.
+        let began = self.holdings.moment();
+        let until = self.clock.now().after(self.config.fetch_time);
+        let roster = self.cluster.roster();
+        let mut brought = Brought::default();
+        for peer in self.candidates(&roster, &key.run, asked.space.replicas) {
+            let lacking = keys(asked.space.id, &asked.chain, &asked.parts)
+                .position(|key| self.holdings.lacks(&key));
+            let left = self.left(until);
+            let Some(lacking) = lacking.filter(|_| !left.is_zero()) else {
+                break;
+            };
+            let from = lacking / asked.parts.len().max(1);
+            let rest = Asked {
+                space: Arc::clone(&asked.space),
+                chain: asked
+                    .chain
+                    .slice(from..asked.chain.len(), asked.space.run_blocks()),
+                parts: asked.parts.clone(),
+            };
+            match self.ask(&peer, rest, until, began, &mut brought).await {
+                Ok(()) | Err(PeerError::UnknownNamespace) => {}
+                Err(error) => {
+                    tracing::debug!(peer = %peer.id, %error, "a run could not be fetched");
+                    if error.hurts() {
+                        self.hurt(&peer.id);
+                    }
+                }
+            }
+        }
+        Arc::new(brought)
+    }
+
+    /// Asks one candidate, once.
+    async fn ask(
+        self: &Arc<Self>,
+        peer: &Peer,
+        mut asked: Asked,
+        until: Tick,
+        began: u64,
+        brought: &mut Brought,
+    ) -> Result<(), PeerError> {
+        let time = self.config.ask_time.min(self.left(until));
+        let seen = self
+            .transport
+            .lookup(peer, &asked, Some(LEASE), time)
+            .await?;
+        let lease = seen.lease;
+        let blocks = lease.map_or(seen.blocks, |(_, blocks)| blocks);
+        if blocks == 0 {
+            return Ok(());
+        }
+        asked.chain = asked
+            .chain
+            .slice(0..blocks as usize, asked.space.run_blocks());
+        let lease = lease.map(|(id, _)| id);
+        let mut answers = self
+            .transport
+            .get(peer, &asked, lease, self.left(until));
+        let mut failed = Ok(());
+        while let Some(answer) = answers.next().await {
+            match answer {
+                Ok((_, Fetched::Hit(block))) => self.take(peer, block, began, brought),
+                Ok((_, Fetched::Gone(_))) => {}
+                Err(error) => {
+                    failed = Err(error);
+                    break;
+                }
+            }
+        }
+        if let Some(lease) = lease {
+            let released = self
+                .transport
+                .release(peer, &asked.space, lease, RELEASE);
+            // A lease that is not given back ends by itself.
+            self.spawn(released.map(drop));
+        }
+        failed
+    }
+
+    fn take(
+        &self,
+        peer: &Peer,
+        block: crate::peers::Carried,
+        began: u64,
+        brought: &mut Brought,
+    ) {
+        let (key, bytes) = (block.header.key, block.len_bytes());
+        self.pace.spend(bytes);
+        let kept = self.holdings.keep(block, Kind::Kv, began);
+        self.metrics.fetched(kept, bytes);
+        match kept {
+            Kept::New => {
+                brought.blocks.insert(key);
+            }
+            Kept::Present | Kept::Refused(_) => {}
+            Kept::Corrupt => {
+                tracing::warn!(peer = %peer.id, "a block came corrupt from a peer; it was dropped");
+            }
+        }
+    }
+}

@@ -1,0 +1,553 @@
+//! Calls to peers over gRPC: tonic's generated client, two connections a peer.
+//!
+//! ```text
+//! peer ─► quick connection   lookup, release, open          never behind a block
+//!      └► bulk connection    get, put                       messages of at most 1 MiB of payload
+//! every call: breaker? ─► one of `peer_calls`? ─► deadline on the wire, and here by the clock
+//! ```
+//!
+//! A connection is made by the first call that needs it, and made anew when it breaks; HTTP/2 pings find out about
+//! peers that are frozen. Lines to members that are gone are dropped ([`Grpc::keep`]).
+//!
+//! What comes in is judged as a client judges it (`kvproto::convert`): the header must name the block asked for, at
+//! its place in the chain. Bytes are compared with the header's sums by whoever keeps them, in the slot.
+//! Units: bytes, durations. Errors: [`PeerError`].
+//! Why tonic's client for bulk: it copies payload once more than a lane of ours does (`kvproto::http2`), at a gigabyte
+//! a second, which is what moves may use by default; the lane's client end lives in `kvclient`, which a node must not
+//! know.
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::{
+    FutureExt, StreamExt,
+    future::BoxFuture,
+    stream,
+};
+use kvproto::{
+    BlockKey, Chain, GetOutcome, LeaseId, OwnerId, Reason,
+    convert::{self, HeaderRules, answer, request},
+    v1::{self, blocks_client::BlocksClient},
+    view::MemberId,
+};
+use parking_lot::Mutex;
+use tokio::{
+    runtime::Handle,
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
+use tonic::{
+    Code, Request, Status,
+    metadata::{Ascii, MetadataValue},
+    transport::{Channel, Endpoint},
+};
+
+use super::{
+    Asked, Breaker, Carried, Fetched, Fetching, Given, PEER_HEADER, Peer, PeerError, Seen, Space,
+    TENANT_HEADER, Transport,
+};
+use crate::clock::{Clock, Tick};
+
+/// Payload of one message; with its head it stays below what any node takes.
+const PIECE_BYTES: usize = 1 << 20;
+
+/// A message that comes in: its piece, and a head with the sums of a 64 MiB block.
+const MESSAGE_BYTES: usize = PIECE_BYTES + (512 << 10);
+
+/// Largest block a peer may send.
+const MAX_BLOCK_BYTES: u64 = 64 << 20;
+
+/// Lines held at once; a cluster of more members opens and drops them.
+const MAX_LINES: usize = 4096;
+
+/// How long a connection may take to be made; a call's own deadline may be shorter.
+const CONNECT: Duration = Duration::from_secs(1);
+
+/// A silent connection is asked after this time whether it is still there, and has as long to answer.
+const KEEPALIVE: Duration = Duration::from_secs(2);
+
+/// What the calls of a node share.
+#[derive(Clone)]
+pub struct GrpcConfig {
+    /// The calling node.
+    pub me: MemberId,
+    /// The peers' token, if they ask for one.
+    pub token: Option<String>,
+    /// Calls at once, over all peers.
+    pub calls: usize,
+}
+
+/// The transport of a real node.
+pub struct Grpc {
+    clock: Arc<dyn Clock>,
+    runtime: Handle,
+    me: MetadataValue<Ascii>,
+    authorization: Option<MetadataValue<Ascii>>,
+    /// The owner of the leases that this node takes at its peers.
+    owner: OwnerId,
+    calls: usize,
+    permits: Arc<Semaphore>,
+    lines: Mutex<BTreeMap<MemberId, Arc<Line>>>,
+}
+
+/// One peer.
+struct Line {
+    address: String,
+    quick: Channel,
+    bulk: Channel,
+    breaker: Breaker,
+}
+
+impl Grpc {
+    /// A transport whose connections live on `runtime`.
+    #[must_use]
+    pub fn new(config: &GrpcConfig, clock: Arc<dyn Clock>, runtime: Handle) -> Self {
+        // Names and tokens are words; what no header takes is left out, and refused there as unauthenticated.
+        let header = |text: &str| MetadataValue::try_from(text).ok();
+        let authorization = config.token.as_ref().and_then(|token| {
+            let mut value = header(&format!("Bearer {token}"))?;
+            value.set_sensitive(true);
+            Some(value)
+        });
+        let mut owner = [0; OwnerId::BYTES];
+        owner[..8].copy_from_slice(&clock.random_u64().to_le_bytes());
+        owner[8..].copy_from_slice(&clock.random_u64().to_le_bytes());
+        Self {
+            me: header(&config.me.0).unwrap_or_else(|| MetadataValue::from_static("node")),
+            authorization,
+            owner: OwnerId(owner),
+            calls: config.calls,
+            permits: Arc::new(Semaphore::new(config.calls)),
+            lines: Mutex::default(),
+            clock,
+            runtime,
+        }
+    }
+
+    /// Drops the connections to everybody else.
+    pub fn keep(&self, members: &[MemberId]) {
+        self.lines.lock().retain(|id, _| members.contains(id));
+    }
+
+    fn line(&self, peer: &Peer) -> Result<Arc<Line>, PeerError> {
+        let mut lines = self.lines.lock();
+        if let Some(line) = lines.get(&peer.id).filter(|line| line.address == peer.address) {
+            return Ok(Arc::clone(line));
+        }
+        let endpoint = Endpoint::from_shared(peer.address.clone())
+            .map_err(|e| PeerError::Dead(format!("{:?} is no address: {e}", peer.address)))?
+            .connect_timeout(CONNECT)
+            .tcp_nodelay(true)
+            .initial_stream_window_size(8 << 20)
+            .initial_connection_window_size(32 << 20)
+            .http2_keep_alive_interval(KEEPALIVE)
+            .keep_alive_timeout(KEEPALIVE)
+            .keep_alive_while_idle(true);
+        // Whichever thread asks first: the connection lives on the node's own runtime.
+        let _guard = self.runtime.enter();
+        let line = Arc::new(Line {
+            address: peer.address.clone(),
+            quick: endpoint.connect_lazy(),
+            bulk: endpoint.connect_lazy(),
+            breaker: Breaker::default(),
+        });
+        if lines.len() >= MAX_LINES {
+            lines.pop_first();
+        }
+        lines.insert(peer.id.clone(), Arc::clone(&line));
+        Ok(line)
+    }
+
+    /// Everything a call needs, or why it does not go out.
+    fn call(&self, peer: &Peer, space: &Space, deadline: Duration) -> Result<Call, PeerError> {
+        let line = self.line(peer)?;
+        let now = self.clock.now();
+        let permit = Arc::clone(&self.permits)
+            .try_acquire_owned()
+            .map_err(|_| PeerError::Busy(self.calls))?;
+        if !line.breaker.admits(now) {
+            return Err(PeerError::LeftAlone);
+        }
+        let tenant = MetadataValue::try_from(&*space.tenant)
+            .map_err(|_| PeerError::Nonsense("a tenant whose name no header takes".to_owned()))?;
+        Ok(Call {
+            line,
+            clock: Arc::clone(&self.clock),
+            due: now.after(deadline),
+            deadline,
+            me: self.me.clone(),
+            tenant,
+            authorization: self.authorization.clone(),
+            _permit: permit,
+        })
+    }
+
+    fn context(&self, no_forward: bool) -> request::Context {
+        request::Context {
+            no_forward,
+            owner_id: Some(self.owner),
+            ..request::Context::default()
+        }
+    }
+}
+
+/// One call under way.
+struct Call {
+    line: Arc<Line>,
+    clock: Arc<dyn Clock>,
+    due: Tick,
+    deadline: Duration,
+    me: MetadataValue<Ascii>,
+    tenant: MetadataValue<Ascii>,
+    authorization: Option<MetadataValue<Ascii>>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Call {
+    fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        request.set_timeout(self.deadline);
+        let headers = request.metadata_mut();
+        headers.insert(PEER_HEADER, self.me.clone());
+        headers.insert(TENANT_HEADER, self.tenant.clone());
+        if let Some(token) = &self.authorization {
+            headers.insert("authorization", token.clone());
+        }
+        request
+    }
+
+    /// Waits for an answer, but not beyond the deadline, and tells the breaker.
+    async fn answer<T>(
+        &self,
+        answer: impl Future<Output = Result<T, Status>>,
+    ) -> Result<T, PeerError> {
+        let late = self.clock.sleep(self.due.since(self.clock.now()));
+        let answered = tokio::select! {
+            biased;
+            answer = answer => answer.map_err(judge),
+            () = late => Err(PeerError::Late),
+        };
+        match &answered {
+            Err(error) if error.hurts() => self.line.breaker.failure(self.clock.now()),
+            _ => self.line.breaker.success(),
+        }
+        answered
+    }
+
+    fn quick(&self) -> BlocksClient<Channel> {
+        BlocksClient::new(self.line.quick.clone())
+    }
+
+    fn bulk(&self) -> BlocksClient<Channel> {
+        BlocksClient::new(self.line.bulk.clone()).max_decoding_message_size(MESSAGE_BYTES)
+    }
+}
+
+/// What a status means to a peer.
+fn judge(status: Status) -> PeerError {
+    let reason = status
+        .metadata()
+        .get(crate::rpc::REASON_TRAILER)
+        .and_then(|value| value.to_str().ok())
+        .and_then(|name| Reason::ALL.iter().copied().find(|r| r.as_str() == name));
+    match (status.code(), reason) {
+        (_, Some(Reason::UnknownNamespace)) => PeerError::UnknownNamespace,
+        (Code::DeadlineExceeded, _) => PeerError::Late,
+        // Said by the transport itself: a node that refuses says why.
+        (Code::Unavailable | Code::Unknown | Code::Internal | Code::Cancelled, None) => {
+            PeerError::Dead(status.message().to_owned())
+        }
+        _ => PeerError::Refused {
+            reason,
+            message: status.message().to_owned(),
+        },
+    }
+}
+
+fn nonsense(problem: impl ToString) -> PeerError {
+    PeerError::Nonsense(problem.to_string())
+}
+
+impl Transport for Grpc {
+    fn lookup(
+        &self,
+        peer: &Peer,
+        asked: &Asked,
+        lease: Option<Duration>,
+        deadline: Duration,
+    ) -> BoxFuture<'static, Result<Seen, PeerError>> {
+        let call = match self.call(peer, &asked.space, deadline) {
+            Ok(call) => call,
+            Err(error) => return std::future::ready(Err(error)).boxed(),
+        };
+        let blocks = asked.chain.len();
+        let message = v1::LookupRequest {
+            context: self.context(true).to_wire(),
+            namespace_id: Bytes::copy_from_slice(&asked.space.id.0),
+            chain: Some(convert::chain_to_wire(&asked.chain)),
+            parts: asked.parts.iter().map(|part| (*part).into()).collect(),
+            probe: lease.is_none(),
+            lease_ttl_ms: lease.map_or(0, millis),
+            ..v1::LookupRequest::default()
+        };
+        async move {
+            let mut client = call.quick();
+            let found = call.answer(client.lookup(call.request(message))).await?;
+            let found = answer::Lookup::from_wire(found.get_ref(), blocks).map_err(nonsense)?;
+            Ok(Seen {
+                blocks: found.present_blocks,
+                lease: found.lease.map(|lease| (lease.id, lease.blocks)),
+            })
+        }
+        .boxed()
+    }
+
+    fn get(
+        &self,
+        peer: &Peer,
+        asked: &Asked,
+        lease: Option<LeaseId>,
+        deadline: Duration,
+    ) -> Fetching {
+        let call = match self.call(peer, &asked.space, deadline) {
+            Ok(call) => call,
+            Err(error) => return stream::once(std::future::ready(Err(error))).boxed(),
+        };
+        let message = v1::GetRequest {
+            context: self.context(true).to_wire(),
+            namespace_id: Bytes::copy_from_slice(&asked.space.id.0),
+            chain: Some(convert::chain_to_wire(&asked.chain)),
+            parts: asked.parts.iter().map(|part| (*part).into()).collect(),
+            lease_id: lease.map_or(0, |lease| lease.0),
+            piece_bytes: PIECE_BYTES as u32,
+        };
+        let answer = Answer {
+            call,
+            asked: asked.clone(),
+            stream: None,
+            message: Some(message),
+            next: 0,
+            open: None,
+        };
+        stream::unfold(Some(answer), |answer| async {
+            let mut answer = answer?;
+            match answer.next().await {
+                Ok(Some(fetched)) => Some((Ok(fetched), Some(answer))),
+                Ok(None) => None,
+                Err(error) => Some((Err(error), None)),
+            }
+        })
+        .boxed()
+    }
+
+    fn put(
+        &self,
+        peer: &Peer,
+        given: Given,
+        deadline: Duration,
+    ) -> BoxFuture<'static, Result<Vec<answer::PutResult>, PeerError>> {
+        let call = match self.call(peer, &given.space, deadline) {
+            Ok(call) => call,
+            Err(error) => return std::future::ready(Err(error)).boxed(),
+        };
+        let start = request::PutStart {
+            context: self.context(!given.passes_on),
+            namespace: given.space.id,
+            ack: given.ack,
+            kind: given.kind,
+        };
+        async move {
+            let count = given.blocks.len();
+            let first = v1::PutRequest {
+                start: Some(start.into()),
+                ..v1::PutRequest::default()
+            };
+            let messages = std::iter::once(first).chain(given.blocks.into_iter().flat_map(cut));
+            let mut client = call.bulk();
+            let put = client.put(call.request(tokio_stream::iter(messages)));
+            let results = call.answer(put).await?.into_inner().results;
+            if results.len() != count {
+                return Err(nonsense(format!("{} results for {count} blocks", results.len())));
+            }
+            let results: Result<Vec<_>, _> =
+                results.iter().map(answer::PutResult::try_from).collect();
+            results.map_err(nonsense)
+        }
+        .boxed()
+    }
+
+    fn open(
+        &self,
+        peer: &Peer,
+        space: &Arc<Space>,
+        deadline: Duration,
+    ) -> BoxFuture<'static, Result<(), PeerError>> {
+        let call = match self.call(peer, space, deadline) {
+            Ok(call) => call,
+            Err(error) => return std::future::ready(Err(error)).boxed(),
+        };
+        let message = v1::OpenNamespaceRequest {
+            context: self.context(true).to_wire(),
+            spec: Some((&*space.shape).into()),
+            strict: false,
+            replicas: u32::try_from(space.replicas).unwrap_or(0),
+        };
+        let id = space.id;
+        async move {
+            let mut client = call.quick();
+            let opened = client.open_namespace(call.request(message));
+            let opened = call.answer(opened).await?.into_inner();
+            match opened.namespace_id == id.0[..] {
+                true => Ok(()),
+                // It took us for another tenant.
+                false => Err(nonsense("the namespace has another id there")),
+            }
+        }
+        .boxed()
+    }
+
+    fn release(
+        &self,
+        peer: &Peer,
+        space: &Arc<Space>,
+        lease: LeaseId,
+        deadline: Duration,
+    ) -> BoxFuture<'static, Result<(), PeerError>> {
+        let call = match self.call(peer, space, deadline) {
+            Ok(call) => call,
+            Err(error) => return std::future::ready(Err(error)).boxed(),
+        };
+        let message = v1::ReleaseRequest {
+            context: self.context(true).to_wire(),
+            lease_id: lease.0,
+        };
+        async move {
+            let mut client = call.quick();
+            let released = call.answer(client.release(call.request(message))).await;
+            released.map(drop)
+        }
+        .boxed()
+    }
+}
+
+/// A block as messages of a put.
+fn cut(block: Carried) -> impl Iterator<Item = v1::PutRequest> {
+    let header = v1::PutRequest {
+        header: Some((&block.header).into()),
+        ..v1::PutRequest::default()
+    };
+    let pieces = block.pieces.into_iter().flat_map(|piece| {
+        (0..piece.len()).step_by(PIECE_BYTES).map(move |at| {
+            let end = piece.len().min(at + PIECE_BYTES);
+            v1::PutRequest {
+                data: piece.slice(at..end),
+                ..v1::PutRequest::default()
+            }
+        })
+    });
+    std::iter::once(header).chain(pieces)
+}
+
+/// An answer to a get as it comes in.
+struct Answer {
+    call: Call,
+    asked: Asked,
+    message: Option<v1::GetRequest>,
+    stream: Option<tonic::Streaming<v1::GetResponse>>,
+    /// Number of the block that comes next.
+    next: u32,
+    /// The block whose pieces are coming.
+    open: Option<Carried>,
+}
+
+impl Answer {
+    /// The next block; `None` behind the last.
+    async fn next(&mut self) -> Result<Option<(u32, Fetched)>, PeerError> {
+        if let Some(message) = self.message.take() {
+            let mut client = self.call.bulk();
+            let begun = client.get(self.call.request(message));
+            self.stream = Some(self.call.answer(begun).await?.into_inner());
+        }
+        let count = self.asked.chain.len() * self.asked.parts.len();
+        let rules = HeaderRules {
+            namespace: self.asked.space.id,
+            run_blocks: self.asked.space.run_blocks(),
+            max_block_bytes: MAX_BLOCK_BYTES,
+        };
+        loop {
+            let Some(stream) = &mut self.stream else {
+                return Ok(None);
+            };
+            let Some(mut wire) = self.call.answer(stream.message()).await? else {
+                return match self.open.is_none() && self.next as usize == count {
+                    true => Ok(None),
+                    false => Err(nonsense("the answer ended early")),
+                };
+            };
+            let data = std::mem::take(&mut wire.data);
+            let piece = answer::GetPiece::from_wire(&wire, rules, count).map_err(nonsense)?;
+            if piece.block != self.next {
+                return Err(nonsense("blocks out of order"));
+            }
+            if piece.outcome != GetOutcome::Hit {
+                self.next += 1;
+                return Ok(Some((piece.block, Fetched::Gone(piece.outcome))));
+            }
+            let mut block = match (self.open.take(), piece.header) {
+                (None, Some(header)) => {
+                    check(&self.asked, piece.block, &header)?;
+                    Carried {
+                        header,
+                        pieces: Vec::new(),
+                    }
+                }
+                (Some(block), None) => block,
+                _ => return Err(nonsense("a block begins twice, or not at all")),
+            };
+            if block.len_bytes() != piece.offset || data.is_empty() {
+                return Err(nonsense("pieces of a block leave gaps"));
+            }
+            block.pieces.push(data);
+            let (length, whole) = (block.len_bytes(), block.header.length_bytes);
+            if length > whole {
+                return Err(nonsense("a block is longer than its header says"));
+            }
+            if length < whole {
+                self.open = Some(block);
+                continue;
+            }
+            self.next += 1;
+            return Ok(Some((piece.block, Fetched::Hit(block))));
+        }
+    }
+}
+
+/// Whether a header is that of block `number` of what was asked for.
+pub(super) fn check(
+    asked: &Asked,
+    number: u32,
+    header: &kvproto::BlockHeader,
+) -> Result<(), PeerError> {
+    let parts = asked.parts.len();
+    let (i, part) = (number as usize / parts, asked.parts[number as usize % parts]);
+    let key = BlockKey {
+        namespace: asked.space.id,
+        hash: asked.chain.hashes[i],
+        part,
+    };
+    match header.key == key && header.place == place(&asked.chain, i, asked.space.run_blocks()) {
+        true => Ok(()),
+        false => Err(nonsense("a header of another block")),
+    }
+}
+
+fn place(chain: &Chain, i: usize, run_blocks: u32) -> kvproto::Place {
+    chain.place(i, run_blocks)
+}
+
+fn millis(time: Duration) -> u32 {
+    u32::try_from(time.as_millis()).unwrap_or(u32::MAX).max(1)
+}
