@@ -1,27 +1,19 @@
 //! Settings of a client.
 
-use std::{
-    sync::{Arc, atomic::AtomicU64},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use http::HeaderValue;
 use kvproto::OwnerId;
-use tokio::sync::mpsc;
 
 use crate::{
-    call::{Deadline, Inner},
     client::Client,
     clock::{Clock, SystemClock},
     endpoint::Endpoint,
     error::Error,
-    lane::Lanes,
-    lease::{self, MAX_RELEASES},
+    fleet::{Fleet, Recipe},
     link::Tuning,
-    local::Local,
     path::LocalPath,
-    pool::Pool,
-    retry::{Breaker, BreakerPolicy, RetryBudget, RetryPolicy},
+    retry::{BreakerPolicy, RetryBudget, RetryPolicy},
 };
 
 /// Most multiplexed connections to one node.
@@ -33,11 +25,12 @@ pub const MAX_LANES: usize = 256;
 /// Calls that one large request is cut into and that run at once.
 const PARALLEL: usize = 4;
 
-/// Makes a [`Client`]. Every setting has a default that serves one engine beside one node.
+/// Makes a [`Client`]. Every setting has a default that serves one engine beside one node. Numbers of connections and calls
+/// are those to one node; in a cluster each member has as many.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct ClientBuilder {
-    endpoint: Result<Endpoint, String>,
+    endpoints: Result<Vec<Endpoint>, String>,
     deadline: Duration,
     connections: usize,
     lanes: usize,
@@ -51,10 +44,15 @@ pub struct ClientBuilder {
 }
 
 impl ClientBuilder {
-    /// A client of the node at `endpoint`: `host:port`, `http://host:port` or `unix:/path`.
+    /// A client of the node at `endpoint`: `host:port`, `http://host:port` or `unix:/path`. Several, with commas between
+    /// them, are nodes of one cluster, of which any may be away: the rest of the cluster is learned from whoever answers.
     pub fn new(endpoint: &str) -> Self {
+        let endpoints = endpoint
+            .split(',')
+            .map(str::trim)
+            .map(|one| one.parse().map_err(|_: Error| one.to_owned()));
         Self {
-            endpoint: endpoint.parse().map_err(|_: Error| endpoint.to_owned()),
+            endpoints: endpoints.collect(),
             deadline: Duration::from_secs(5),
             connections: 1,
             lanes: 16,
@@ -140,9 +138,7 @@ impl ClientBuilder {
     pub async fn connect(self) -> Result<Client, Error> {
         let budget = self.deadline;
         let client = self.connect_lazily()?;
-        client
-            .prove(Deadline::after(&*client.inner.clock, budget))
-            .await?;
+        client.prove(budget).await?;
         Ok(client)
     }
 
@@ -154,10 +150,10 @@ impl ClientBuilder {
     /// # Panics
     /// Outside a tokio runtime.
     pub fn connect_lazily(self) -> Result<Client, Error> {
-        let endpoint: Endpoint = match self.endpoint {
-            Ok(endpoint) => endpoint,
+        let endpoints = match self.endpoints {
+            Ok(endpoints) => endpoints,
             // Reading it again gives the error again.
-            Err(text) => text.parse()?,
+            Err(text) => vec![text.parse()?],
         };
         let token = self.token;
         let authorization = token.as_ref().map(|token| {
@@ -167,41 +163,30 @@ impl ClientBuilder {
             value.set_sensitive(true);
             Ok::<_, kvproto::FieldError>(value)
         });
-        let (releases, dropped) = mpsc::channel(MAX_RELEASES);
-        let breaker = Breaker::new(self.breaker);
-        let pool = Pool::new(
-            &endpoint,
-            self.connections,
-            self.tuning,
-            &self.clock,
-            breaker,
-        );
         let owner = self.owner.unwrap_or_else(|| {
             let mut owner = [0; 16];
             owner[..8].copy_from_slice(&self.clock.random_u64().to_le_bytes());
             owner[8..].copy_from_slice(&self.clock.random_u64().to_le_bytes());
             OwnerId(owner)
         });
-        let inner = Arc::new(Inner {
-            pool,
-            lanes: Lanes::new(endpoint, self.lanes),
-            local: Local::new(self.local, token, owner, self.lanes),
-            clock: self.clock,
-            retry: self.retry,
-            budget: RetryBudget::new(),
-            owner,
-            authorization: authorization.transpose()?,
-            boot: AtomicU64::new(0),
-            reboots: AtomicU64::new(0),
-            releases,
+        let recipe = Recipe {
+            connections: self.connections,
+            lanes: self.lanes,
             parallel: PARALLEL.min(self.lanes),
-        });
-        inner
-            .pool
-            .runtime()
-            .spawn(lease::release_dropped(Arc::downgrade(&inner), dropped));
+            local: self.local,
+            tuning: self.tuning,
+            retry: self.retry,
+            breaker: self.breaker,
+            budget: Arc::new(RetryBudget::new()),
+            token,
+            authorization: authorization.transpose()?,
+            owner,
+            clock: self.clock,
+            views: Arc::default(),
+            runtime: tokio::runtime::Handle::current(),
+        };
         Ok(Client {
-            inner,
+            fleet: Arc::new(Fleet::new(recipe, endpoints)),
             deadline: self.deadline,
         })
     }

@@ -27,22 +27,27 @@ use tokio::sync::mpsc;
 
 use crate::{
     clock::{Clock, Tick, within},
+    endpoint::Endpoint,
     error::Error,
+    fleet::Views,
     lane::Lanes,
     local::Local,
+    open::Opened,
     pool::{Checkout, Pool},
     retry::{BreakerState, RetryBudget, RetryPolicy},
     wire::{self, Method},
 };
 
-/// What all clones of a client share.
+/// The way to one node; all clones of a client share it.
 pub(crate) struct Inner {
+    pub(crate) endpoint: Endpoint,
     pub(crate) pool: Pool,
     pub(crate) lanes: Lanes,
     pub(crate) local: Local,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) retry: RetryPolicy,
-    pub(crate) budget: RetryBudget,
+    /// Shared by all nodes of a client.
+    pub(crate) budget: Arc<RetryBudget>,
     pub(crate) owner: OwnerId,
     pub(crate) authorization: Option<HeaderValue>,
     /// Boot id of the node as last heard; 0 before the first answer.
@@ -53,13 +58,17 @@ pub(crate) struct Inner {
     pub(crate) releases: mpsc::Sender<LeaseId>,
     /// Calls that one large request is cut into and that run at once.
     pub(crate) parallel: usize,
+    /// What all nodes' answers say of the cluster.
+    pub(crate) views: Arc<Views>,
+    /// Namespaces that this client has opened here.
+    pub(crate) opened: Opened,
 }
 
 impl Inner {
     /// What travels with every request; `request` names the call across its tries.
     pub(crate) fn context(&self, request: &[u8; 16]) -> v1::RequestContext {
         v1::RequestContext {
-            view_digest: 0,
+            view_digest: self.views.digest(),
             boot_id: self.boot.load(Ordering::Relaxed),
             request_id: Bytes::copy_from_slice(request),
             no_forward: false,
@@ -75,8 +84,18 @@ impl Inner {
         id
     }
 
+    /// Gives a lease back in the background; one that finds the queue full ends by its own time.
+    pub(crate) fn let_go(&self, lease: LeaseId) {
+        if self.releases.try_send(lease).is_err() {
+            tracing::debug!(?lease, "release queue is full; the lease ends by its time");
+        }
+    }
+
     /// Takes note of who answered.
     pub(crate) fn heard(&self, context: Option<&v1::ResponseContext>) -> BootId {
+        if let Some(context) = context {
+            self.views.heard(context, &*self.clock);
+        }
         let Some(boot) = context.map(|context| context.boot_id).filter(|id| *id != 0) else {
             return BootId(self.boot.load(Ordering::Relaxed));
         };

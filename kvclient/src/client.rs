@@ -1,10 +1,12 @@
-//! The client of one node.
+//! The client of a node, or of a cluster as one service.
 //!
 //! ```text
-//! Client ─► Tries (deadline, repeats, breaker) ─► Pool ─► Link ─► one HTTP/2 stream
-//!    │                                                     kept up in the background
+//! Client ─► Fleet ─┬─ one node ───────────────────────────► Inner ─► Tries ─► Pool ─► Link ─► one HTTP/2 stream
+//!    │             └─ a cluster: split by owner, at once ─► Inner of each      (deadline, repeats, breaker)
 //!    └─ NamespaceHandle: tokens ─► Chain
 //! ```
+//!
+//! Which it is the nodes say with their answers. With one node there is nothing to split, and nothing is.
 //!
 //! Units: blocks, bytes; a deadline is the time of a whole call, repeats included.
 //! Errors: [`Error::kind`] says what to do next. Every call returns within its deadline.
@@ -15,35 +17,40 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures_util::future::join_all;
 use kvproto::{
-    BootId, Chain, FieldError, LeaseId, Namespace, Part, Reason, SequenceHash, TierKind,
-    convert::{
-        answer::{self, OpenedNamespace, PutResult},
-        chain_to_wire, parts_to_wire,
-    },
-    v1,
+    BootId, Chain, FieldError, LeaseId, Namespace, Part, SequenceHash, TierKind,
+    convert::answer::PutResult, v1,
 };
 
 use crate::{
     builder::ClientBuilder,
     call::{self, Deadline, Inner, Tries},
     error::Error,
+    fleet::{
+        self, Fleet,
+        get::Getting,
+        lookup::{Answered, Question},
+        put::Spreading,
+    },
     get::{self, Fetched, GetOptions, Got, Wanted, sink::Destination},
     lease::{Lease, millis},
     local,
     local::Held,
     namespace::NamespaceHandle,
+    open::{self, Reopening},
     path::PathReport,
     put::{self, PutBlock, PutOptions},
     retry::BreakerState,
     watch::{self, Watch},
-    wire::{self, Method},
+    wire::Method,
 };
 
-/// The client of one node. Cheap to clone; clones share connections, leases' owner and breaker.
+/// The client of a node, or of the cluster that the node belongs to. Cheap to clone; clones share connections, leases'
+/// owner and breakers.
 #[derive(Clone)]
 pub struct Client {
-    pub(crate) inner: Arc<Inner>,
+    pub(crate) fleet: Arc<Fleet>,
     pub(crate) deadline: Duration,
 }
 
@@ -104,7 +111,8 @@ pub enum Target {
 }
 
 impl Client {
-    /// A connected client with default settings; see [`ClientBuilder`] for others.
+    /// A connected client with default settings; see [`ClientBuilder`] for others. One endpoint, or several of one
+    /// cluster with commas between them.
     ///
     /// # Errors
     /// As [`ClientBuilder::connect`].
@@ -112,7 +120,7 @@ impl Client {
         ClientBuilder::new(endpoint).connect().await
     }
 
-    /// Settings for a client of the node at `endpoint`.
+    /// Settings for a client of the node at `endpoint`; several, with commas between them, are nodes of one cluster.
     pub fn builder(endpoint: &str) -> ClientBuilder {
         ClientBuilder::new(endpoint)
     }
@@ -121,33 +129,33 @@ impl Client {
     #[must_use]
     pub fn with_deadline(&self, deadline: Duration) -> Self {
         Self {
-            inner: self.inner.clone(),
+            fleet: self.fleet.clone(),
             deadline,
         }
     }
 
-    /// The life of the node that answered last; 0 before the first answer.
+    /// The life of the node that this client was told of, as it last answered; 0 before the first answer.
     #[must_use]
     pub fn boot_id(&self) -> BootId {
-        BootId(self.inner.boot.load(Ordering::Relaxed))
+        BootId(self.fleet.home().boot.load(Ordering::Relaxed))
     }
 
-    /// How often the node was seen to have been restarted.
+    /// How often nodes were seen to have been restarted.
     #[must_use]
     pub fn reboots(&self) -> u64 {
-        self.inner.reboots.load(Ordering::Relaxed)
+        self.fleet.reboots()
     }
 
-    /// Which way blocks go, why, and how many went each way.
+    /// Which way blocks go, why, and how many went each way; in a cluster also per member.
     #[must_use]
     pub fn path(&self) -> PathReport {
-        self.inner.local.report()
+        self.fleet.path()
     }
 
-    /// Whether calls pass.
+    /// Whether calls pass; in a cluster, whether they do to anybody.
     #[must_use]
     pub fn breaker(&self) -> BreakerState {
-        self.inner.pool.breaker.state()
+        self.fleet.breaker()
     }
 
     /// Opens a namespace. With `strict` it is refused when its label is known with another fingerprint.
@@ -160,32 +168,52 @@ impl Client {
         spec: &Namespace,
         strict: bool,
     ) -> Result<NamespaceHandle, Error> {
-        spec.validate()?;
-        self.open(spec, strict, self.until()).await
+        self.open_replicated(spec, strict, 0).await
     }
 
-    async fn open(
+    /// [`Client::open_namespace`], and from now on so many members of the cluster hold each of its runs, 1 to 8; 0: as it
+    /// is, or as the nodes are set.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn open_replicated(
         &self,
         spec: &Namespace,
         strict: bool,
-        deadline: Deadline,
+        replicas: u32,
     ) -> Result<NamespaceHandle, Error> {
-        let method = Method::OPEN_NAMESPACE;
-        let answer: v1::OpenNamespaceResponse =
-            call::unary(&self.inner, method, deadline, |context| {
-                v1::OpenNamespaceRequest {
-                    context: Some(context),
-                    spec: Some(spec.into()),
-                    strict,
-                    ..v1::OpenNamespaceRequest::default()
-                }
+        spec.validate()?;
+        let deadline = self.until();
+        let opened = self
+            .of_anybody(deadline, async |inner: &Arc<Inner>, deadline| {
+                open::open(inner, spec, strict, replicas, deadline).await
             })
             .await?;
-        self.inner.heard(answer.context.as_ref());
-        let opened =
-            OpenedNamespace::try_from(&answer).map_err(|problem| wire::answer(method, problem))?;
-        self.inner.local.told(opened.local_socket.as_deref());
         Ok(NamespaceHandle::new(spec.clone(), opened))
+    }
+
+    /// Asks one node after the other until one answers, the one that did last first.
+    async fn of_anybody<T>(
+        &self,
+        deadline: Deadline,
+        call: impl AsyncFn(&Arc<Inner>, Deadline) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let nodes = self.fleet.anybody();
+        let mut first = None;
+        for (i, inner) in nodes.iter().enumerate() {
+            let share = self.fleet.share(deadline, i + 1 == nodes.len());
+            match call(inner, share).await {
+                Ok(answer) => {
+                    self.fleet.answered(inner);
+                    return Ok(answer);
+                }
+                Err(error) if error.is_unavailable() => {
+                    first.get_or_insert(error);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(first.expect("a client has a node"))
     }
 
     /// The longest prefix of `chain` that is present, with a lease on it unless it is a probe.
@@ -202,41 +230,31 @@ impl Client {
         namespace.check(chain)?;
         let deadline = self.until();
         let idempotency = (!options.probe).then(|| {
-            options
-                .idempotency_key
-                .unwrap_or_else(|| self.inner.unique())
+            let given = options.idempotency_key;
+            given.unwrap_or_else(|| self.fleet.home().unique())
         });
-        let mut reopened = false;
-        let answer: v1::LookupResponse = loop {
-            let answer = local::unary(&self.inner, deadline, |context| v1::LookupRequest {
-                context: Some(context),
-                namespace_id: Bytes::copy_from_slice(&namespace.id().0),
-                chain: Some(chain_to_wire(chain)),
-                parts: parts_to_wire(&options.parts),
-                probe: options.probe,
-                lease_ttl_ms: millis(options.lease_ttl),
-                idempotency_key: idempotency
-                    .map_or_else(Bytes::new, |key| Bytes::copy_from_slice(&key)),
-                lease_id: 0,
-            });
-            match answer.await {
-                Ok(answer) => break answer,
-                Err(error) => {
-                    self.reopen(namespace, error, &mut reopened, deadline)
-                        .await?
-                }
-            }
+        let question = Question {
+            namespace: namespace.clone(),
+            parts: options.parts.clone(),
+            probe: options.probe,
+            ttl_ms: millis(options.lease_ttl),
+            idempotency,
         };
-        let boot_id = self.inner.heard(answer.context.as_ref());
-        let found = answer::Lookup::from_wire(&answer, chain.len())
-            .map_err(|problem| wire::answer(Method::LOOKUP, problem))?;
+        if let Some(roster) = self.fleet.roster() {
+            let (fleet, budget) = (&*self.fleet, self.deadline);
+            let found = fleet::lookup::everywhere(fleet, roster, question, chain, deadline, budget);
+            return found.await;
+        }
+        let inner = self.fleet.home();
+        let Answered { found, boot } =
+            fleet::lookup::ask(inner, &question, chain, 0, deadline).await?;
         Ok(Lookup {
             present_blocks: found.present_blocks,
             tiers: found.tiers,
             lease: found
                 .lease
-                .map(|lease| Lease::new(&self.inner, self.deadline, boot_id, lease)),
-            boot_id,
+                .map(|lease| Lease::new(inner, self.deadline, boot, lease)),
+            boot_id: boot,
         })
     }
 
@@ -301,21 +319,34 @@ impl Client {
         destinations: &mut [T],
     ) -> Result<Vec<Got>, Error> {
         namespace.check(chain)?;
-        let wanted = Wanted {
+        let deadline = self.until();
+        if let Some(roster) = self.fleet.roster() {
+            let getting = self.getting(namespace, chain, options, deadline);
+            return getting.into_destinations(roster, destinations).await;
+        }
+        let (inner, wanted) = (self.fleet.home(), wanted(namespace, chain, options));
+        let mut reopening = Reopening::default();
+        loop {
+            match get::into_destinations(inner, deadline, &wanted, destinations).await {
+                Ok(got) => return Ok(got),
+                Err(error) => reopening.after(inner, namespace, error, deadline).await?,
+            }
+        }
+    }
+
+    fn getting<'a>(
+        &'a self,
+        namespace: &'a NamespaceHandle,
+        chain: &'a Chain,
+        options: GetOptions<'a>,
+        deadline: Deadline,
+    ) -> Getting<'a> {
+        Getting {
+            fleet: &self.fleet,
             namespace,
             chain,
             options,
-        };
-        let deadline = self.until();
-        let mut reopened = false;
-        loop {
-            match get::into_destinations(&self.inner, deadline, &wanted, destinations).await {
-                Ok(got) => return Ok(got),
-                Err(error) => {
-                    self.reopen(namespace, error, &mut reopened, deadline)
-                        .await?
-                }
-            }
+            deadline,
         }
     }
 
@@ -330,28 +361,24 @@ impl Client {
         options: impl Into<GetOptions<'o>>,
     ) -> Result<Vec<Fetched>, Error> {
         namespace.check(chain)?;
-        let options = options.into();
-        let wanted = Wanted {
-            namespace,
-            chain,
-            options,
-        };
-        let deadline = self.until();
-        let mut reopened = false;
+        let (options, deadline) = (options.into(), self.until());
+        if let Some(roster) = self.fleet.roster() {
+            let getting = self.getting(namespace, chain, options, deadline);
+            return getting.fetch(roster).await;
+        }
+        let (inner, wanted) = (self.fleet.home(), wanted(namespace, chain, options));
+        let mut reopening = Reopening::default();
         loop {
-            match get::fetch(&self.inner, deadline, &wanted).await {
+            match get::fetch(inner, deadline, &wanted).await {
                 Ok(fetched) => return Ok(fetched),
-                Err(error) => {
-                    self.reopen(namespace, error, &mut reopened, deadline)
-                        .await?
-                }
+                Err(error) => reopening.after(inner, namespace, error, deadline).await?,
             }
         }
     }
 
     /// Blocks of `chain` that stay where they lie, in the node's memory, without a byte being copied or
     /// verified; [`Held::read`] does both. `None`: the node is not to be reached on the same host, or has a
-    /// block that cannot be shared; get them instead.
+    /// block that cannot be shared, or in a cluster they lie at several nodes; get them instead.
     ///
     /// # Errors
     /// [`Error::Request`] for a chain that is not the namespace's.
@@ -362,12 +389,13 @@ impl Client {
         options: impl Into<GetOptions<'o>>,
     ) -> Result<Option<Held>, Error> {
         namespace.check(chain)?;
-        let wanted = Wanted {
-            namespace,
-            chain,
-            options: options.into(),
-        };
-        Ok(local::hold(&self.inner, self.until(), &wanted).await)
+        let (options, deadline) = (options.into(), self.until());
+        if let Some(roster) = self.fleet.roster() {
+            let getting = self.getting(namespace, chain, options, deadline);
+            return Ok(getting.hold(roster).await);
+        }
+        let wanted = wanted(namespace, chain, options);
+        Ok(local::hold(self.fleet.home(), deadline, &wanted).await)
     }
 
     /// Puts blocks of `chain`, and answers what became of each. A rejection is an answer.
@@ -383,14 +411,23 @@ impl Client {
     ) -> Result<Vec<PutResult>, Error> {
         namespace.check(chain)?;
         let deadline = self.until();
-        let mut reopened = false;
+        if let Some(roster) = self.fleet.roster() {
+            let spreading = Spreading {
+                fleet: &self.fleet,
+                namespace,
+                chain,
+                blocks,
+                options,
+                deadline,
+            };
+            return spreading.run(roster).await;
+        }
+        let inner = self.fleet.home();
+        let mut reopening = Reopening::default();
         loop {
-            match put::put(&self.inner, deadline, namespace, chain, blocks, options).await {
+            match put::put(inner, deadline, namespace, chain, blocks, options).await {
                 Ok(results) => return Ok(results),
-                Err(error) => {
-                    self.reopen(namespace, error, &mut reopened, deadline)
-                        .await?
-                }
+                Err(error) => reopening.after(inner, namespace, error, deadline).await?,
             }
         }
     }
@@ -398,7 +435,7 @@ impl Client {
     /// A lease by its id, which another client of this owner ([`ClientBuilder::owner`]) holds and looks after: for
     /// gets in a process that did not look up. Dropping it gives nothing back.
     pub fn lease_of_owner(&self, id: LeaseId) -> Lease {
-        Lease::of_owner(&self.inner, self.deadline, id)
+        Lease::of_owner(self.fleet.everybody(), self.deadline, id)
     }
 
     /// Prolongs a lease; see [`Lease::renew`].
@@ -417,45 +454,30 @@ impl Client {
         lease.release().await
     }
 
-    /// Forgets blocks, durably; answers how many.
+    /// Forgets blocks, durably; answers how many. In a cluster every member is asked, because any may hold copies.
     ///
     /// # Errors
-    /// When the node does not answer; asking again is safe.
+    /// When a node does not answer; asking again is safe.
     pub async fn invalidate(
         &self,
         namespace: &NamespaceHandle,
         target: Target,
     ) -> Result<u64, Error> {
-        use v1::invalidate_request::Target as Wire;
         let deadline = self.until();
-        let mut reopened = false;
-        loop {
-            let answer = call::unary(&self.inner, Method::INVALIDATE, deadline, |context| {
-                v1::InvalidateRequest {
-                    context: Some(context),
-                    namespace_id: Bytes::copy_from_slice(&namespace.id().0),
-                    target: Some(match target {
-                        Target::Block(hash) => Wire::Hash(Bytes::copy_from_slice(&hash.0)),
-                        Target::Prefix(hash) => Wire::PrefixHash(Bytes::copy_from_slice(&hash.0)),
-                        Target::All => Wire::All(true),
-                    }),
-                }
-            });
-            let answer: Result<v1::InvalidateResponse, Error> = answer.await;
-            match answer {
-                Ok(answer) => {
-                    self.inner.heard(answer.context.as_ref());
-                    return Ok(answer.blocks);
-                }
-                Err(error) => {
-                    self.reopen(namespace, error, &mut reopened, deadline)
-                        .await?
-                }
-            }
+        let nodes = self.fleet.everybody();
+        if let [inner] = &nodes[..] {
+            return invalidate(inner, namespace, target, deadline).await;
         }
+        let calls = nodes.iter().map(|inner| async move {
+            open::ensure(inner, namespace, deadline).await?;
+            invalidate(inner, namespace, target, deadline).await
+        });
+        let answers = join_all(calls).await;
+        answers.into_iter().sum()
     }
 
-    /// Events of one namespace (`None`: of all namespaces of the caller's tenant), for up to `lifetime`.
+    /// Events of one namespace (`None`: of all namespaces of the caller's tenant), for up to `lifetime`. Of one node: in a
+    /// cluster of the one that this client was told of, or of another while that one is away.
     ///
     /// # Errors
     /// When the node does not answer.
@@ -465,65 +487,91 @@ impl Client {
         lifetime: Duration,
     ) -> Result<Watch, Error> {
         let id = namespace.map(NamespaceHandle::id);
-        watch::watch(&self.inner, self.until(), lifetime, id).await
+        self.of_anybody(self.until(), async |inner: &Arc<Inner>, deadline| {
+            watch::watch(inner, deadline, lifetime, id).await
+        })
+        .await
     }
 
-    /// What the node holds and has done, as the wire has it.
+    /// What the node holds and has done, as the wire has it; in a cluster the one that this client was told of, or
+    /// another while that one is away.
     ///
     /// # Errors
     /// When the node does not answer.
     pub async fn stats(&self) -> Result<v1::StatsResponse, Error> {
-        let answer: v1::StatsResponse =
-            call::unary(&self.inner, Method::STATS, self.until(), |context| {
-                v1::StatsRequest {
+        self.of_anybody(self.until(), async |inner: &Arc<Inner>, deadline| {
+            let answer: v1::StatsResponse =
+                call::unary(inner, Method::STATS, deadline, |context| v1::StatsRequest {
                     context: Some(context),
-                }
-            })
-            .await?;
-        self.inner.heard(answer.context.as_ref());
-        Ok(answer)
+                })
+                .await?;
+            inner.heard(answer.context.as_ref());
+            Ok(answer)
+        })
+        .await
     }
 
     fn until(&self) -> Deadline {
-        Deadline::after(&*self.inner.clock, self.deadline)
+        Deadline::after(&*self.fleet.recipe.clock, self.deadline)
     }
 
     /// Waits until a connection stands.
-    pub(crate) async fn prove(&self, deadline: Deadline) -> Result<(), Error> {
-        let mut tries = Tries::new(&self.inner, Method::STATS, deadline);
-        loop {
-            if tries.run(|_, _| async { Ok(()) }).await?.is_ok() {
-                return Ok(());
+    pub(crate) async fn prove(&self, budget: Duration) -> Result<(), Error> {
+        let deadline = Deadline::after(&*self.fleet.recipe.clock, budget);
+        self.of_anybody(deadline, async |inner: &Arc<Inner>, deadline| {
+            let mut tries = Tries::new(inner, Method::STATS, deadline);
+            loop {
+                if tries.run(|_, _| async { Ok(()) }).await?.is_ok() {
+                    return Ok(());
+                }
             }
-        }
+        })
+        .await
     }
+}
 
-    /// Opens the namespace again when the node has forgotten it (it was restarted without its list), at
-    /// most once per call. `Ok`: the call may be made again.
-    async fn reopen(
-        &self,
-        namespace: &NamespaceHandle,
-        error: Error,
-        reopened: &mut bool,
-        deadline: Deadline,
-    ) -> Result<(), Error> {
-        let forgotten = matches!(
-            &error,
-            Error::Refused {
-                reason: Some(Reason::UnknownNamespace),
-                ..
+/// What is asked of the one node that there is.
+fn wanted<'a>(
+    namespace: &'a NamespaceHandle,
+    chain: &'a Chain,
+    options: GetOptions<'a>,
+) -> Wanted<'a> {
+    Wanted {
+        namespace,
+        chain,
+        parts: options.parts,
+        lease: options.lease.map(Lease::id),
+    }
+}
+
+async fn invalidate(
+    inner: &Inner,
+    namespace: &NamespaceHandle,
+    target: Target,
+    deadline: Deadline,
+) -> Result<u64, Error> {
+    use v1::invalidate_request::Target as Wire;
+    let mut reopening = Reopening::default();
+    loop {
+        let answer = call::unary(inner, Method::INVALIDATE, deadline, |context| {
+            v1::InvalidateRequest {
+                context: Some(context),
+                namespace_id: Bytes::copy_from_slice(&namespace.id().0),
+                target: Some(match target {
+                    Target::Block(hash) => Wire::Hash(Bytes::copy_from_slice(&hash.0)),
+                    Target::Prefix(hash) => Wire::PrefixHash(Bytes::copy_from_slice(&hash.0)),
+                    Target::All => Wire::All(true),
+                }),
             }
-        );
-        if !forgotten || std::mem::replace(reopened, true) {
-            return Err(error);
+        });
+        let answer: Result<v1::InvalidateResponse, Error> = answer.await;
+        match answer {
+            Ok(answer) => {
+                inner.heard(answer.context.as_ref());
+                return Ok(answer.blocks);
+            }
+            Err(error) => reopening.after(inner, namespace, error, deadline).await?,
         }
-        let again = self.open(namespace.spec(), false, deadline).await?;
-        if again.id() != namespace.id() || again.key() != namespace.key() {
-            return Err(Error::NamespaceChanged {
-                label: namespace.label().to_owned(),
-            });
-        }
-        Ok(())
     }
 }
 

@@ -109,6 +109,17 @@ pub enum Error {
     /// The request cannot be sent as it stands.
     #[error("{0}")]
     Request(#[from] FieldError),
+    /// A member of the cluster answers another id or key than others do: their secrets differ, and no block of one
+    /// could be found at another.
+    #[error(
+        "{endpoint} answers another id or key for namespace {label:?} than the cluster: give all its nodes one secret (secret_file)"
+    )]
+    NamespaceDiffers {
+        /// Whom.
+        endpoint: String,
+        /// Its label.
+        label: String,
+    },
     /// The namespace has another id or key than when the handle was made (the node's secret changed).
     #[error("namespace {label:?} has another id or key now; open it again")]
     NamespaceChanged {
@@ -130,7 +141,7 @@ impl Error {
             | Self::Truncated { .. } => ErrorKind::Unavailable,
             Self::NamespaceChanged { .. } => ErrorKind::Refresh,
             Self::Endpoint { .. } | Self::Request(_) => ErrorKind::FixRequest,
-            Self::Answer { .. } => ErrorKind::GiveUp,
+            Self::Answer { .. } | Self::NamespaceDiffers { .. } => ErrorKind::GiveUp,
             Self::Refused { code, reason, .. } => match (reason, code) {
                 (Some(Reason::UnknownNamespace), _) => ErrorKind::Refresh,
                 (

@@ -6,6 +6,9 @@
 //!                  └─ drop              given back in the background, through a bounded queue
 //! ```
 //!
+//! In a cluster each owner of the blocks holds its part, and all go by one id: renewing and giving back are asked of all
+//! of them at once, and a lease that one of them has lost is gone.
+//!
 //! Units: milliseconds, bytes, blocks.
 //! Errors: a lease that is gone is an answer (`false`), not an error.
 //! Why dropping may lose one: the queue has a bound ([`MAX_RELEASES`]) and no wait; a lease that finds
@@ -16,12 +19,14 @@ use std::{
     time::Duration,
 };
 
-use kvproto::{BootId, LeaseId, convert::answer, v1};
+use futures_util::future::join_all;
+use kvproto::{BootId, LeaseId, convert::answer, key::RunHash, v1};
 use tokio::sync::mpsc;
 
 use crate::{
     call::{Deadline, Inner},
     error::Error,
+    fleet::Roster,
     local,
 };
 
@@ -31,57 +36,172 @@ pub const MAX_RELEASES: usize = 1024;
 /// How long a release in the background may take; the lease ends by itself soon after.
 const RELEASE_DEADLINE: Duration = Duration::from_secs(1);
 
-/// A pin on the leading blocks of one chain, released when dropped.
+/// One node's part of a lease.
+#[derive(Clone)]
+pub(crate) struct Holder {
+    pub(crate) inner: Arc<Inner>,
+    /// Its id there.
+    pub(crate) id: LeaseId,
+    pub(crate) boot: BootId,
+}
+
+impl Holder {
+    /// False when the node has been restarted since.
+    fn is_current(&self) -> bool {
+        self.inner.boot.load(Ordering::Relaxed) == self.boot.0
+    }
+
+    async fn renew(&self, ttl_ms: u32, deadline: Deadline) -> Result<Option<u32>, Error> {
+        let lease_id = self.id.0;
+        let answer: v1::RenewResponse =
+            local::unary(&self.inner, deadline, |context| v1::RenewRequest {
+                context: Some(context),
+                lease_id,
+                ttl_ms,
+            })
+            .await?;
+        self.inner.heard(answer.context.as_ref());
+        Ok(answer.renewed.then_some(answer.ttl_ms))
+    }
+}
+
+/// A pin on the leading blocks of one chain, released when dropped. In a cluster it is held at all owners of those
+/// blocks, under one id.
 #[must_use = "a dropped lease is released"]
 pub struct Lease {
-    inner: Arc<Inner>,
+    first: Holder,
+    others: Vec<Holder>,
+    /// Whose blocks lie where, by the view that it was taken by; `None`: all with the first.
+    roster: Option<Arc<Roster>>,
+    /// Runs that another member than their owner holds.
+    stand_ins: Vec<(RunHash, usize)>,
     deadline: Duration,
-    id: LeaseId,
-    boot: BootId,
     ttl: Duration,
     blocks: u32,
     bytes: u64,
     held: bool,
+    /// Somebody else's: only its id is known.
+    is_borrowed: bool,
 }
 
 impl Lease {
+    /// One node's.
     pub(crate) fn new(
         inner: &Arc<Inner>,
         deadline: Duration,
         boot: BootId,
         lease: answer::Lease,
     ) -> Self {
-        Self {
+        let first = Holder {
             inner: inner.clone(),
-            deadline,
             id: lease.id,
             boot,
-            ttl: Duration::from_millis(lease.ttl_ms.into()),
-            blocks: lease.blocks,
-            bytes: lease.bytes,
+        };
+        Self::held(first, Vec::new(), None, deadline, lease)
+    }
+
+    /// That of several owners, on terms that hold for all of them. `None` when nobody holds anything.
+    pub(crate) fn shared(
+        roster: &Arc<Roster>,
+        deadline: Duration,
+        holders: Vec<Holder>,
+        stand_ins: Vec<(RunHash, usize)>,
+        terms: answer::Lease,
+    ) -> Option<Self> {
+        let mut holders = holders.into_iter();
+        let first = holders.next()?;
+        let roster = Some(roster.clone());
+        let mut lease = Self::held(first, holders.collect(), roster, deadline, terms);
+        lease.stand_ins = stand_ins;
+        Some(lease)
+    }
+
+    fn held(
+        first: Holder,
+        others: Vec<Holder>,
+        roster: Option<Arc<Roster>>,
+        deadline: Duration,
+        terms: answer::Lease,
+    ) -> Self {
+        Self {
+            first,
+            others,
+            roster,
+            stand_ins: Vec::new(),
+            deadline,
+            ttl: Duration::from_millis(terms.ttl_ms.into()),
+            blocks: terms.blocks,
+            bytes: terms.bytes,
             held: true,
+            is_borrowed: false,
         }
     }
 
     /// A lease that another client of the same owner looks after: good for gets, and not given back when dropped.
-    /// Its blocks, bytes and time are with whoever took it.
-    pub(crate) fn of_owner(inner: &Arc<Inner>, deadline: Duration, id: LeaseId) -> Self {
-        Self {
-            inner: inner.clone(),
-            deadline,
-            id,
+    /// Its blocks, bytes and time are with whoever took it. Any of `inners` may hold a part of it.
+    pub(crate) fn of_owner(inners: Vec<Arc<Inner>>, deadline: Duration, id: LeaseId) -> Self {
+        let mut holders = inners.into_iter().map(|inner| Holder {
             boot: BootId(inner.boot.load(Ordering::Relaxed)),
+            inner,
+            id,
+        });
+        Self {
+            first: holders.next().expect("a client has a node"),
+            others: holders.collect(),
+            roster: None,
+            stand_ins: Vec::new(),
+            deadline,
             ttl: Duration::ZERO,
             blocks: 0,
             bytes: 0,
             held: false,
+            is_borrowed: true,
         }
     }
 
-    /// Its id at the node.
+    /// Its id, the same at all nodes that hold it.
     #[must_use]
     pub fn id(&self) -> LeaseId {
-        self.id
+        self.first.id
+    }
+
+    /// Whose blocks lie where, if it was taken of several.
+    pub(crate) fn roster(&self) -> Option<&Arc<Roster>> {
+        self.roster.as_ref()
+    }
+
+    /// The member that holds a run in place of its owner.
+    pub(crate) fn stand_in(&self, run: &RunHash) -> Option<usize> {
+        let mut stand_ins = self.stand_ins.iter();
+        let found = stand_ins.find(|(of, _)| of == run)?;
+        Some(found.1)
+    }
+
+    /// Only its id is known; where its blocks are, the view says.
+    pub(crate) fn is_borrowed(&self) -> bool {
+        self.is_borrowed
+    }
+
+    /// Its id at a node; `None`: nothing is held there.
+    pub(crate) fn id_at(&self, inner: &Arc<Inner>) -> Option<LeaseId> {
+        if self.is_borrowed {
+            return Some(self.first.id);
+        }
+        let mut holders = self.holders();
+        let holder = holders.find(|holder| holder.inner.endpoint == inner.endpoint)?;
+        Some(holder.id)
+    }
+
+    /// The member that alone holds it, for a lease that was taken when there was one node.
+    pub(crate) fn only_holder(&self, roster: &Roster) -> Option<usize> {
+        let is_of_one = self.roster.is_none() && !self.is_borrowed;
+        is_of_one
+            .then(|| roster.at(&self.first.inner.endpoint))
+            .flatten()
+    }
+
+    fn holders(&self) -> impl Iterator<Item = &Holder> {
+        std::iter::once(&self.first).chain(&self.others)
     }
 
     /// How long it was granted for, from its grant or last renewal on.
@@ -102,49 +222,75 @@ impl Lease {
         self.bytes
     }
 
-    /// False when the node has been restarted since: the lease is void, look up again.
+    /// False when a node that holds it has been restarted since: the lease is void, look up again.
     #[must_use]
     pub fn is_current(&self) -> bool {
-        self.inner.boot.load(Ordering::Relaxed) == self.boot.0
+        self.holders().all(Holder::is_current)
     }
 
-    /// Holds it for `ttl` from now on (zero: the node's default). False: it is gone, look up again.
+    /// Holds it for `ttl` from now on (zero: the node's default). False: it is gone, or gone with one of the nodes that
+    /// held it; look up again.
     ///
     /// # Errors
-    /// When the node does not answer.
+    /// When no node answers.
     pub async fn renew(&mut self, ttl: Duration) -> Result<bool, Error> {
-        let (lease_id, ttl_ms) = (self.id.0, millis(ttl));
-        let deadline = Deadline::after(&*self.inner.clock, self.deadline);
-        let answer: v1::RenewResponse =
-            local::unary(&self.inner, deadline, |context| v1::RenewRequest {
-                context: Some(context),
-                lease_id,
-                ttl_ms,
-            })
-            .await?;
-        self.inner.heard(answer.context.as_ref());
-        if answer.renewed {
-            self.ttl = Duration::from_millis(answer.ttl_ms.into());
+        let deadline = Deadline::after(&*self.first.inner.clock, self.deadline);
+        let ttl_ms = millis(ttl);
+        let renewed = if self.others.is_empty() {
+            self.first.renew(ttl_ms, deadline).await?
         } else {
-            self.held = false;
+            let calls = self.holders().map(|holder| holder.renew(ttl_ms, deadline));
+            let answers = join_all(calls).await;
+            if answers.iter().all(Result::is_err) {
+                answers.into_iter().next().transpose()?.flatten()
+            } else if self.is_borrowed {
+                // Most nodes hold no part of it.
+                answers.into_iter().filter_map(|a| a.ok().flatten()).min()
+            } else {
+                let of_each = answers.into_iter().map(|answer| answer.ok().flatten());
+                let all: Option<Vec<u32>> = of_each.collect();
+                all.and_then(|all| all.into_iter().min())
+            }
+        };
+        match renewed {
+            Some(ttl_ms) => self.ttl = Duration::from_millis(ttl_ms.into()),
+            None => {
+                // What single owners still hold is of no use.
+                if self.held && !self.others.is_empty() {
+                    self.holders()
+                        .for_each(|holder| holder.inner.let_go(holder.id));
+                }
+                self.held = false;
+            }
         }
-        Ok(answer.renewed)
+        Ok(renewed.is_some())
     }
 
-    /// Gives it back. False: it was gone already.
+    /// Gives it back. False: it was gone already, at one of its nodes at least.
     ///
     /// # Errors
-    /// When the node does not answer; the lease then ends by its own time.
+    /// When a node does not answer; the lease then ends there by its own time.
     pub async fn release(mut self) -> Result<bool, Error> {
         self.held = false;
-        release(&self.inner, self.deadline, self.id).await
+        if self.others.is_empty() {
+            return release(&self.first.inner, self.deadline, self.first.id).await;
+        }
+        let calls = self.holders();
+        let calls = calls.map(|holder| release(&holder.inner, self.deadline, holder.id));
+        let answers: Result<Vec<bool>, Error> = join_all(calls).await.into_iter().collect();
+        let mut released = answers?.into_iter();
+        Ok(match self.is_borrowed {
+            true => released.any(|released| released),
+            false => released.all(|released| released),
+        })
     }
 }
 
 impl std::fmt::Debug for Lease {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Lease")
-            .field("id", &self.id)
+            .field("id", &self.first.id)
+            .field("nodes", &(1 + self.others.len()))
             .field("blocks", &self.blocks)
             .field("bytes", &self.bytes)
             .field("ttl", &self.ttl)
@@ -154,8 +300,11 @@ impl std::fmt::Debug for Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        if self.held && self.is_current() && self.inner.releases.try_send(self.id).is_err() {
-            tracing::debug!(lease = ?self.id, "release queue is full; the lease ends by its time");
+        if self.held {
+            // A node that has been restarted since holds nothing.
+            for holder in self.holders().filter(|holder| holder.is_current()) {
+                holder.inner.let_go(holder.id);
+            }
         }
     }
 }

@@ -123,6 +123,16 @@ impl NamespaceHandle {
         hash::engine(self.key(), opaque)
     }
 
+    /// Members of a cluster that hold each of its runs.
+    pub(crate) fn replicas(&self) -> usize {
+        self.shared.opened.replicas as usize
+    }
+
+    /// Whether a node has answered the same id and key.
+    pub(crate) fn is(&self, opened: &OpenedNamespace) -> bool {
+        self.shared.opened.id == opened.id && self.shared.opened.key == opened.key
+    }
+
     /// What its blocks' headers must keep.
     pub(crate) fn header_rules(&self) -> HeaderRules {
         HeaderRules {

@@ -87,6 +87,49 @@ pub struct PathReport {
     pub local: Traffic,
     /// What went over gRPC.
     pub grpc: Traffic,
+    /// In a cluster: the same of each member in use; the numbers above are their sums. Empty for one node.
+    pub members: Vec<MemberPath>,
+}
+
+/// The way to one member of a cluster, and what went it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemberPath {
+    /// Its id.
+    pub member: String,
+    /// Where it is reached.
+    pub address: String,
+    /// As in [`PathReport`].
+    pub path: Path,
+    /// As in [`PathReport`].
+    pub why_grpc: Option<String>,
+    /// As in [`PathReport`].
+    pub failures: u64,
+    /// As in [`PathReport`].
+    pub local: Traffic,
+    /// As in [`PathReport`].
+    pub grpc: Traffic,
+}
+
+impl PathReport {
+    /// Adds another node's report: the way is the same-host one as soon as it is that to one of them.
+    pub(crate) fn add(&mut self, other: &Self) {
+        if other.path == Path::Local {
+            (self.path, self.why_grpc) = (Path::Local, None);
+        }
+        self.failures += other.failures;
+        self.local.add(&other.local);
+        self.grpc.add(&other.grpc);
+    }
+}
+
+impl Traffic {
+    fn add(&mut self, other: &Self) {
+        self.calls += other.calls;
+        self.got_blocks += other.got_blocks;
+        self.got_bytes += other.got_bytes;
+        self.put_blocks += other.put_blocks;
+        self.put_bytes += other.put_bytes;
+    }
 }
 
 /// Counts [`Traffic`].

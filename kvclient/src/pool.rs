@@ -144,6 +144,15 @@ impl Pool {
         }
     }
 
+    /// Somebody waits too long for this node: find out whether anybody is there.
+    pub(crate) fn suspect(&self) {
+        for link in &self.links {
+            if let Some(live) = link.now() {
+                link.suspect(&live);
+            }
+        }
+    }
+
     fn pick(&self) -> &Arc<Link> {
         let kept = self.kept.load(Ordering::Acquire);
         let best = self.links[..kept]

@@ -189,7 +189,7 @@ pub(crate) async fn put(
     batch::join(calls.collect(), inner.parallel).await
 }
 
-fn check(
+pub(crate) fn check(
     namespace: &NamespaceHandle,
     chain: &Chain,
     i: usize,

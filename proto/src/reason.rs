@@ -126,6 +126,8 @@ closed_set! {
         NamespaceDiffers = "namespace_differs",
         /// Too many calls, streams or watchers at once.
         Overloaded = "overloaded",
+        /// The node that owns it does not answer.
+        Node = "node",
     }
 }
 
@@ -184,6 +186,8 @@ closed_set! {
         Invalidated = "invalidated",
         /// No slot could be had in time; only without a lease.
         Overloaded = "overloaded",
+        /// The node that owns it does not answer.
+        Node = "node",
     }
 }
 
@@ -213,6 +217,7 @@ impl GetOutcome {
             Reason::Corrupt => Self::Corrupt,
             Reason::Device | Reason::TierDown => Self::Device,
             Reason::Invalidated => Self::Invalidated,
+            Reason::Node => Self::Node,
             Reason::NoSlot
             | Reason::Budget
             | Reason::QueueFull

@@ -226,6 +226,7 @@ impl v1::blocks_server::Blocks for Handler {
             difference: String::new(),
             max_block_bytes: 64 << 20,
             local_socket: String::new(),
+            replicas: 0,
         }))
     }
 

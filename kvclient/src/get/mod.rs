@@ -14,7 +14,7 @@ mod reading;
 pub(crate) mod sink;
 
 use bytes::Bytes;
-use kvproto::{BlockKey, Chain, FieldError, GetOutcome, Part, TierKind, convert, v1};
+use kvproto::{BlockKey, Chain, FieldError, GetOutcome, LeaseId, Part, TierKind, convert, v1};
 
 use self::{
     reading::Reading,
@@ -94,15 +94,19 @@ pub struct Fetched {
 }
 
 /// One call's worth of a get.
+#[derive(Clone, Copy)]
 pub(crate) struct Wanted<'a> {
     pub(crate) namespace: &'a NamespaceHandle,
     pub(crate) chain: &'a Chain,
-    pub(crate) options: GetOptions<'a>,
+    /// As in [`GetOptions`].
+    pub(crate) parts: &'a [Part],
+    /// Under which lease, by its id at the node.
+    pub(crate) lease: Option<LeaseId>,
 }
 
 impl Wanted<'_> {
     pub(crate) fn parts(&self) -> &[Part] {
-        match self.options.parts {
+        match self.parts {
             [] => &[Part {
                 rank: 0,
                 layer_group: 0,
@@ -172,9 +176,8 @@ pub(crate) async fn into_destinations<T: Destination>(
         let chain = wanted.chain.slice(range, wanted.namespace.run_blocks());
         calls.push(async move {
             let wanted = Wanted {
-                namespace: wanted.namespace,
                 chain: &chain,
-                options: wanted.options,
+                ..*wanted
             };
             one_call(inner, deadline, &wanted, &mut Destinations::new(mine)).await
         });
@@ -199,9 +202,8 @@ pub(crate) async fn fetch(
     let calls = ranges.into_iter().map(|range| async move {
         let chain = wanted.chain.slice(range, wanted.namespace.run_blocks());
         let wanted = Wanted {
-            namespace: wanted.namespace,
             chain: &chain,
-            options: wanted.options,
+            ..*wanted
         };
         let mut kept = Kept::new(wanted.count());
         let got = one_call(inner, deadline, &wanted, &mut kept).await?;
@@ -241,9 +243,8 @@ async fn one_call<S: Sink>(
         let blocks = first..first + run.len();
         let chain = wanted.chain.slice(blocks, wanted.namespace.run_blocks());
         let wanted = Wanted {
-            namespace: wanted.namespace,
             chain: &chain,
-            options: wanted.options,
+            ..*wanted
         };
         let mut behind = Behind {
             sink: &mut *sink,
@@ -271,8 +272,8 @@ async fn over_grpc<S: Sink>(
             context: Some(inner.context(&tries.request)),
             namespace_id: Bytes::copy_from_slice(&wanted.namespace.id().0),
             chain: Some(convert::chain_to_wire(wanted.chain)),
-            parts: convert::parts_to_wire(wanted.options.parts),
-            lease_id: wanted.options.lease.map_or(0, |lease| lease.id().0),
+            parts: convert::parts_to_wire(wanted.parts),
+            lease_id: wanted.lease.map_or(0, |lease| lease.0),
             piece_bytes: 0,
         });
         let sink = &mut *sink;

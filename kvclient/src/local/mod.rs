@@ -165,6 +165,7 @@ impl Local {
             failures: self.failures.load(Ordering::Relaxed),
             local: self.local.traffic(),
             grpc: self.grpc.traffic(),
+            members: Vec::new(),
         }
     }
 

@@ -66,9 +66,8 @@ pub(crate) async fn get<S: Sink>(
             // What the node could not keep beside the blocks before, which are read by now.
             let chain = wanted.chain.slice(blocks, wanted.namespace.run_blocks());
             let rest = Wanted {
-                namespace: wanted.namespace,
                 chain: &chain,
-                options: wanted.options,
+                ..*wanted
             };
             way.run(async |turn| way.read(turn, &rest, &mut behind).await)
                 .await
@@ -178,8 +177,8 @@ impl Way<'_> {
             context: Some(self.inner.context(&self.inner.unique())),
             namespace_id: Bytes::copy_from_slice(&wanted.namespace.id().0),
             chain: Some(convert::chain_to_wire(wanted.chain)),
-            parts: convert::parts_to_wire(wanted.options.parts),
-            lease_id: wanted.options.lease.map_or(0, |lease| lease.id().0),
+            parts: convert::parts_to_wire(wanted.parts),
+            lease_id: wanted.lease.map_or(0, |lease| lease.0),
             piece_bytes: 0,
         });
         let (answer, _) = turn.link.call(asked, self.left()).await?;

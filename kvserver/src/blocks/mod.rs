@@ -328,6 +328,7 @@ impl Blocks {
             difference: opened.difference,
             max_block_bytes: self.limits.max_block_bytes,
             local_socket: self.local_socket.get().cloned(),
+            replicas: opened.replicas,
         })
     }
 

@@ -102,6 +102,8 @@ pub struct OpenedNamespace {
     pub key: NamespaceKey,
     /// What differs from the namespace last opened under this label.
     pub difference: Option<String>,
+    /// Members that hold each of its runs.
+    pub replicas: u32,
 }
 
 /// Every namespace as peers are told of it.
@@ -267,6 +269,7 @@ impl Namespaces {
             id: namespace.id(tenant_name),
             key: namespace.key(tenant_name, &self.secret),
             difference,
+            replicas,
         })
     }
 

@@ -105,7 +105,7 @@ fn code(reason: Reason) -> Code {
         Reason::NamespaceDiffers => Code::FailedPrecondition,
         Reason::Unauthenticated => Code::Unauthenticated,
         Reason::Deadline => Code::DeadlineExceeded,
-        Reason::Draining | Reason::TierDown | Reason::Device => Code::Unavailable,
+        Reason::Draining | Reason::TierDown | Reason::Device | Reason::Node => Code::Unavailable,
         Reason::Corrupt => Code::DataLoss,
         Reason::TooLarge
         | Reason::NoSlot

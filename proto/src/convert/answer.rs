@@ -6,7 +6,7 @@
 
 use super::{
     AnswerContext, FieldError, HeaderRules, copied, copied_or_empty, fixed, header, member_of,
-    namespace_id, parent, part,
+    namespace_id, parent, part, request::MAX_REPLICAS,
 };
 use crate::checksum::BlockHeader;
 use crate::hash::NamespaceKey;
@@ -27,6 +27,8 @@ pub struct OpenedNamespace {
     pub max_block_bytes: u64,
     /// Path of the same-host path's socket, on the node's machine.
     pub local_socket: Option<String>,
+    /// Members of the cluster that hold each of its runs, at least 1.
+    pub replicas: u32,
 }
 
 impl TryFrom<&v1::OpenNamespaceResponse> for OpenedNamespace {
@@ -39,6 +41,8 @@ impl TryFrom<&v1::OpenNamespaceResponse> for OpenedNamespace {
             difference: (!wire.difference.is_empty()).then(|| wire.difference.clone()),
             max_block_bytes: wire.max_block_bytes,
             local_socket: (!wire.local_socket.is_empty()).then(|| wire.local_socket.clone()),
+            // A promise of more than any node keeps would only make callers ask in vain.
+            replicas: wire.replicas.clamp(1, MAX_REPLICAS),
         })
     }
 }
@@ -53,6 +57,7 @@ impl OpenedNamespace {
             difference: self.difference.unwrap_or_default(),
             max_block_bytes: self.max_block_bytes,
             local_socket: self.local_socket.unwrap_or_default(),
+            replicas: self.replicas,
         }
     }
 }

@@ -379,6 +379,7 @@ fn answers_read_back_equal() {
         difference: Some("layers was 1, is 2".into()),
         max_block_bytes: 64 << 20,
         local_socket: Some("/run/terrace/local.sock".into()),
+        replicas: 3,
     };
     assert_eq!(
         OpenedNamespace::try_from(&sent(opened.clone().into_wire(&context))),

@@ -63,7 +63,9 @@ impl Source {
     #[must_use]
     pub const fn of_outcome(outcome: GetOutcome) -> Self {
         match outcome {
-            GetOutcome::Hit | GetOutcome::Corrupt | GetOutcome::Device => Self::Failed,
+            GetOutcome::Hit | GetOutcome::Corrupt | GetOutcome::Device | GetOutcome::Node => {
+                Self::Failed
+            }
             GetOutcome::Miss | GetOutcome::Invalidated => Self::Miss,
             GetOutcome::Expired | GetOutcome::Overloaded => Self::Rejected,
         }
