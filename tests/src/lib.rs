@@ -1,5 +1,6 @@
 //! What the behaviour tests share: a seeded mutator, and every parser of outside bytes as a fuzz target.
 
+pub mod circle;
 pub mod client;
 pub mod local;
 pub mod mutate;

@@ -1,0 +1,3 @@
+//! Nodes and clients of one cluster, in one process.
+
+mod routing;
