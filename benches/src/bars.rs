@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::load::Sample;
 use crate::peers::LOOKUP_BYTES;
+use crate::phases::cluster::cell;
 use crate::rounds::{Cell, Measured, Op, Series, Transport};
 use crate::stats::{Ratio, paired_ratio};
 
@@ -308,6 +309,47 @@ pub fn ratios(measured: &[Measured]) -> Vec<Bar> {
     }
     bars[aim].aim = true;
     bars.extend(same_host(measured));
+    bars.extend(cluster(measured));
+    bars
+}
+
+/// The bars of many nodes against one.
+fn cluster(measured: &[Measured]) -> Vec<Bar> {
+    let mut bars = Vec::new();
+    let mut claim = |what: &str, op, concurrency, peer, figure: Figure, bound| {
+        let side = |peer| find(measured, &cell(peer, op, concurrency));
+        let ratio = side(peer).zip(side("cluster-1"));
+        let ratio = ratio.and_then(|(a, b)| figure.ratio(a, b));
+        bars.push(Bar::ratio(what.into(), bound, ratio));
+    };
+    for (op, what) in [(Op::Exists, "probe"), (Op::LookupLease, "leased")] {
+        claim(
+            &format!("lookup ({what}) of 512 keys over 8 owners c1: p99, to one owner"),
+            op,
+            1,
+            "cluster-8",
+            Figure::P99,
+            Bound::AtMost(2.0),
+        );
+    }
+    for (op, what) in [(Op::Get, "get"), (Op::Put, "put")] {
+        claim(
+            &format!("{what} 1 MiB c8 from 3 nodes on one machine: rate, to one node"),
+            op,
+            8,
+            "cluster-3",
+            Figure::Rate,
+            Bound::AtLeast(1.0),
+        );
+    }
+    claim(
+        "get 1 MiB c8 from 3 nodes on one machine: CPU per GiB, to one node",
+        Op::Get,
+        8,
+        "cluster-3",
+        Figure::Cpu,
+        Bound::AtMost(1.05),
+    );
     bars
 }
 

@@ -13,10 +13,15 @@ use indicatif::ProgressBar;
 use kvbenches::micro::{Price, Unit, run};
 use kvbenches::peers::wire::payload;
 use kvbenches::phases::inside::{engine, hash, put, query};
+use kvclient::clock::Tick;
+use kvclient::route::{Assembly, Known, Split};
 use kvgpu::{Arena, ArenaConfig, DomainId, HugePages};
 use kvproto::checksum::{Landing, copy_and_sum, page_sums, seal};
 use kvproto::frame::{Frame, FrameLimits, FrameReader, head};
-use kvproto::{BlockKey, Chain, NamespaceId, NamespaceKey, OwnerId, Part, hash as chain_hash, v1};
+use kvproto::{
+    BlockKey, Chain, Member, MemberId, MemberState, NamespaceId, NamespaceKey, OwnerId, Part,
+    hash as chain_hash, v1,
+};
 use kvserver::engine::policy::{self, BlockId, BlockMeta, EvictionPolicy};
 use kvserver::engine::{LeaseAsk, Owner, TenantId};
 
@@ -97,6 +102,11 @@ fn prices() -> Result<Vec<Price>> {
     prices.extend(index()?);
     prices.extend(["lru", "s3fifo", "best"].into_iter().filter_map(eviction));
     prices.extend(allocator()?);
+    prices.extend([
+        routing(1, "route a lookup of 512 blocks, 1 member"),
+        routing(8, "route a lookup of 512 blocks, 8 members"),
+        routing(100, "route a lookup of 512 blocks, 100 members"),
+    ]);
     Ok(prices)
 }
 
@@ -116,6 +126,44 @@ fn hashing() -> Vec<Price> {
         Price::new("chain hash, 16 tokens a block", Unit::Nanos("token"), chain),
         Price::new("engine hash, 32 bytes", Unit::Nanos("hash"), opaque),
     ]
+}
+
+/// What a client of a cluster does on top, for a lookup of 512 blocks in runs of 16: owners, a chain for each, one prefix.
+fn routing(members: u32, name: &'static str) -> Price {
+    const BLOCKS: u32 = 512;
+    const RUN_BLOCKS: u32 = 16;
+    let member = |id: u32| Member {
+        id: MemberId(format!("{id:016x}")),
+        generation: 1,
+        version: 1,
+        weight: 1,
+        zone: String::new(),
+        state: MemberState::Active,
+        address: format!("10.0.0.{id}:7070"),
+    };
+    let mut known = Known::default();
+    known.merge((0..members).map(member), Tick::default());
+    let tokens: Vec<u32> = (0..BLOCKS).collect();
+    let key = NamespaceKey::from_bytes([7; 32]);
+    let chain = Chain::from_root(chain_hash::chain(&key, 1, &tokens));
+    let route = move || {
+        let table = known.table();
+        let split = Split::new(black_box(&chain), RUN_BLOCKS, |run| {
+            table.owner(run).unwrap_or(0)
+        });
+        let mut assembly = Assembly::new(&split);
+        let mut tiers = Vec::new();
+        for (number, share) in split.shares.iter().enumerate() {
+            let asked = share.chain(&chain, RUN_BLOCKS);
+            assembly.answered(number, asked.len());
+            tiers.push(vec![(asked.len() as u32, 1_u8)]);
+            black_box(asked);
+        }
+        let blocks = assembly.prefix();
+        black_box(assembly.stretches(blocks, &tiers));
+        blocks as u64
+    };
+    Price::new(name, Unit::Nanos("block"), route)
 }
 
 /// Walks through the source, a block at a time, and hands each to `step`.

@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use kvbenches::bars::{self, Bar, Verdict};
 use kvbenches::load::Window;
 use kvbenches::peers::{echo, tcp, tonic_stock};
-use kvbenches::phases::{Found, Options, facts, inside, network, nvme, same_host};
+use kvbenches::phases::{Found, Options, cluster, facts, inside, network, nvme, same_host};
 use kvbenches::spawn::{Cores, end_with_parent, install};
 use kvbenches::{procfs, report};
 use serde::Serialize;
@@ -189,6 +189,11 @@ fn compare(arguments: &Arguments) -> Result<()> {
                 same_host::run(&options)
                     .await
                     .unwrap_or_else(|e| Found::failed("same host", &e)),
+            );
+            found.add(
+                cluster::run(&options)
+                    .await
+                    .unwrap_or_else(|e| Found::failed("cluster", &e)),
             );
             found.add(
                 nvme::run(&options)

@@ -3,6 +3,7 @@
 //! ```text
 //!   network   gets, puts and lookups against every peer, TCP and Unix sockets     client on its own runtime
 //!   same host shared memory, beside memcpy, a bare request and reply, and Mooncake's daemon
+//!   cluster   three and eight nodes beside one: what routing costs                      nodes in this process
 //!   nvme      blocks that lie on the disk, beside direct reads of the same disk   node in this process, and by gRPC
 //!   lease     a reference without a copy                                          node in this process
 //!   memory    resident bytes per stored byte            ┐
@@ -10,6 +11,7 @@
 //!   overcommit  four times RAM, every stored block read ┘
 //! ```
 
+pub mod cluster;
 pub mod facts;
 pub mod inside;
 pub mod memory;
