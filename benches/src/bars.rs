@@ -134,6 +134,11 @@ impl Bar {
         }
     }
 
+    /// A ratio's bar.
+    pub fn at_least(path: String, bar: f64, ratio: Option<Ratio>) -> Self {
+        Self::ratio(path, Bound::AtLeast(bar), ratio)
+    }
+
     fn ratio(path: String, bound: Bound, ratio: Option<Ratio>) -> Self {
         let verdict = match ratio.map(|r| (r.low, r.high)) {
             Some((Some(low), Some(high))) => match (bound.holds(low), bound.holds(high)) {

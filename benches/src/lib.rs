@@ -5,6 +5,7 @@
 //!                                  │                            │
 //!                               report ◄── bars ◄── stats ◄─────┘   medians, spread, paired ratios
 //!   bin/micro        ─► the same `stats`, one function per price
+//!   bin/placement    ─► placement: who owns what, computed in several ways or asked of a store
 //! ```
 //!
 //! Units: bytes, seconds unless a name says `_us` or `_ms`; GiB is 2^30 bytes; CPU seconds are user plus system time of
@@ -19,6 +20,7 @@ pub mod load;
 pub mod micro;
 pub mod peers;
 pub mod phases;
+pub mod placement;
 pub mod procfs;
 pub mod report;
 pub mod rounds;

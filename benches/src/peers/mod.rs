@@ -7,6 +7,7 @@
 //!   tonic_stock            tonic and prost as they come
 //!   node terrace           a node of its own, and the client that calls it
 //!   memory disk            memcpy and direct reads
+//!   etcd redis_index       metadata stores, asked who has a key
 //! ```
 //!
 //! Equal care means: no delay on sockets, one connection per operation in flight, one reused buffer per connection, one
@@ -15,12 +16,14 @@
 
 pub mod disk;
 pub mod echo;
+pub mod etcd;
 pub mod memcached;
 pub mod memory;
 pub mod mooncake;
 pub mod network;
 pub mod node;
 pub mod redis;
+pub mod redis_index;
 pub mod same_host;
 pub mod socket;
 pub mod tcp;

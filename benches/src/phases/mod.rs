@@ -61,7 +61,8 @@ impl Options {
         self.only.is_empty() || self.only.iter().any(|part| name.contains(part.as_str()))
     }
 
-    fn bar(&self, phase: &'static str, groups: &[Group]) -> ProgressBar {
+    /// A bar of progress for these groups.
+    pub fn bar(&self, phase: &'static str, groups: &[Group]) -> ProgressBar {
         if !self.progress {
             return ProgressBar::hidden();
         }
