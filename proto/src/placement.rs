@@ -15,7 +15,8 @@
 //! question, for tests and tools.
 //!
 //! Shape: runs, never blocks or parts; equal runs have equal owners whatever part is asked for.
-//! Cost: one hash of the run and about a nanosecond per member; preparing hashes every id once.
+//! Cost: one hash of the run, a mix and a comparison of integers per member, a logarithm per distinct weight at most;
+//! preparing hashes every id once.
 //! Errors: none; no candidate, no owner.
 //! Source: Thaler and Ravishankar 1998 (rendezvous), Schindelhauer and Schomaker 2005 (weights).
 
@@ -35,6 +36,7 @@ use crate::view::{Member, MemberId, View};
 pub struct Placement {
     bidders: Vec<Bidder>, // in the order of their ids
     ids: Vec<MemberId>,
+    classes: Vec<Class>,
     zone_count: usize,
     lifts: Option<Lifts>, // only where zones are of very unequal weight
 }
@@ -44,6 +46,15 @@ struct Bidder {
     seed: u64,
     weight: f64,
     zone: u32,
+}
+
+/// Members of one weight: among them the greatest draw wins, and no logarithm is needed to see which that is.
+#[derive(Clone, Debug)]
+struct Class {
+    weight: f64,
+    seeds: Vec<u64>,
+    /// Which bidder each seed is of, ascending.
+    at: Vec<u32>,
 }
 
 impl Placement {
@@ -65,8 +76,10 @@ impl Placement {
             weight: f64::from(member.weight),
             zone: names.partition_point(|name| *name < member.zone.as_str()) as u32,
         };
+        let bidders: Vec<Bidder> = takers().map(bidder).collect();
         Self {
-            bidders: takers().map(bidder).collect(),
+            classes: classes(&bidders),
+            bidders,
             ids: takers().map(|member| member.id.clone()).collect(),
             zone_count: weights.len(),
             lifts: Lifts::new(&weights),
@@ -86,18 +99,18 @@ impl Placement {
     /// The first owner of `run`; `None` when nobody takes runs.
     pub fn first(&self, run: &RunHash) -> Option<&MemberId> {
         let key = seed(&run.0);
-        let (mut best, mut winner) = (0.0, None);
-        for (at, bidder) in self.bidders.iter().enumerate() {
-            let draw = Draw::new(key, bidder.seed);
-            if draw.loses_to(best, bidder.weight) {
+        let (mut best, mut winner) = (0.0, usize::MAX);
+        for class in &self.classes {
+            let (draw, nth) = Draw::greatest(key, &class.seeds);
+            if draw.loses_to(best, class.weight) {
                 continue;
             }
-            let score = draw.score(bidder.weight);
-            if score > best {
-                (best, winner) = (score, Some(at));
+            let (score, at) = (draw.score(class.weight), class.at[nth] as usize);
+            if score > best || (score == best && at < winner) {
+                (best, winner) = (score, at);
             }
         }
-        winner.map(|at| &self.ids[at])
+        self.ids.get(winner)
     }
 
     /// The owners of `run`, first the primary: at most `count` members, in other zones where the view has them.
@@ -122,20 +135,18 @@ impl Placement {
     fn plain(&self, key: u64, count: usize) -> Vec<usize> {
         let of_zones = count.min(self.zone_count);
         let (mut apart, mut next) = (Best::new(of_zones), Best::new(count));
+        let mut floor = 0.0;
         for (at, bidder) in self.bidders.iter().enumerate() {
             let draw = Draw::new(key, bidder.seed);
-            let floor = if of_zones < count {
-                next.floor().min(apart.floor())
-            } else {
-                apart.floor()
-            };
             if draw.loses_to(floor, bidder.weight) {
                 continue;
             }
             let bid = bidder.bid(at, draw);
             apart.take(bid, |known| known.zone == bid.zone);
+            floor = apart.floor();
             if of_zones < count {
                 next.take(bid, |_| false);
+                floor = floor.min(next.floor());
             }
         }
         let mut owners: Vec<usize> = apart.bids.iter().map(|bid| bid.at).collect();
@@ -224,6 +235,24 @@ impl Bidder {
             zone: self.zone,
         }
     }
+}
+
+/// The bidders by weight, the heaviest first: whoever is likely to win sets the mark for the others.
+fn classes(bidders: &[Bidder]) -> Vec<Class> {
+    let mut order: Vec<u32> = (0..bidders.len() as u32).collect();
+    order.sort_by(|&a, &b| {
+        bidders[b as usize]
+            .weight
+            .total_cmp(&bidders[a as usize].weight)
+    });
+    let of_one_weight =
+        |&a: &u32, &b: &u32| bidders[a as usize].weight == bidders[b as usize].weight;
+    let class = |at: &[u32]| Class {
+        weight: bidders[at[0] as usize].weight,
+        seeds: at.iter().map(|&at| bidders[at as usize].seed).collect(),
+        at: at.to_vec(),
+    };
+    order.chunk_by(of_one_weight).map(class).collect()
 }
 
 #[derive(Clone, Copy)]

@@ -1,5 +1,7 @@
 //! `make bench-placement`: who owns what, computed in several ways, and asked of a metadata store.
 
+use std::fmt::Write as _;
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -77,38 +79,44 @@ fn main() -> Result<()> {
         machine: procfs::machine(),
         ..Summary::default()
     };
-    println!("{}", summary.machine);
+    tell(format!("{}\n", summary.machine))?;
     if wants("quality") {
         summary.quality = quality(&arguments.members);
-        tell_quality(&summary.quality);
+        tell(quality_table(&summary.quality))?;
     }
     if wants("speed") {
         summary.speed = nanoseconds(&arguments);
-        tell_speed(&summary.speed);
+        tell(speed_table(&summary.speed))?;
     }
     if wants("proof") {
         summary.proof = proof(&arguments);
         summary
             .bars
             .extend(summary.proof.iter().flat_map(proof_bars));
-        tell_proof(&summary.proof);
+        tell(proof_table(&summary.proof))?;
     }
     if wants("stores") {
         let found = metadata(&arguments)?;
-        print!("{}", report::tables(&found.measured));
+        tell(report::tables(&found.measured))?;
         summary.stores = report::rows(&found.measured);
         summary.bars.extend(found.bars);
         summary.skipped.extend(found.skipped);
     }
-    print!("{}", report::bars(&summary.bars));
+    let mut end = report::bars(&summary.bars);
     for line in &summary.skipped {
-        println!("  skipped: {line}");
+        let _ = writeln!(end, "  skipped: {line}");
     }
+    tell(end)?;
     if let Some(path) = &arguments.json {
         std::fs::write(path, serde_json::to_string_pretty(&summary)? + "\n")
             .with_context(|| format!("writing {}", path.display()))?;
     }
     Ok(())
+}
+
+/// One part at a time: a run takes a while, and what is known is worth seeing.
+fn tell(text: String) -> Result<()> {
+    Ok(std::io::stdout().write_all(text.as_bytes())?)
 }
 
 fn quality(sizes: &[u32]) -> Vec<Quality> {
@@ -126,11 +134,14 @@ fn quality(sizes: &[u32]) -> Vec<Quality> {
     found
 }
 
-fn tell_quality(found: &[Quality]) {
-    println!(
+fn quality_table(found: &[Quality]) -> String {
+    let mut text = String::new();
+    let _ = writeln!(
+        text,
         "\nShares and moves: weights 1 and 2 in turn, 10,000 runs per member, one of weight 2 joins, one leaves"
     );
-    println!(
+    let _ = writeln!(
+        text,
         "{:<24} {:>7} {:>8} {:>8} {:>11} {:>11} {:>12} {:>12} {:>11} {:>10}",
         "",
         "members",
@@ -144,7 +155,8 @@ fn tell_quality(found: &[Quality]) {
         "prepare ms"
     );
     for q in found {
-        println!(
+        let _ = writeln!(
+            text,
             "{:<24} {:>7} {:>8.3} {:>8.3} {:>11.3} {:>11.3} {:>9.0} ppm {:>9.0} ppm {:>10} {:>10.2}",
             q.way,
             q.members,
@@ -158,6 +170,7 @@ fn tell_quality(found: &[Quality]) {
             q.prepare_ms
         );
     }
+    text
 }
 
 fn nanoseconds(arguments: &Arguments) -> Vec<Line> {
@@ -171,16 +184,23 @@ fn nanoseconds(arguments: &Arguments) -> Vec<Line> {
     lines
 }
 
-fn tell_speed(lines: &[Line]) {
-    println!("\n{:<44} {:>10}  {:<12} p10–p90", "Cost", "median", "");
+fn speed_table(lines: &[Line]) -> String {
+    let mut text = String::new();
+    let _ = writeln!(
+        text,
+        "\n{:<44} {:>10}  {:<12} p10–p90",
+        "Cost", "median", ""
+    );
     for line in lines {
         if let Some(v) = line.value {
-            println!(
+            let _ = writeln!(
+                text,
                 "{:<44} {:>10.2}  {:<12} {:.2}–{:.2}",
                 line.name, v.median, line.unit, v.p10, v.p90
             );
         }
     }
+    text
 }
 
 fn proof(arguments: &Arguments) -> Vec<Proof> {
@@ -194,9 +214,11 @@ fn proof(arguments: &Arguments) -> Vec<Proof> {
     found
 }
 
-fn tell_proof(found: &[Proof]) {
-    println!("\nShares over seeds, 10,000 runs per member");
-    println!(
+fn proof_table(found: &[Proof]) -> String {
+    let mut text = String::new();
+    let _ = writeln!(text, "\nShares over seeds, 10,000 runs per member");
+    let _ = writeln!(
+        text,
         "{:>8} {:>6} {:>12} {:>11} {:>11} {:>12} {:>18}",
         "members",
         "seeds",
@@ -207,7 +229,8 @@ fn tell_proof(found: &[Proof]) {
         "spread over fair"
     );
     for p in found {
-        println!(
+        let _ = writeln!(
+            text,
             "{:>8} {:>6} {:>11.3}% {:>11.4} {:>11.4} {:>12} {:>18.3}",
             p.members,
             p.seeds,
@@ -218,6 +241,7 @@ fn tell_proof(found: &[Proof]) {
             p.spread_over_fair
         );
     }
+    text
 }
 
 fn proof_bars(proof: &Proof) -> [Bar; 2] {

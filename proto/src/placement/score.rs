@@ -13,7 +13,8 @@
 //! `ln` is computed here from additions, multiplications and divisions alone, in a fixed order, because two nodes must
 //! agree to the last bit and the `ln` of two platforms may not. It is also the dear part, and mostly spared: from
 //! `-ln(u) >= 1 - u` follows `score <= weight / (1 - u)`, and a member whose bound does not reach the best score yet
-//! seen has lost ([`Draw::loses_to`]). Among n members of one weight about `ln n` logarithms remain.
+//! seen has lost ([`Draw::loses_to`]). Among members of one weight the greatest draw has the greatest score, so that for
+//! the first owner one logarithm per distinct weight is the most there is.
 //!
 //! Errors: none.
 //! Source: Thaler and Ravishankar 1998 (rendezvous), Schindelhauer and Schomaker 2005 (weights).
@@ -44,6 +45,19 @@ impl Draw {
     #[inline]
     pub(super) fn new(key: u64, seed: u64) -> Self {
         Self(mix(key ^ seed) >> 12)
+    }
+
+    /// The greatest draw of these seeds and which it is of, the first one if there are several. Some seed there must be.
+    #[inline]
+    pub(super) fn greatest(key: u64, seeds: &[u64]) -> (Self, usize) {
+        let (mut greatest, mut of) = (Self::new(key, seeds[0]), 0);
+        for (at, &seed) in seeds.iter().enumerate().skip(1) {
+            let draw = Self::new(key, seed);
+            if draw.0 > greatest.0 {
+                (greatest, of) = (draw, at);
+            }
+        }
+        (greatest, of)
     }
 
     /// True when a member of this weight cannot score more than `best`; spares the logarithm.
