@@ -43,7 +43,7 @@ pub use pinned::PinnedArena;
 pub use plan::{CopyPlan, CopyRun};
 pub use ranges::Ranges;
 pub use shared::{
-    OutOfBounds, ReadSegment, SegmentFds, SharedError, Staging, StagingMap, unread_bytes,
+    OutOfBounds, ReadSegment, SegmentFds, SharedError, Staging, StagingMap, Toward, unread_bytes,
 };
 pub use slot::{Location, Slot, SlotMut};
 pub use slots::{MAX_SLOT_BYTES, PAGE_BYTES};

@@ -23,12 +23,14 @@ pub(crate) mod foreign;
 mod mapped;
 mod read;
 mod staging;
+mod summed;
 mod unread;
 
 use std::io;
 
 pub use read::{ReadSegment, SegmentFds};
 pub use staging::{Staging, StagingMap};
+pub use summed::Toward;
 pub use unread::unread_bytes;
 
 /// Why memory cannot be shared.

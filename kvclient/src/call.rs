@@ -76,6 +76,14 @@ impl Inner {
         }
     }
 
+    /// The context of a call over a connection that has said who asks.
+    pub(crate) fn view_context(&self) -> v1::RequestContext {
+        v1::RequestContext {
+            view_digest: self.views.digest(),
+            ..v1::RequestContext::default()
+        }
+    }
+
     /// 16 bytes that no other call has.
     pub(crate) fn unique(&self) -> [u8; 16] {
         let mut id = [0; 16];

@@ -102,6 +102,21 @@ impl Landing {
         }
     }
 
+    /// Takes a whole page as landed, whose sum was made on its way; all before it has landed.
+    ///
+    /// # Panics
+    ///
+    /// When a page is open.
+    pub fn landed_page(&mut self, bytes: usize, sum: u64) {
+        assert_eq!(
+            self.landed_bytes,
+            self.sums.len() * PAGE_BYTES,
+            "a page begins where the one before ended"
+        );
+        self.landed_bytes += bytes;
+        self.sums.push(sum);
+    }
+
     /// Copies the next piece to its place in `block`, the destination of the whole block.
     ///
     /// # Panics
@@ -188,6 +203,19 @@ impl PageSummer {
             self.sum(now);
             dst = later;
         }
+    }
+
+    /// A whole page, or a shorter last one, whose sum was made elsewhere.
+    ///
+    /// # Panics
+    ///
+    /// When a page is open.
+    pub fn page(&mut self, sum: u64) {
+        assert_eq!(
+            self.open_bytes, 0,
+            "a page begins where the one before ended"
+        );
+        self.sums.push(sum);
     }
 
     /// The sums of all pages; a last short page is summed as it is.

@@ -15,8 +15,8 @@ use kvbenches::peers::wire::payload;
 use kvbenches::phases::inside::{engine, hash, put, query};
 use kvclient::clock::Tick;
 use kvclient::route::{Assembly, Known, Split};
-use kvgpu::{Arena, ArenaConfig, DomainId, HugePages};
-use kvproto::checksum::{Landing, copy_and_sum, page_sums, seal};
+use kvgpu::{Arena, ArenaConfig, DomainId, HugePages, Staging, StagingMap, Toward};
+use kvproto::checksum::{Landing, PAGE_BYTES, copy_and_sum, page_sum, page_sums, seal};
 use kvproto::frame::{Frame, FrameLimits, FrameReader, head};
 use kvproto::{
     BlockKey, Chain, Member, MemberId, MemberState, NamespaceId, NamespaceKey, OwnerId, Part,
@@ -98,6 +98,7 @@ fn main() -> Result<()> {
 fn prices() -> Result<Vec<Price>> {
     let mut prices = hashing();
     prices.extend(bytes());
+    prices.extend(shared()?);
     prices.extend(frames());
     prices.extend(index()?);
     prices.extend(["lru", "s3fifo", "best"].into_iter().filter_map(eviction));
@@ -235,6 +236,68 @@ fn bytes() -> Vec<Price> {
         ),
         Price::new("seal of a 1 MiB block", Unit::Nanos("seal"), sealing),
     ]
+}
+
+/// A block out of shared memory, page by page: into a buffer that is used again, and into much memory.
+fn shared() -> Result<Vec<Price>> {
+    let staging = Arc::new(Staging::create(SOURCE_BYTES as u64)?);
+    let map = StagingMap::map(staging.fd().try_clone_to_owned()?)?;
+    map.write(0, &payload(SOURCE_BYTES, 1))?;
+    let price = |name, into_bytes: usize, step: fn(&Staging, u64, &mut [u8]) -> u64| {
+        let (staging, mut into, mut at) = (staging.clone(), vec![1_u8; into_bytes], 0);
+        Price::new(name, Unit::GibS, move || {
+            for page in (at..at + MIB).step_by(PAGE_BYTES) {
+                let to = &mut into[page % into_bytes..][..PAGE_BYTES];
+                black_box(step(&staging, page as u64, to));
+            }
+            at = (at + MIB) % SOURCE_BYTES;
+            MIB as u64
+        })
+    };
+    let two_passes = |staging: &Staging, at, to: &mut [u8]| {
+        staging.read(at, to).expect("inside");
+        page_sum(to)
+    };
+    let cache = |staging: &Staging, at, to: &mut [u8]| {
+        let sum = staging.read_summed(at, to, Toward::Cache);
+        sum.expect("inside")
+    };
+    let memory = |staging: &Staging, at, to: &mut [u8]| {
+        let sum = staging.read_summed(at, to, Toward::Memory);
+        sum.expect("inside")
+    };
+    Ok(vec![
+        price(
+            "shared, copied then summed, 1 MiB again and again",
+            MIB,
+            two_passes,
+        ),
+        price(
+            "shared, one pass to the cache, 1 MiB again and again",
+            MIB,
+            cache,
+        ),
+        price(
+            "shared, one pass to memory, 1 MiB again and again",
+            MIB,
+            memory,
+        ),
+        price(
+            "shared, copied then summed, much memory",
+            SOURCE_BYTES,
+            two_passes,
+        ),
+        price(
+            "shared, one pass to the cache, much memory",
+            SOURCE_BYTES,
+            cache,
+        ),
+        price(
+            "shared, one pass to memory, much memory",
+            SOURCE_BYTES,
+            memory,
+        ),
+    ])
 }
 
 fn key(index: u64) -> BlockKey {

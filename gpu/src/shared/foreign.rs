@@ -4,8 +4,8 @@
 //! arrives is then any mixture of old and new, and whoever copied finds out by sums or generations. The copy
 //! itself is inline assembly, about which the compiler assumes nothing.
 //!
-//! Why `rep movsb` and not intrinsics: those are ordinary loads to the compiler. Why no stores past the cache:
-//! each page is summed where it was copied to, right after, while it is in the cache.
+//! Why `rep movsb` and not intrinsics: those are ordinary loads to the compiler. Why no stores past the cache: whole
+//! pages go through `summed`; what comes here is odd pieces, summed where they were copied to, right after.
 
 /// Copies `length` bytes; the bytes at `from`, or those at `to`, may be changed by others meanwhile.
 ///

@@ -5,8 +5,12 @@ use std::ptr::{self, NonNull};
 
 use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
+use twox_hash::XxHash3_64;
 
-use super::{OutOfBounds, SharedError, foreign};
+use super::{
+    OutOfBounds, SharedError, foreign,
+    summed::{self, Toward},
+};
 
 /// What keeps a mapping from being cut under its reader.
 const FIXED: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW);
@@ -83,6 +87,44 @@ impl Mapped {
         // SAFETY: `from` is inside the mapping, which lives as long as `self`; `to` is the caller's alone.
         unsafe { foreign::copy(to.as_mut_ptr(), from.as_ptr(), to.len()) };
         Ok(())
+    }
+
+    /// Copies out and answers the XXH3-64 of what lies at `to` then; the mapping must be readable.
+    pub(super) fn copy_out_summed(
+        &self,
+        offset: u64,
+        to: &mut [u8],
+        toward: Toward,
+    ) -> Result<u64, OutOfBounds> {
+        let from = self.at(offset, to.len())?;
+        // SAFETY: as `copy_out`.
+        let sum = unsafe { summed::copy(to.as_mut_ptr(), from.as_ptr(), to.len(), toward) };
+        match sum {
+            Some(sum) => Ok(sum),
+            None => {
+                self.copy_out(offset, to)?;
+                Ok(XxHash3_64::oneshot(to))
+            }
+        }
+    }
+
+    /// Copies in and answers the XXH3-64 of `from`; the mapping must be writable.
+    pub(super) fn copy_in_summed(
+        &self,
+        offset: u64,
+        from: &[u8],
+        toward: Toward,
+    ) -> Result<u64, OutOfBounds> {
+        let to = self.at(offset, from.len())?;
+        // SAFETY: as `copy_in`.
+        let sum = unsafe { summed::copy(to.as_ptr(), from.as_ptr(), from.len(), toward) };
+        match sum {
+            Some(sum) => Ok(sum),
+            None => {
+                self.copy_in(offset, from)?;
+                Ok(XxHash3_64::oneshot(from))
+            }
+        }
     }
 
     /// Copies in; the mapping must be writable.

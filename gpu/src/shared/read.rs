@@ -20,7 +20,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::mm::ProtFlags;
 
 use super::mapped::Mapped;
-use super::{OutOfBounds, SharedError};
+use super::{OutOfBounds, SharedError, Toward};
 use crate::arena::SegmentInfo;
 use crate::slots::PAGE_BYTES;
 
@@ -113,6 +113,19 @@ impl ReadSegment {
     /// When the range is not inside the segment; nothing was copied.
     pub fn copy(&self, offset: u64, to: &mut [u8]) -> Result<(), OutOfBounds> {
         self.data.copy_out(offset, to)
+    }
+
+    /// As [`ReadSegment::copy`], and answers the XXH3-64 of what lies at `to` afterwards: one pass for a page.
+    ///
+    /// # Errors
+    /// As [`ReadSegment::copy`].
+    pub fn copy_summed(
+        &self,
+        offset: u64,
+        to: &mut [u8],
+        toward: Toward,
+    ) -> Result<u64, OutOfBounds> {
+        self.data.copy_out_summed(offset, to, toward)
     }
 }
 

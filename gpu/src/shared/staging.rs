@@ -14,7 +14,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create
 use rustix::mm::ProtFlags;
 
 use super::mapped::Mapped;
-use super::{OutOfBounds, SharedError};
+use super::{OutOfBounds, SharedError, Toward};
 
 /// The node's end of a client's staging memory.
 pub struct Staging {
@@ -60,6 +60,20 @@ impl Staging {
     pub fn read(&self, offset: u64, to: &mut [u8]) -> Result<(), OutOfBounds> {
         self.memory.copy_out(offset, to)
     }
+
+    /// As [`Staging::read`], and answers the XXH3-64 of what lies at `to` afterwards, whatever the client writes
+    /// meanwhile: one pass for a page.
+    ///
+    /// # Errors
+    /// As [`Staging::read`].
+    pub fn read_summed(
+        &self,
+        offset: u64,
+        to: &mut [u8],
+        toward: Toward,
+    ) -> Result<u64, OutOfBounds> {
+        self.memory.copy_out_summed(offset, to, toward)
+    }
 }
 
 impl std::fmt::Debug for Staging {
@@ -95,6 +109,15 @@ impl StagingMap {
     pub fn write(&self, offset: u64, from: &[u8]) -> Result<(), OutOfBounds> {
         self.0.copy_in(offset, from)
     }
+
+    /// As [`StagingMap::write`], and answers the XXH3-64 of `from`: one pass for a page. The copy stays in the
+    /// cache, where the node finds it.
+    ///
+    /// # Errors
+    /// As [`StagingMap::write`].
+    pub fn write_summed(&self, offset: u64, from: &[u8]) -> Result<u64, OutOfBounds> {
+        self.0.copy_in_summed(offset, from, Toward::Cache)
+    }
 }
 
 impl std::fmt::Debug for StagingMap {
@@ -111,7 +134,7 @@ mod tests {
     use rustix::io::Errno;
 
     use super::{Staging, StagingMap};
-    use crate::shared::SharedError;
+    use crate::shared::{SharedError, Toward};
 
     const BYTES: u64 = 1 << 20;
 
@@ -136,11 +159,33 @@ mod tests {
     }
 
     #[test]
+    fn both_ends_sum_what_they_copy() {
+        let (staging, map) = pair();
+        for length in [0, 5, 240, 4096, 65_500, 65_536, 100_001] {
+            let written: Vec<u8> = (0..length).map(|i: usize| ((i * 13) >> 2) as u8).collect();
+            let sum = twox_hash::XxHash3_64::oneshot(&written);
+            assert_eq!(map.write_summed(64, &written), Ok(sum), "{length}");
+            for toward in [Toward::Cache, Toward::Memory] {
+                let mut read = vec![0; length];
+                assert_eq!(
+                    staging.read_summed(64, &mut read, toward),
+                    Ok(sum),
+                    "{length}"
+                );
+                assert!(read == written);
+            }
+        }
+    }
+
+    #[test]
     fn ranges_outside_are_refused_at_either_end() {
         let (staging, map) = pair();
         for offset in [BYTES - 1, BYTES, u64::MAX] {
             assert!(map.write(offset, &[1, 2]).is_err(), "{offset}");
             assert!(staging.read(offset, &mut [0; 2]).is_err(), "{offset}");
+            assert!(map.write_summed(offset, &[1; 256]).is_err(), "{offset}");
+            let read = staging.read_summed(offset, &mut [0; 256], Toward::Memory);
+            assert!(read.is_err(), "{offset}");
         }
     }
 

@@ -27,6 +27,8 @@ pub(crate) trait Sink {
     fn room(&mut self, slot: usize) -> &mut [u8];
     /// So many bytes have been put there.
     fn landed(&mut self, slot: usize, bytes: usize);
+    /// A whole page has been put there, its sum made on the way; all before it has landed.
+    fn landed_page(&mut self, slot: usize, bytes: usize, sum: u64);
     /// It is whole: the sums of its pages.
     fn close(&mut self, slot: usize) -> Vec<u64>;
     /// What lies there is not the block: nobody shall take it for one.
@@ -158,6 +160,14 @@ impl<T: Destination> Sink for Destinations<'_, T> {
         }
     }
 
+    fn landed_page(&mut self, _: usize, bytes: usize, sum: u64) {
+        let at = &mut self.at;
+        at.landed_at += bytes;
+        at.hashed_at = at.landed_at;
+        at.block_at += bytes;
+        at.sums.push(sum);
+    }
+
     fn close(&mut self, _: usize) -> Vec<u64> {
         std::mem::take(&mut self.at).sums
     }
@@ -189,6 +199,10 @@ impl<S: Sink> Sink for Behind<'_, S> {
 
     fn landed(&mut self, slot: usize, bytes: usize) {
         self.sink.landed(self.first + slot, bytes);
+    }
+
+    fn landed_page(&mut self, slot: usize, bytes: usize, sum: u64) {
+        self.sink.landed_page(self.first + slot, bytes, sum);
     }
 
     fn close(&mut self, slot: usize) -> Vec<u64> {
@@ -233,6 +247,10 @@ impl Sink for Kept {
         self.landing.landed(bytes, &self.block);
     }
 
+    fn landed_page(&mut self, _: usize, bytes: usize, sum: u64) {
+        self.landing.landed_page(bytes, sum);
+    }
+
     fn close(&mut self, slot: usize) -> Vec<u64> {
         let sums = std::mem::take(&mut self.landing).finish(&self.block);
         self.blocks[slot] = Some(std::mem::take(&mut self.block).into());
@@ -248,7 +266,7 @@ impl Sink for Kept {
 mod tests {
     use proptest::{
         collection::vec,
-        prelude::{prop_assert, prop_assert_eq, proptest},
+        prelude::{any, prop_assert, prop_assert_eq, proptest},
     };
 
     use super::*;
@@ -261,6 +279,7 @@ mod tests {
             cuts in vec(0..4 * PAGE_BYTES, 0..6),
             steps in vec(1_usize..2 * PAGE_BYTES, 1..5),
             spare in 0_usize..3,
+            are_summed in any::<bool>(),
         ) {
             let block: Vec<u8> = (0..length).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
             let mut memory = vec![0xee; length + spare];
@@ -281,9 +300,18 @@ mod tests {
             while at < length {
                 let room = sink.room(0);
                 prop_assert!(!room.is_empty());
-                let take = room.len().min(length - at).min(*steps.next().unwrap());
-                room[..take].copy_from_slice(&block[at..at + take]);
-                sink.landed(0, take);
+                let page = (length - at).min(PAGE_BYTES);
+                let is_page = are_summed && at.is_multiple_of(PAGE_BYTES) && room.len() >= page;
+                let take = match is_page {
+                    true => page,
+                    false => room.len().min(length - at).min(*steps.next().unwrap()),
+                };
+                let bytes = &block[at..at + take];
+                room[..take].copy_from_slice(bytes);
+                match is_page {
+                    true => sink.landed_page(0, take, page_sum(bytes)),
+                    false => sink.landed(0, take),
+                }
                 at += take;
             }
             prop_assert_eq!(sink.close(0), page_sums(&block));

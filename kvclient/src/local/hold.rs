@@ -23,7 +23,7 @@ use super::{
     Local,
     attachment::{Attachment, Turn},
     error::LocalError,
-    read::{Asked, Said, copy},
+    read::{Asked, Said, copy, toward},
 };
 use crate::{
     call::{Deadline, Inner},
@@ -127,7 +127,14 @@ impl Held {
         let Some(segment) = self.said[i].segment().and_then(|s| self.segments.get(&s)) else {
             return Err(FieldError::new("block", "lies in a segment that is not mapped").into());
         };
-        match copy(segment, found, 0, &mut Destinations::new(&mut [into])) {
+        let toward = toward(found.header.length_bytes);
+        match copy(
+            segment,
+            found,
+            0,
+            toward,
+            &mut Destinations::new(&mut [into]),
+        ) {
             Ok(outcome) => Ok(outcome),
             Err(LocalError::Field(problem)) => Err(problem.into()),
             Err(error) => {

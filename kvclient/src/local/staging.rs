@@ -118,15 +118,26 @@ impl Grant<'_> {
 
     /// Copies `bytes` to `at` of the range of block `i`.
     pub(super) fn write(&self, i: usize, at: u64, bytes: &[u8]) -> Result<(), OutOfBounds> {
+        let to = self.place(i, at, bytes.len())?;
+        self.staging.map.write(to, bytes)
+    }
+
+    /// The same for a whole page, and answers its sum.
+    pub(super) fn write_page(&self, i: usize, at: u64, page: &[u8]) -> Result<u64, OutOfBounds> {
+        let to = self.place(i, at, page.len())?;
+        self.staging.map.write_summed(to, page)
+    }
+
+    fn place(&self, i: usize, at: u64, bytes: usize) -> Result<u64, OutOfBounds> {
         let range = self.ranges[i];
-        if at + bytes.len() as u64 > range.bytes {
+        if at + bytes as u64 > range.bytes {
             return Err(OutOfBounds {
                 offset: at,
-                length_bytes: bytes.len() as u64,
+                length_bytes: bytes as u64,
                 mapped_bytes: range.bytes,
             });
         }
-        self.staging.map.write(range.offset + at, bytes)
+        Ok(range.offset + at)
     }
 
     /// The node is about to be told: without an answer the ranges are not used again.

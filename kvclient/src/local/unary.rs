@@ -52,7 +52,7 @@ pub(crate) async fn unary<Q: Question>(
     mut question: impl FnMut(v1::RequestContext) -> Q,
 ) -> Result<Q::Answer, Error> {
     if let Some(way) = Local::way(inner, deadline).await {
-        let asked = question(inner.context(&inner.unique())).into_call();
+        let asked = question(inner.view_context()).into_call();
         let answer = way.run(async |turn| {
             let (answer, _) = turn.link.call(asked, way.left()).await?;
             Q::answer(answer).ok_or_else(|| LocalError::answer("to another question"))

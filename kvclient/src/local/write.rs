@@ -59,7 +59,7 @@ impl Way<'_> {
             .ok()?;
         let call = Call::Put(v1::LocalPut {
             start: Some(v1::PutStart {
-                context: Some(inner.context(&inner.unique())),
+                context: Some(inner.view_context()),
                 namespace_id: Bytes::copy_from_slice(&putting.namespace.id().0),
                 ack: putting.options.ack.to_wire().into(),
                 kind: putting.options.kind.to_wire().into(),
@@ -88,13 +88,19 @@ impl Way<'_> {
 fn fill(grant: &Grant<'_>, putting: &Putting<'_>) -> Result<Vec<v1::LocalWritten>, LocalError> {
     let mut written = Vec::with_capacity(putting.blocks.len());
     for (i, block) in putting.blocks.iter().enumerate() {
+        let length = block.data.length_bytes();
         let (mut bytes, mut at, mut sums) = (block.data.reader(), 0, PageSummer::new());
         while let Some(slice) = bytes.next(PAGE_BYTES - at % PAGE_BYTES) {
-            // Summed where the caller has it: what the node copies is checked against what was meant.
-            sums.update(slice);
-            grant
-                .write(i, at as u64, slice)
-                .map_err(LocalError::answer)?;
+            let page = (length - at).min(PAGE_BYTES);
+            // The sums are those of the caller's bytes: what the node copies is checked against what was meant.
+            let put = if slice.len() == page && at.is_multiple_of(PAGE_BYTES) {
+                let sum = grant.write_page(i, at as u64, slice);
+                sum.map(|sum| sums.page(sum))
+            } else {
+                sums.update(slice);
+                grant.write(i, at as u64, slice)
+            };
+            put.map_err(LocalError::answer)?;
             at += slice.len();
         }
         let announced = putting.announce(block);

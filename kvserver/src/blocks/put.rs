@@ -265,6 +265,23 @@ impl PutSession {
         Ok(())
     }
 
+    /// A whole page has been written into the room, and its sum made on the way.
+    ///
+    /// # Errors
+    /// As [`PutSession::data`].
+    pub fn landed_page(&mut self, bytes: usize, sum: u64) -> Result<(), BlocksError> {
+        self.received(bytes)?;
+        if let Some(Filling {
+            into: Into::Slot { landing, .. },
+            ..
+        }) = &mut self.filling
+        {
+            landing.landed_page(bytes, sum);
+        }
+        self.complete_if_whole();
+        Ok(())
+    }
+
     /// So many bytes of the current block will never come, because they would go nowhere.
     ///
     /// # Errors

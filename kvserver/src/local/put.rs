@@ -1,12 +1,13 @@
 //! Put: from a client's staging memory into slots, summed on the way.
 //!
 //! ```text
-//! every header and offset judged ─► block by block: reserve ─► page: copy, sum while it is in the cache ─► publish
+//! every header and offset judged ─► block by block: reserve ─► page: copied and summed in one pass ─► publish
 //! ```
 //!
 //! The sums are of what lies in the slot. A client that changes its bytes while they are copied, or before, is a
 //! client whose block is corrupt; what it does to its memory afterwards is nothing to the block.
 
+use kvgpu::{Toward, copy::STREAM_FROM_BYTES};
 use kvproto::{
     BlockHeader, FieldError, NamespaceId,
     checksum::PAGE_BYTES,
@@ -43,14 +44,18 @@ impl Session {
         let judged = judge(&wire.blocks, rules, staging.length_bytes())?;
         for (header, offset) in judged {
             self.check(deadline)?;
+            let toward = match header.length_bytes < STREAM_FROM_BYTES as u64 {
+                true => Toward::Cache,
+                false => Toward::Memory, // a slot is read later, and by somebody else
+            };
             session.block(header)?;
             let mut at = offset;
             while let Some(room) = session.room() {
                 let page = room.len().min(PAGE_BYTES);
-                staging
-                    .read(at, &mut room[..page])
+                let sum = staging
+                    .read_summed(at, &mut room[..page], toward)
                     .map_err(|error| FieldError::new("put.blocks.offset", error.to_string()))?;
-                session.landed(page)?;
+                session.landed_page(page, sum)?;
                 self.shared.metrics.local.put_bytes.inc_by(page as u64);
                 at += page as u64;
             }
