@@ -33,7 +33,7 @@ impl Owners for Rendezvous {
     }
 
     fn bytes(&self) -> usize {
-        // A seed, a weight and a zone each.
-        self.members * 24
+        // A seed, a weight and a zone each, and a seed and a number once more by weight.
+        self.members * 36
     }
 }

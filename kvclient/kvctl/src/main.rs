@@ -4,6 +4,7 @@
 //! kvctl ── status put get lookup invalidate ──► a node, through kvclient
 //!      ── bench ─────────────────────────────► a node, under load
 //!      ── replay ────────────────────────────► a policy alone, or a node
+//!      ── simulate ──────────────────────────► a thousand nodes in this process
 //!      ── doctor ────────────────────────────► this machine
 //! ```
 //!
@@ -20,6 +21,7 @@ mod key;
 mod lookup;
 mod put;
 mod replay;
+mod simulate;
 mod status;
 
 use std::process::ExitCode;
@@ -57,6 +59,8 @@ enum Command {
     Bench(bench::Args),
     /// Judge eviction policies on a recorded trace
     Replay(replay::Args),
+    /// A cluster of a thousand nodes on a clock of its own: what changes cost
+    Simulate(simulate::Args),
     /// Check this machine and say what to do
     Doctor(doctor::Args),
 }
@@ -87,6 +91,7 @@ async fn run(context: &Context, command: Command) -> anyhow::Result<ExitCode> {
         Command::Invalidate(args) => invalidate::run(context, args).await?,
         Command::Bench(args) => return bench::run(context, args).await,
         Command::Replay(args) => replay::run(context, args).await?,
+        Command::Simulate(args) => simulate::run(context, args).await?,
         Command::Doctor(args) => return doctor::run(context, args).await,
     }
     Ok(ExitCode::SUCCESS)
