@@ -185,24 +185,25 @@ impl Client {
         spec.validate()?;
         let deadline = self.until();
         let opened = self
-            .of_anybody(deadline, async |inner: &Arc<Inner>, deadline| {
-                open::open(inner, spec, strict, replicas, deadline).await
+            .of_anybody(deadline, |inner: Arc<Inner>, deadline| async move {
+                open::open(&inner, spec, strict, replicas, deadline).await
             })
             .await?;
         Ok(NamespaceHandle::new(spec.clone(), opened))
     }
 
-    /// Asks one node after the other until one answers, the one that did last first.
-    async fn of_anybody<T>(
+    /// Asks one node after the other until one answers, the one that did last first. No async closure, and the node by
+    /// value: with either the compiler does not find the caller's future to be `Send`.
+    async fn of_anybody<T, F: Future<Output = Result<T, Error>>>(
         &self,
         deadline: Deadline,
-        call: impl AsyncFn(&Arc<Inner>, Deadline) -> Result<T, Error>,
+        call: impl Fn(Arc<Inner>, Deadline) -> F,
     ) -> Result<T, Error> {
         let nodes = self.fleet.anybody();
         let mut first = None;
         for (i, inner) in nodes.iter().enumerate() {
             let share = self.fleet.share(deadline, i + 1 == nodes.len());
-            match call(inner, share).await {
+            match call(Arc::clone(inner), share).await {
                 Ok(answer) => {
                     self.fleet.answered(inner);
                     return Ok(answer);
@@ -487,8 +488,8 @@ impl Client {
         lifetime: Duration,
     ) -> Result<Watch, Error> {
         let id = namespace.map(NamespaceHandle::id);
-        self.of_anybody(self.until(), async |inner: &Arc<Inner>, deadline| {
-            watch::watch(inner, deadline, lifetime, id).await
+        self.of_anybody(self.until(), |inner: Arc<Inner>, deadline| async move {
+            watch::watch(&inner, deadline, lifetime, id).await
         })
         .await
     }
@@ -499,10 +500,12 @@ impl Client {
     /// # Errors
     /// When the node does not answer.
     pub async fn stats(&self) -> Result<v1::StatsResponse, Error> {
-        self.of_anybody(self.until(), async |inner: &Arc<Inner>, deadline| {
+        self.of_anybody(self.until(), |inner: Arc<Inner>, deadline| async move {
             let answer: v1::StatsResponse =
-                call::unary(inner, Method::STATS, deadline, |context| v1::StatsRequest {
-                    context: Some(context),
+                call::unary(&inner, Method::STATS, deadline, |context| {
+                    v1::StatsRequest {
+                        context: Some(context),
+                    }
                 })
                 .await?;
             inner.heard(answer.context.as_ref());
@@ -518,8 +521,8 @@ impl Client {
     /// Waits until a connection stands.
     pub(crate) async fn prove(&self, budget: Duration) -> Result<(), Error> {
         let deadline = Deadline::after(&*self.fleet.recipe.clock, budget);
-        self.of_anybody(deadline, async |inner: &Arc<Inner>, deadline| {
-            let mut tries = Tries::new(inner, Method::STATS, deadline);
+        self.of_anybody(deadline, |inner: Arc<Inner>, deadline| async move {
+            let mut tries = Tries::new(&inner, Method::STATS, deadline);
             loop {
                 if tries.run(|_, _| async { Ok(()) }).await?.is_ok() {
                     return Ok(());

@@ -229,17 +229,13 @@ impl NodeLink {
     }
 
     async fn open(&self) -> Result<(), Error> {
-        let open = |client: &Client, strict| {
-            let client = client.with_deadline(TRY_DEADLINE);
-            async move { client.open_namespace(&self.spec, strict).await }
-        };
         // Strict with the first: had it been refused, the second would not be asked.
         let Ok([asking, moving]) = self.state.lock().clients.clone() else {
             // Hung up: the one task that opens is gone then.
             return Ok(());
         };
-        let asking = open(&asking, self.strict).await?;
-        let moving = open(&moving, false).await?;
+        let asking = self.open_with(asking, self.strict).await?;
+        let moving = self.open_with(moving, false).await?;
         let mut state = self.state.lock();
         if state.handles.is_none()
             && let Some(difference) = asking.difference()
@@ -256,6 +252,11 @@ impl NodeLink {
         drop(state);
         self.counters.opened.add(1);
         Ok(())
+    }
+
+    async fn open_with(&self, client: Client, strict: bool) -> Result<NamespaceHandle, Error> {
+        let client = client.with_deadline(TRY_DEADLINE);
+        client.open_namespace(&self.spec, strict).await
     }
 
     fn refused(&self, error: &Error) {
