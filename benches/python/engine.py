@@ -4,15 +4,17 @@
               Terrace's engine  cold: the same prompt; its blocks are saved behind the answer
                                 own prefix cache: the same prompt again
                                 warm: own prefix cache dropped, the blocks come from the node
+              LMCache's engine  cold and warm as above, where there is one (--lmcache)
               numpy             a copy of as many bytes
 
-Two vLLM engines in processes of their own (the CPU build, float32, a Llama of 125 million parameters with random weights),
-one request at a time, in turn. Ratios are taken per round. Run it by `make bench-engine`.
+Two vLLM engines in processes of their own (the CPU build, float32, a Llama of 125 million parameters with random
+weights), one request at a time, in turn. Ratios are taken per round. Run it by `make bench-engine`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from typing import Any
 
 import numpy as np
 from interval import Ratio, paired
-from servers import cpu_ns, node
+from servers import cpu_ns, lmcache, node
 
 import terrace
 
@@ -33,17 +35,19 @@ LAYERS, KV_HEADS, HEAD, BLOCK = 12, 4, 64, 32
 TOKEN_BYTES = LAYERS * KV_HEADS * HEAD * 2 * 4
 VOCAB = 13_000
 WARM_UP = 256  # tokens of the worker's first request
-SHAPE = ["--hidden", "768", "--inner", "3072", "--layers", "12", "--heads", "12", "--kv-heads", "4", "--vocab", str(VOCAB)]
+SHAPE = ["--hidden", "768", "--inner", "3072", "--layers", "12", "--heads", "12", "--kv-heads", "4"]
+SHAPE += ["--vocab", str(VOCAB)]
 
 
 class Engine:
     """A worker process; `ask` answers when it has."""
 
-    def __init__(self, log: Path, **settings: Any) -> None:
+    def __init__(self, log: Path, python: Path | str = sys.executable, **settings: Any) -> None:
         self.log = log
         with log.open("wb") as err:
-            command = [sys.executable, str(HERE / "engine_worker.py"), json.dumps(settings)]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, text=True)
+            command = [str(python), str(HERE / "engine_worker.py"), json.dumps(settings)]
+            pipe = subprocess.PIPE
+            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=err, text=True)
         self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -70,7 +74,7 @@ class Engine:
 
 
 def await_blocks(client: terrace.Client, wanted: int) -> None:
-    """Until the node holds so many blocks; the engine saves behind its answers. Seldom asked: asking costs the node too."""
+    """Until the node holds so many blocks; the engine saves behind its answers. Seldom asked: asking costs it too."""
     until = time.monotonic() + 30
     while client.stats()["ram_blocks"] < wanted:
         if time.monotonic() > until:
@@ -78,17 +82,34 @@ def await_blocks(client: terrace.Client, wanted: int) -> None:
         time.sleep(0.2)
 
 
+class Peer:
+    """The same engine with LMCache's connector, and the process of its server."""
+
+    def __init__(self, python: Path, folder: Path, common: dict[str, Any], port: int, pid: int) -> None:
+        where = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port}
+        transfer = {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": where}
+        self.pid = pid
+        self.engine = Engine(folder / "lmcache-engine.log", python, **common, transfer=transfer)
+
+    def round(self, ask: dict[str, Any]) -> dict[str, float]:
+        before, server = self.engine.ask(account=True), cpu_ns(self.pid)
+        cold = self.engine.ask(**ask)
+        time.sleep(2)  # it saves behind its answer too, and does not tell
+        after, server_s = self.engine.ask(account=True), (cpu_ns(self.pid) - server) / 1e9
+        reset = self.engine.ask(reset=True)["reset"]
+        warm = self.engine.ask(**ask)
+        if cold["cached"] or not warm["cached"] or not reset or cold["token"] != warm["token"]:
+            raise RuntimeError(f"LMCache: not what was meant to be measured: {cold} {reset} {warm}")
+        cpu = after["process_s"] - before["process_s"] + server_s
+        return {"lmcache_cold": cold["ttft_s"], "lmcache_warm": warm["ttft_s"], "cpu_lmcache": cpu}
+
+
 class Engines:
     """One engine with Terrace and one without, in front of a node of their own."""
 
-    def __init__(self, model: Path, folder: Path, tokens: int, endpoint: str, node_pid: int) -> None:
+    def __init__(self, folder: Path, common: dict[str, Any], tokens: int, endpoint: str, node_pid: int) -> None:
         self.tokens, self.blocks, self.node_pid = tokens, (tokens - 1) // BLOCK, node_pid
-        common: dict[str, Any] = {
-            "model": str(model),
-            "vocab": VOCAB,
-            "max_tokens": tokens + 64,
-            "kv_cache_bytes": 2 * (tokens + 64) * TOKEN_BYTES,
-        }
+        self.peer: Peer | None = None
         transfer = {
             "kv_connector": "TerraceConnector",
             "kv_connector_module_path": "terrace.vllm",
@@ -107,6 +128,8 @@ class Engines:
     def close(self) -> None:
         self.ours.close()
         self.plain.close()
+        if self.peer is not None:
+            self.peer.engine.close()
         self.client.close()
 
     def cold(self, ask: dict[str, Any]) -> tuple[dict[str, Any], float, float]:
@@ -137,18 +160,23 @@ class Engines:
         cold, terrace_s, all_s = self.cold(ask)
         if not turn % 2:
             plain, plain_s = self.without(ask)
+        before = self.ours.ask(account=True)["loaded_blocks"]
         own = self.ours.ask(**ask)
-        self.ours.ask(reset=True)
+        between = self.ours.ask(account=True)["loaded_blocks"]
+        reset = self.ours.ask(reset=True)["reset"]
         warm = self.ours.ask(**ask)
+        loaded = self.ours.ask(account=True)["loaded_blocks"] - between
         copy = self.copy()
         known = self.blocks * BLOCK
-        if (plain["cached"], cold["cached"], own["cached"], warm["cached"]) != (0, 0, known, known):
-            raise RuntimeError(f"not what was meant to be measured: {plain} {cold} {own} {warm}")
+        cached = (plain["cached"], cold["cached"], own["cached"], warm["cached"])
+        if cached != (0, 0, known, known) or before != between or not reset or loaded != self.blocks:
+            raise RuntimeError(f"not what was meant to be measured: {cached} {before} {between} {reset} {loaded}")
         if not plain["token"] == cold["token"] == own["token"] == warm["token"]:
             raise RuntimeError(f"tokens differ: {plain} {cold} {own} {warm}")
         ttft = {"plain": plain, "cold": cold, "own": own, "warm": warm}
         seconds = {name: float(answer["ttft_s"]) for name, answer in ttft.items()}
-        return seconds | {"copy": copy, "cpu_terrace": terrace_s, "cpu_all": all_s, "cpu_plain": plain_s}
+        peer = self.peer.round(ask) if self.peer is not None else {}
+        return seconds | peer | {"copy": copy, "cpu_terrace": terrace_s, "cpu_all": all_s, "cpu_plain": plain_s}
 
 
 def show(what: str, ratio: Ratio, bar: float | None = None) -> dict[str, Any]:
@@ -167,10 +195,17 @@ def report(rounds: list[dict[str, float]], tokens: int) -> dict[str, Any]:
         ("own", "again, from the engine's own prefix cache"),
         ("warm", "again, from Terrace"),
         ("copy", "a copy of as many bytes"),
+        ("lmcache_cold", "cold, with LMCache (nothing found, all saved)"),
+        ("lmcache_warm", "again, from LMCache"),
     ):
+        if name not in rows:
+            continue
         print(f"  {what:46} {median(rows[name]) * 1e3:9.1f} ms")
     print(f"  {'CPU of a cold request, with and without Terrace':46}", end="")
     print(f" {median(rows['cpu_all']) * 1e3:9.1f} ms {median(rows['cpu_plain']) * 1e3:9.1f} ms")
+    if "cpu_lmcache" in rows:
+        show("beside LMCache: warm to its warm", paired(rows["warm"], rows["lmcache_warm"]))
+        show("beside LMCache: CPU of a cold request to its", paired(rows["cpu_all"], rows["cpu_lmcache"]))
     floor = [copy + own for copy, own in zip(rows["copy"], rows["own"], strict=True)]
     return {
         "tokens": tokens,
@@ -179,7 +214,9 @@ def report(rounds: list[dict[str, float]], tokens: int) -> dict[str, Any]:
         "warm_to_cold": show("warm to cold", paired(rows["warm"], rows["cold"]), 0.1),
         "warm_to_floor": show("warm to (copy + suffix after a hit of its own)", paired(rows["warm"], floor), 1.15),
         "cpu_share": show(
-            "no reuse: CPU of connector and node, share of the request's", paired(rows["cpu_terrace"], rows["cpu_all"]), 0.02
+            "no reuse: CPU of connector and node, share of the request's",
+            paired(rows["cpu_terrace"], rows["cpu_all"]),
+            0.02,
         ),
         "cpu_to_plain": show("no reuse: CPU with Terrace to CPU without", paired(rows["cpu_all"], rows["cpu_plain"])),
         "cold_to_plain": show("no reuse: time to first token, with to without", paired(rows["cold"], rows["plain"])),
@@ -193,27 +230,35 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="begin no round after so many seconds of them")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--model", type=Path, help="folder of the model; made there if it is missing")
+    parser.add_argument("--lmcache", type=Path, help="python of an environment with vLLM and LMCache, to go beside")
     parser.add_argument("--json", type=Path, help="the figures as one JSON object to this file")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+    common: dict[str, Any] = {
+        "vocab": VOCAB,
+        "max_tokens": options.tokens + 64,
+        "kv_cache_bytes": 2 * (options.tokens + 64) * TOKEN_BYTES,
+    }
+    rounds: list[dict[str, float]] = []
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         model = options.model or folder / "model"
         if not (model / "config.json").is_file():
             maker = HERE.parent.parent / "tests" / "python" / "vllm" / "model.py"
             subprocess.run([sys.executable, str(maker), str(model), *SHAPE], check=True)
-        ram = f"{(options.rounds + 2) * options.tokens * TOKEN_BYTES * 5 // 4 >> 20}MiB"
-        with node(options.kvserver, folder, ram_bytes=ram) as (endpoint, pid):
-            engines = Engines(model, folder, options.tokens, endpoint, pid)
-            rounds: list[dict[str, float]] = []
-            started = time.monotonic()
-            try:
-                for turn in range(options.rounds):
-                    if options.seconds is not None and time.monotonic() - started > options.seconds:
-                        break
-                    rounds.append(engines.round(turn))
-                    print(f"round {turn + 1} of {options.rounds}", end="\r", file=sys.stderr, flush=True)
-            finally:
-                engines.close()
+        common["model"] = str(model)
+        mib = (options.rounds + 2) * options.tokens * TOKEN_BYTES * 5 // 4 >> 20
+        endpoint, pid = stack.enter_context(node(options.kvserver, folder, ram_bytes=f"{mib}MiB"))
+        server = stack.enter_context(lmcache(options.lmcache, folder, -(-mib // 1024))) if options.lmcache else None
+        engines = Engines(folder, common, options.tokens, endpoint, pid)
+        stack.callback(engines.close)
+        if server is not None:
+            engines.peer = Peer(options.lmcache, folder, common, *server)
+        started = time.monotonic()
+        for turn in range(options.rounds):
+            if options.seconds is not None and time.monotonic() - started > options.seconds:
+                break
+            rounds.append(engines.round(turn))
+            print(f"round {turn + 1} of {options.rounds}", end="\r", file=sys.stderr, flush=True)
     result = report(rounds, options.tokens)
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")

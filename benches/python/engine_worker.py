@@ -2,15 +2,16 @@
 
     {"generate": seed, "tokens": n}   a prompt of n tokens drawn from seed; answers its time to first token
     {"reset": true}                   drops the engine's own prefix cache
-    {"account": true}                 CPU seconds so far: of the process, and of Terrace in it
+    {"account": true}                 so far: CPU seconds of the process, and of Terrace in it; blocks it loaded
 
-Terrace's share is the connector's methods on the engine's threads (each call's own thread time) and all of the package's
-own threads (by their names).
+Terrace's share is the connector's methods on the engine's threads (each call's own thread time) and all of the
+package's own threads (by their names).
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import json
 import os
@@ -75,6 +76,17 @@ class OwnThreads:
         return sum(self.nanos.values()) / 1e9
 
 
+def guard_scan() -> None:
+    """vLLM looks into every object of every loaded module; LMCache has some whose `__dict__` is no dictionary."""
+    from vllm.triton_utils import dispatcher
+
+    def safe(value: Any) -> Any:
+        found = vars(value)
+        return found if hasattr(found, "get") else {}
+
+    dispatcher.vars = safe
+
+
 def main() -> None:
     settings = json.loads(sys.argv[1])
     out = os.fdopen(os.dup(1), "w")
@@ -85,10 +97,10 @@ def main() -> None:
     accounts, threads = Accounts(), OwnThreads()
     extra: dict[str, Any] = {}
     if transfer := settings.get("transfer"):
-        if transfer["kv_connector_module_path"].startswith("terrace"):
-            import importlib
-
-            accounts.watch(getattr(importlib.import_module(transfer["kv_connector_module_path"]), transfer["kv_connector"]))
+        if module := transfer.get("kv_connector_module_path"):
+            accounts.watch(getattr(importlib.import_module(module), transfer["kv_connector"]))
+        else:
+            guard_scan()
         extra["kv_transfer_config"] = KVTransferConfig(**transfer)
     llm = LLM(
         model=settings["model"],
@@ -106,19 +118,33 @@ def main() -> None:
     )
     sampling = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
 
+    def loaded() -> int:
+        name = "vllm:terrace_loaded_blocks"
+        return sum(int(metric.value) for metric in llm.get_metrics() if metric.name == name)
+
+    def reset() -> bool:
+        # Blocks of a save that has ended are given back in the next step, and a step needs a request.
+        for _ in range(100):
+            if llm.reset_prefix_cache():
+                return True
+            generate(0, 1)
+        return False
+
     def generate(seed: int, tokens: int) -> dict[str, Any]:
         draw = random.Random(seed)
         prompt = [draw.randrange(3, settings["vocab"]) for _ in range(tokens)]
         started = time.perf_counter()
         output = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)[0]
-        return {"ttft_s": time.perf_counter() - started, "token": list(output.outputs[0].token_ids), "cached": output.num_cached_tokens}
+        ttft_s = time.perf_counter() - started
+        return {"ttft_s": ttft_s, "token": list(output.outputs[0].token_ids), "cached": output.num_cached_tokens}
 
     def answer(ask: dict[str, Any]) -> dict[str, Any]:
         if "generate" in ask:
             return generate(ask["generate"], ask["tokens"])
         if "reset" in ask:
-            return {"reset": llm.reset_prefix_cache()}
-        return {"process_s": time.process_time(), "terrace_s": accounts.nanos / 1e9 + threads.seconds()}
+            return {"reset": reset()}
+        terrace_s = accounts.nanos / 1e9 + threads.seconds()
+        return {"process_s": time.process_time(), "terrace_s": terrace_s, "loaded_blocks": loaded()}
 
     generate(0, 256)  # the first request of a process pays for what all others share
     print(json.dumps({"ready": True}), file=out, flush=True)

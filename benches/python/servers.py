@@ -76,6 +76,19 @@ def node(program: Path, folder: Path, **settings: str) -> Iterator[tuple[str, in
         yield f"127.0.0.1:{port}", pid
 
 
+@contextlib.contextmanager
+def lmcache(python: Path, folder: Path, gib: int) -> Iterator[tuple[int, int]]:
+    """LMCache's multiprocess server, of the environment that `python` is of; its port and its process id."""
+    port = free_port()
+    command = [str(python.parent / "lmcache"), "server", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--chunk-size", "32", "--l1-size-gb", str(gib), "--eviction-policy", "LRU"]
+    command += ["--supported-transfer-mode", "engine_driven"]  # by itself it waits for a GPU
+    command += ["--http-port", str(free_port()), "--disable-observability"]
+    env = os.environ | {"LMCACHE_TRACK_USAGE": "false"}
+    with _running(command, port, folder / "lmcache.log", env) as pid:
+        yield port, pid
+
+
 def cpu_ns(*pids: int) -> int:
     """CPU time of some processes, with that of their threads that have ended."""
     clocks = ((~pid << 3) | 2 for pid in pids)  # as clock_getcpuclockid(3) makes them

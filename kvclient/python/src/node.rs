@@ -18,7 +18,7 @@
 use std::{sync::Arc, time::Duration};
 
 use kvclient::{
-    Client, Error, ErrorKind, Namespace, NamespaceHandle, OwnerId, PathReport,
+    Client, Error, ErrorKind, Namespace, NamespaceHandle, OwnerId, Path, PathReport,
     clock::{Clock, SystemClock},
 };
 use parking_lot::Mutex;
@@ -80,6 +80,14 @@ pub struct Way {
     pub client: Client,
     /// In which namespace.
     pub namespace: NamespaceHandle,
+}
+
+impl Way {
+    /// Whether blocks go through shared memory.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        self.client.path().path == Path::Local
+    }
 }
 
 /// The node as one engine process sees it.

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! load   chain[first..] ─cut─► call │ call │ …   one after the other: the head of the prefix is whole first
+//!                               │                (through shared memory one call: it only says where they lie)
 //!                               └─ each block verified, its length compared ─► the engine's memory
 //!
 //! save   chain[first..] ─probe─► what the node has is not sent
@@ -22,8 +23,8 @@
 use std::{collections::VecDeque, ops::Range, sync::Arc, time::Duration};
 
 use kvclient::{
-    Chain, GetOptions, GetOutcome, LeaseId, LookupOptions, Part, Path, Payload, PutBlock,
-    PutOptions, Target,
+    Chain, GetOptions, GetOutcome, LeaseId, LookupOptions, Part, Payload, PutBlock, PutOptions,
+    Target,
     clock::{Clock, Tick},
 };
 
@@ -39,7 +40,7 @@ use crate::{
     scratch::{Buffer, SCRATCH_BYTES, Scratch},
 };
 
-/// Most bytes of one call; a larger block goes alone.
+/// Most bytes of one call that carries them; a larger block goes alone.
 pub const CALL_BYTES: usize = 16 << 20;
 
 /// Most blocks of one call.
@@ -116,8 +117,13 @@ impl Mover {
         let (mut outcome, mut corrupt) = (Outcome::default(), Vec::new());
         // Calls of which a device still writes the blocks, while the next call is on its way.
         let (mut scattering, mut unasked, mut away) = (VecDeque::new(), ids.len(), None);
-        let step = load.claim.device().map_or(usize::MAX, per_batch);
-        for range in cut(0..ids.len(), blocks_per_call(block_bytes).min(step)) {
+        let step = match load.claim.device() {
+            Some(on) => per_batch(on).min(blocks_per_call(block_bytes)),
+            // Where the blocks lie is a short answer, however long they are.
+            None if node.moving().is_some_and(|way| way.is_local()) => CALL_BLOCKS,
+            None => blocks_per_call(block_bytes),
+        };
+        for range in cut(0..ids.len(), step) {
             match self.get(node, &mut load, range.clone(), until).await {
                 Ok((got, moving)) => scattering.push_back((range, got, moving)),
                 // Nobody to ask, or not in time: nor for the rest.
@@ -331,8 +337,7 @@ impl Saving<'_> {
             return;
         }
         for range in cut(present..count, blocks_per_call(block_bytes)) {
-            let shared_memory = |way: &Way| way.client.path().path == Path::Local;
-            if let Some(way) = self.node.moving().filter(shared_memory) {
+            if let Some(way) = self.node.moving().filter(Way::is_local) {
                 let pieces = claim.pieces(range.clone()).into_iter();
                 let blocks = pieces.map(Payload::Pieces).collect();
                 if !self.put(&way, range, blocks).await {

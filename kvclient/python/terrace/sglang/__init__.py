@@ -31,7 +31,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from sglang.srt.mem_cache.hicache_storage import (
     HiCacheStorage,
@@ -51,6 +51,9 @@ from terrace.sglang.space import namespace, rank, replicated
 if TYPE_CHECKING:
     import torch
     from sglang.srt.mem_cache.pool_host import HostKVCache
+
+    Indices: TypeAlias = torch.Tensor | range | None
+    Extra: TypeAlias = HiCacheStorageExtraInfo | None
 
 logger = logging.getLogger("sglang.terrace")
 
@@ -137,23 +140,19 @@ class TerraceHiCache(HiCacheStorage):
     # v1: pages of the KV pool, from and to where they lie.
 
     @answers(lambda *_: 0)
-    def batch_exists(self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None) -> int:
+    def batch_exists(self, keys: list[str], extra_info: Extra = None) -> int:
         pool = self.pools.get(PoolName.KV.value if self.zero_copy else "flat")
         if pool is None:
             return len(keys) if self._anchor() else 0
         return self._exists(pool, keys, extra_info)
 
     @answers(lambda keys, *_: [False] * len(keys))
-    def batch_get_v1(
-        self, keys: list[str], host_indices: torch.Tensor, extra_info: HiCacheStorageExtraInfo | None = None
-    ) -> list[bool]:
+    def batch_get_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: Extra = None) -> list[bool]:
         pool = self.pools.get(PoolName.KV.value)
         return self._load(pool, keys, host_indices, extra_info) if pool else [self._anchor()] * len(keys)
 
     @answers(lambda keys, *_: [False] * len(keys))
-    def batch_set_v1(
-        self, keys: list[str], host_indices: torch.Tensor, extra_info: HiCacheStorageExtraInfo | None = None
-    ) -> list[bool]:
+    def batch_set_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: Extra = None) -> list[bool]:
         pool = self.pools.get(PoolName.KV.value)
         return self._save(pool, keys, host_indices, extra_info) if pool else [self._anchor()] * len(keys)
 
@@ -164,7 +163,7 @@ class TerraceHiCache(HiCacheStorage):
         self,
         keys: list[str],
         pool_transfers: list[PoolTransfer] | None = None,
-        extra_info: HiCacheStorageExtraInfo | None = None,
+        extra_info: Extra = None,
     ) -> PoolTransferResult:
         pages = self.batch_exists(keys, extra_info)
         hits: dict[str, int] = {PoolName.KV: pages} if pages else {}
@@ -185,19 +184,15 @@ class TerraceHiCache(HiCacheStorage):
         return PoolTransferResult(max(usable, default=0), hits, sorted(usable))
 
     @answers(lambda transfers, *_: {transfer.name: [False] * len(transfer.keys or []) for transfer in transfers})
-    def batch_get_v2(
-        self, transfers: list[PoolTransfer], extra_info: HiCacheStorageExtraInfo | None = None
-    ) -> dict[str, list[bool]]:
+    def batch_get_v2(self, transfers: list[PoolTransfer], extra_info: Extra = None) -> dict[str, list[bool]]:
         return self._each(transfers, extra_info, self._load)
 
     @answers(lambda transfers, *_: {transfer.name: [False] * len(transfer.keys or []) for transfer in transfers})
-    def batch_set_v2(
-        self, transfers: list[PoolTransfer], extra_info: HiCacheStorageExtraInfo | None = None
-    ) -> dict[str, list[bool]]:
+    def batch_set_v2(self, transfers: list[PoolTransfer], extra_info: Extra = None) -> dict[str, list[bool]]:
         return self._each(transfers, extra_info, self._save)
 
     def _each(
-        self, transfers: list[PoolTransfer], extra_info: HiCacheStorageExtraInfo | None, move: Callable[..., list[bool]]
+        self, transfers: list[PoolTransfer], extra_info: Extra, move: Callable[..., list[bool]]
     ) -> dict[str, list[bool]]:
         moved: dict[str, list[bool]] = {}
         for transfer in transfers:
@@ -232,7 +227,7 @@ class TerraceHiCache(HiCacheStorage):
 
     # What all of these come to.
 
-    def _chain(self, keys: Sequence[str], extra_info: HiCacheStorageExtraInfo | None) -> tuple[bytes, int]:
+    def _chain(self, keys: Sequence[str], extra_info: Extra) -> tuple[bytes, int]:
         before = extra_info.prefix_keys if extra_info is not None else None
         if extra_info is not None and before is None:
             self.say(
@@ -240,7 +235,7 @@ class TerraceHiCache(HiCacheStorage):
             )
         return b"".join(map(name, itertools.chain(before or (), keys))), len(before or ())
 
-    def _exists(self, pool: Pool, keys: list[str], extra_info: HiCacheStorageExtraInfo | None) -> int:
+    def _exists(self, pool: Pool, keys: list[str], extra_info: Extra) -> int:
         if not keys or not self._ready(pool):
             return 0
         hashes, first = self._chain(keys, extra_info)
@@ -252,38 +247,27 @@ class TerraceHiCache(HiCacheStorage):
         self.leases.keep(request, pool, hashes[first * WIDTH : (first + count) * WIDTH])
         return count
 
-    def _load(
-        self,
-        pool: Pool,
-        keys: list[str],
-        indices: torch.Tensor | range | None,
-        extra_info: HiCacheStorageExtraInfo | None,
-    ) -> list[bool]:
-        if not keys or not self._ready(pool):
-            return [False] * len(keys)
-        hashes, first = self._chain(keys, extra_info)
-        rows = pool.rows(indices, len(keys))
-        request = self.leases.of(pool, hashes[first * WIDTH :][:WIDTH])
-        job = next(self.numbers)
-        done = [False] * len(keys)
-        if pool.cache.load(job, pool.cache.lease(request) if request else 0, hashes, WIDTH, first, rows):
-            done = self._end(pool, job, rows)
-        self.leases.read(request, hashes[-WIDTH:])
+    def _load(self, pool: Pool, keys: list[str], indices: Indices, extra_info: Extra) -> list[bool]:
+        if not keys:
+            return []
+        request = self.leases.of(pool, name(keys[0]))
+        lease = pool.cache.lease(request) if request else 0
+        done = self._move(pool, keys, indices, extra_info, functools.partial(pool.cache.load, lease=lease))
+        self.leases.read(request, name(keys[-1]))
         return done
 
-    def _save(
-        self,
-        pool: Pool,
-        keys: list[str],
-        indices: torch.Tensor | range | None,
-        extra_info: HiCacheStorageExtraInfo | None,
+    def _save(self, pool: Pool, keys: list[str], indices: Indices, extra_info: Extra) -> list[bool]:
+        return self._move(pool, keys, indices, extra_info, pool.cache.save)  # what the node has is not sent again
+
+    def _move(
+        self, pool: Pool, keys: list[str], indices: Indices, extra_info: Extra, start: Callable[..., bool]
     ) -> list[bool]:
+        """One job of the pool's cache, waited for: which of the pages it moved."""
         if not keys or not self._ready(pool):
             return [False] * len(keys)
         hashes, first = self._chain(keys, extra_info)
-        rows = pool.rows(indices, len(keys))
-        job = next(self.numbers)
-        if not pool.cache.save(job, hashes, WIDTH, first, rows):  # what the node has is not sent again
+        rows, job = pool.rows(indices, len(keys)), next(self.numbers)
+        if not start(job=job, hashes=hashes, width=WIDTH, first=first, block_ids=rows):
             return [False] * len(keys)
         return self._end(pool, job, rows)
 
