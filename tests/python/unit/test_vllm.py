@@ -205,6 +205,39 @@ def test_a_full_queue_is_a_failed_load_and_a_dropped_save():
     assert not node.blocks and said.kv_connector_worker_meta is not None
 
 
+def long_load(**settings):
+    """An engine that loads four blocks of 16 MiB, and its worker."""
+    engine = Engine(warm(), **settings)
+    engine.workers[0].layers = [(0, 64, 8 << 20, 8 << 20)] * 2
+    assert engine.admit(request(), [9, 8, 7, 6, 5]) == 16
+    return engine, engine.workers[0]
+
+
+def test_a_long_load_is_two_jobs_and_ends_with_the_second():
+    engine, worker = long_load()
+    assert not engine.step(run=False).finished_recving
+    assert [ids for *_, ids in worker.cache.queue] == [[9, 8], [7, 6]]
+    first = worker.cache.queue.pop(0)
+    assert not engine.step().finished_recving
+    worker.cache.queue.append(first)
+    said = engine.step()
+    assert said.finished_recving == {"r"} and not said.invalid_block_ids
+    assert [engine.memory[0][i] for i in (9, 8, 7, 6)] == [b"kv" + h for h in request().block_hashes]
+    assert stats(worker) == {
+        "loads": 1, "loaded_blocks": 4, "loaded_bytes": 40, "load_seconds": 0.5, "failed_blocks": 0
+    }  # fmt: skip
+
+
+def test_what_a_half_of_a_long_load_lacks_is_said_when_both_have_ended():
+    engine, worker = long_load(max_jobs=1)
+    worker.cache.bad = {request().block_hashes[1]}
+    said = engine.step(run=False)
+    assert not said.invalid_block_ids and not said.finished_recving, "the second half was refused; the first runs"
+    said = engine.step()
+    assert said.invalid_block_ids == {8, 7, 6} and said.finished_recving == {"r"}
+    assert not worker.loads and stats(worker)["failed_blocks"] == 3
+
+
 def test_blocks_of_a_finished_request_are_kept_while_a_save_reads_them():
     engine, first = Engine(), request()
     engine.admit(first, [0, 1, 2, 3, 4])

@@ -34,6 +34,12 @@ def loadable(tokens: int) -> int:
     return (tokens - 1) // BLOCK
 
 
+def tidy():
+    """Once an engine is gone: makes room for the next in this process."""
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
 class Engine(contextlib.AbstractContextManager):
     def __init__(self, model, endpoint=None, *, algorithm="sha256_cbor", events=False, extra=None, **options):
         if endpoint is not None:
@@ -116,8 +122,7 @@ class Engine(contextlib.AbstractContextManager):
             return
         self.llm.llm_engine.engine_core.shutdown()
         self.llm = self.core = self.scheduler = self.halves = None
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        tidy()
 
     def __exit__(self, *exc):
         self.close()

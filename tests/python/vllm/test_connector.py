@@ -5,12 +5,14 @@ vLLM's counters, which count when blocks are allocated.
 """
 
 import pathlib
+import runpy
 import signal
+import sys
 import threading
 import time
 
 import pytest
-from engine import BLOCK, Engine, loadable, prompt
+from engine import BLOCK, Engine, loadable, prompt, tidy
 from node import Node
 
 A, B = prompt(1, 900), prompt(2, 937)
@@ -247,3 +249,13 @@ def test_an_abort_during_a_load_gives_every_block_back(model, node, expected):
         assert engine.free_blocks() == engine.scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
         engine.ready(30)
         assert engine.generate(A) == expected(A)
+
+
+def test_the_example_finds_what_its_last_run_computed(model, node, monkeypatch, capfd):
+    """In this process, so that vLLM is imported once; its blocks are the kernel's own 128 tokens."""
+    example = pathlib.Path(__file__).resolve().parents[3] / "examples" / "vllm_prefix.py"
+    for loaded in (0, 11):
+        monkeypatch.setattr(sys, "argv", [example.name, model, "--endpoint", node.endpoint])
+        runpy.run_path(str(example), run_name="__main__")
+        tidy()
+        assert f"from Terrace  {loaded} blocks" in capfd.readouterr().out

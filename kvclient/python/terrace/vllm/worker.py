@@ -8,6 +8,7 @@ Errors: a job that fails is an answer; the engine computes its blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from vllm.logger import init_logger
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.terrace")
 
 GATHER_MS = 1_000  # how long a step waits for the saves of preempted requests; what is late then is given up
+PART_BYTES = 16 << 20  # a job of less is not worth a thread of its own
+SECOND = 1 << 62  # numbers of a load's second job; the scheduler counts from 1
 DRAIN_MS = 5_000  # how long a shutdown waits for saves in hand
 
 
@@ -37,6 +40,15 @@ class Ended(NamedTuple):
     reason: str | None = None
 
 
+@dataclass
+class _Open:
+    """A load whose jobs have not all ended; said to the engine as one."""
+
+    load: Transfer
+    parts: dict[int, tuple[int, list[int]]]  # job -> its first block and ids
+    ended: list[Ended] = field(default_factory=list)
+
+
 class Worker:
     """The half in each worker's process: hands jobs to the cache's threads, and reports what became of them."""
 
@@ -46,7 +58,7 @@ class Worker:
         self.blocks = blocks
         self.layers: list[tuple[int, int, int, int]] = []
         self.generation = ""
-        self.loads: dict[int, Transfer] = {}
+        self.loads: dict[int, _Open] = {}  # by job; one load may have several
         self.saves: dict[int, Transfer] = {}
         self.held: set[str] = set()
         self.failed: set[int] = set()
@@ -70,9 +82,19 @@ class Worker:
     def start_loads(self, step: Step) -> None:
         for load in step.loads:
             width = len(load.hashes) // (load.first + len(load.block_ids))
-            self.loads[load.job] = load
-            if not self.cache.load(load.job, load.lease, load.hashes, width, load.first, load.block_ids):
-                self._end_load(load.job, Ended(load.block_ids, reason="too many loads and saves in hand"))
+            parts = self._parts(load)
+            self.loads.update(dict.fromkeys(parts, _Open(load, parts)))
+            for job, (first, ids) in parts.items():
+                if not self.cache.load(job, load.lease, load.hashes, width, first, ids):
+                    self._end_load(job, Ended(ids, reason="too many loads and saves in hand"))
+
+    def _parts(self, load: Transfer) -> dict[int, tuple[int, list[int]]]:
+        """A long load in two jobs, which two of the cache's threads copy side by side: first block and ids of each."""
+        middle = len(load.block_ids) // 2
+        if middle * sum(layer[3] for layer in self.layers) < PART_BYTES:
+            return {load.job: (load.first, load.block_ids)}
+        ids, rest = load.block_ids[:middle], load.block_ids[middle:]
+        return {load.job: (load.first, ids), load.job + SECOND: (load.first + middle, rest)}
 
     def start_saves(self, step: Step) -> None:
         self._poll()
@@ -102,13 +124,19 @@ class Worker:
                 self._end_save(job.job, ended)
 
     def _end_load(self, job: int, ended: Ended) -> None:
-        load, failed = self.loads.pop(job), len(ended.failed)
+        open_ = self.loads.pop(job)
+        open_.ended.append(ended)
+        if len(open_.ended) < len(open_.parts):
+            return
+        load, parts = open_.load, open_.ended
+        failed = [block for part in parts for block in part.failed]
         self.received.add(load.request)
-        self.failed.update(ended.failed)
-        self.stats.add(loads=1, loaded_blocks=ended.blocks, loaded_bytes=ended.bytes, load_seconds=ended.seconds)
-        self.stats.add(failed_blocks=failed)
+        self.failed.update(failed)
+        self.stats.add(loads=1, load_seconds=max(part.seconds for part in parts), failed_blocks=len(failed))
+        self.stats.add(loaded_blocks=sum(part.blocks for part in parts), loaded_bytes=sum(part.bytes for part in parts))
         if failed:
-            said = (failed, len(load.block_ids), load.request, ended.reason)
+            reason = next(part.reason for part in parts if part.failed)
+            said = (len(failed), len(load.block_ids), load.request, reason)
             logger.warning("Terrace: %d of %d blocks of %s are computed instead: %s", *said)
 
     def _end_save(self, job: int, ended: Ended) -> None:
@@ -120,8 +148,8 @@ class Worker:
     def _restart(self, generation: str) -> None:
         """Another namespace (see Scheduler.reset). What was in hand has failed."""
         self.cache.close()
-        for job, load in list(self.loads.items()):
-            self._end_load(job, Ended(load.block_ids, reason="the cache was reset"))
+        for job, open_ in list(self.loads.items()):
+            self._end_load(job, Ended(open_.parts[job][1], reason="the cache was reset"))
         for job, save in list(self.saves.items()):
             self._end_save(job, Ended(save.block_ids))
         self.generation, self.cache = generation, self._connect(generation)
