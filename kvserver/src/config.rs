@@ -32,6 +32,9 @@ pub const MIB: u64 = 1 << 20;
 pub const GIB: u64 = 1 << 30;
 const TIB: u64 = 1 << 40;
 
+/// Largest weight of a node.
+pub const MOST_WEIGHT: u32 = 1_000_000;
+
 /// Why a configuration was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -270,7 +273,7 @@ settings! {
     /// What fails together with this node (rack, power, availability zone): replicas go to other zones.
     zone: String = String::new(), text(0, 256);
     /// Share of the blocks, relative to the other nodes'. 0: from ram_bytes, one per GiB, rounded up.
-    weight: u32 = 0, within(0, 1_000_000);
+    weight: u32 = 0, within(0, MOST_WEIGHT);
     /// Name of this node, by which its blocks are placed; it must stay the same. Empty: `node_id` in data_dir, made at the first start.
     node_id: String = String::new(), text(0, 64);
     /// How long a silent member keeps its blocks' place before it is declared lost.

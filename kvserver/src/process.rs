@@ -99,6 +99,7 @@ fn banner(node: &Node) -> String {
             .map(|reason| format!("  size     {reason}")),
     );
     lines.push(format!("  grpc     {}", node.endpoint()));
+    lines.push(format!("  cluster  {}", cluster(node)));
     if let Some(path) = node.uds_path() {
         lines.push(format!("  grpc     unix:{}", path.display()));
     }
@@ -107,6 +108,25 @@ fn banner(node: &Node) -> String {
     }
     lines.push("ready\n".to_owned());
     lines.join("\n")
+}
+
+/// Which cluster, who this node is in it, and who else is there.
+fn cluster(node: &Node) -> String {
+    let (cluster, me) = (node.cluster(), node.cluster().declared());
+    let zone = match me.zone.as_str() {
+        "" => String::new(),
+        zone => format!(" in zone {zone}"),
+    };
+    let this = format!("node {}{zone}, weight {}", me.id, me.weight);
+    match cluster.alone() {
+        Some(why) => format!("alone: {why}; {this}"),
+        None => {
+            let members = cluster.roster().present().count();
+            let noun = if members == 1 { "member" } else { "members" };
+            let id = node.blocks().cluster_id();
+            format!("{id}, {members} {noun}; {this}")
+        }
+    }
 }
 
 /// Standard output is for answers; a reader that has gone away is no reason to fail.

@@ -11,6 +11,7 @@
 //! it is reported and the node works without it.
 
 mod build;
+mod entry;
 
 use std::{
     io,
@@ -32,6 +33,7 @@ use crate::{
         tenants::TenantsError,
     },
     clock::{Clock, SystemClock},
+    cluster::{Cluster, JoinError, KeptError, Membership},
     config::{Chosen, Config, ConfigError},
     console::{Console, ConsoleError},
     data_dir::DataDirError,
@@ -76,6 +78,12 @@ pub enum NodeError {
     /// The gRPC service.
     #[error(transparent)]
     Rpc(#[from] RpcError),
+    /// The cluster.
+    #[error(transparent)]
+    Join(#[from] JoinError),
+    /// What is kept of it.
+    #[error(transparent)]
+    Kept(#[from] KeptError),
     /// The same-host path.
     #[error(transparent)]
     Local(#[from] LocalError),
@@ -93,6 +101,8 @@ pub struct Node {
     chosen: Chosen,
     blocks: Arc<Blocks>,
     mover: Arc<Mover>,
+    /// Its tasks end with the node.
+    membership: Membership,
     rpc: Option<Rpc>,
     local: Option<Local>,
     console: Option<Console>,
@@ -141,6 +151,7 @@ impl Node {
             chosen: parts.chosen,
             blocks: parts.blocks,
             mover: parts.mover,
+            membership: parts.membership,
             rpc: Some(parts.rpc),
             local: parts.local,
             console: parts.console,
@@ -153,6 +164,18 @@ impl Node {
     #[must_use]
     pub fn blocks(&self) -> &Arc<Blocks> {
         &self.blocks
+    }
+
+    /// Who is here, as this node sees it.
+    #[must_use]
+    pub fn cluster(&self) -> &Arc<Cluster> {
+        self.blocks.cluster()
+    }
+
+    /// The cluster's tasks, with what they have to tell.
+    #[must_use]
+    pub fn membership(&self) -> &Membership {
+        &self.membership
     }
 
     /// The settings it runs with.

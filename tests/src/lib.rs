@@ -2,6 +2,7 @@
 
 pub mod circle;
 pub mod client;
+pub mod cluster;
 pub mod local;
 pub mod mutate;
 pub mod node;

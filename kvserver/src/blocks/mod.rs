@@ -44,7 +44,7 @@ use self::{
 };
 use crate::{
     clock::{Clock, Tick},
-    cluster::{Cluster, Told},
+    cluster::{Cluster, Told, wire::GossipKey},
     engine::{Engine, Owner, TenantId, Whereabouts},
     error::ErrorKind,
     telemetry::Metrics,
@@ -247,6 +247,17 @@ impl Blocks {
     #[must_use]
     pub fn cluster(&self) -> &Arc<Cluster> {
         &self.cluster
+    }
+
+    /// What all hashing keys are derived from; for nodes of the same cluster.
+    pub(crate) fn secret(&self) -> &[u8] {
+        self.namespaces.secret()
+    }
+
+    /// Name of the cluster, which all nodes with its secret derive alike.
+    #[must_use]
+    pub fn cluster_id(&self) -> String {
+        GossipKey::new(self.secret()).cluster_id
     }
 
     /// What every answer says of who gave it, to a caller with this view over this connection: the members too when

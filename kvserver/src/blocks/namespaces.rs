@@ -315,6 +315,11 @@ impl Namespaces {
         self.shared.spaces.clone()
     }
 
+    /// What all hashing keys are derived from.
+    pub(crate) fn secret(&self) -> &[u8] {
+        &self.secret
+    }
+
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {

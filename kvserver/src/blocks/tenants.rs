@@ -256,10 +256,16 @@ mod tests {
         let node = Some(&b"Bearer nodes-among-themselves"[..]);
         let red = Some(&b"Bearer 0123456789abcdef"[..]);
         let name = |id: Option<TenantId>| id.map(|id| tenants.name(id));
-        assert_eq!(name(tenants.authenticate_for(node, Some(b"blue"))), Some("blue"));
+        assert_eq!(
+            name(tenants.authenticate_for(node, Some(b"blue"))),
+            Some("blue")
+        );
         assert_eq!(name(tenants.authenticate_for(node, Some(b"green"))), None);
         assert_eq!(name(tenants.authenticate_for(node, None)), None);
-        assert_eq!(name(tenants.authenticate_for(red, Some(b"blue"))), Some("red"));
+        assert_eq!(
+            name(tenants.authenticate_for(red, Some(b"blue"))),
+            Some("red")
+        );
         assert!(tenants.is_peer(node) && !tenants.is_peer(red) && !tenants.is_peer(None));
         fs::write(&file, "short").unwrap();
         assert!(Tenants::open().with_peer_token(&file).is_err());

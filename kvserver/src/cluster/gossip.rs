@@ -4,6 +4,7 @@
 //! my keys   member        what I declare, as the wire's Member
 //!           gone/<id>     a tombstone that I hold to be true, while it is young
 //!           load          what I have to do
+//!           boot          which life I live
 //!                 │ chitchat: every GOSSIP_INTERVAL with three others, differences alone
 //! their keys ─────┴─► merge          their heartbeats ─► silent for SILENT_AFTER ─► suspect
 //! ```
@@ -19,7 +20,7 @@
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use chitchat::{Chitchat, ChitchatConfig, ChitchatHandle, ChitchatId, FailureDetectorConfig};
-use kvproto::{Member, MemberId, MemberState, v1};
+use kvproto::{BootId, Member, MemberId, MemberState, v1};
 use prost::Message;
 use tokio::task::JoinHandle;
 
@@ -56,6 +57,7 @@ const STRANGER_LOOKS: u64 = 10;
 
 const MEMBER: &str = "member";
 const LOAD: &str = "load";
+const BOOT: &str = "boot";
 const GONE: &str = "gone/";
 
 /// Why a node cannot gossip.
@@ -130,7 +132,10 @@ impl Gossip {
             traffic: Arc::clone(&traffic),
             first_number: clock.random_u64(),
         };
-        let keys = vec![(MEMBER.to_owned(), to_text(&declared))];
+        let mut keys = vec![(MEMBER.to_owned(), to_text(&declared))];
+        if let Some(boot) = cluster.boot(cluster.me()) {
+            keys.push((BOOT.to_owned(), format!("{:x}", boot.0)));
+        }
         let handle = chitchat::spawn_chitchat(config, keys, &transport)
             .await
             .map_err(|error| refuse(error.to_string()))?;
@@ -268,6 +273,10 @@ impl Follower {
                     news.extend(from_text(text).filter(|member| member.id == id));
                 } else if key == LOAD {
                     loads.extend(Load::from_text(text).map(|load| (id.clone(), load)));
+                } else if key == BOOT {
+                    if let Ok(boot) = u64::from_str_radix(text, 16) {
+                        self.cluster.set_boot(id.clone(), BootId(boot));
+                    }
                 } else if key.starts_with(GONE) {
                     news.extend(from_text(text).filter(|m| m.state == MemberState::Gone));
                 }

@@ -12,10 +12,14 @@
 //! Shape: the digest is an atomic, the roster an `Arc` behind a lock that is held for the clone of it alone, so that the
 //! data path never waits for a change. Units: [`Tick`], durations. Errors: none here; joining has its own.
 
+mod call;
 pub mod gossip;
+mod handover;
+mod join;
 mod kept;
 mod load;
 mod members;
+mod membership;
 mod roster;
 mod standing;
 mod told;
@@ -33,10 +37,15 @@ use kvproto::{BootId, Member, MemberId, ViewDigest};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
 
+pub(crate) use self::join::resolve;
 pub use self::{
+    call::Caller,
+    handover::{Handover, Progress},
+    join::{JoinError, Joined, Joining, Welcome, adopt},
     kept::{Kept, KeptError},
     load::Load,
     members::{MOST_PAST, Members, RAMP_STEPS, TOMBSTONES_KEPT, Times},
+    membership::{Membership, MembershipParts},
     roster::{MOST_CANDIDATES, Roster},
     standing::Standing,
     told::{AGAIN, Told},
@@ -52,6 +61,11 @@ pub struct Cluster {
     roster: watch::Sender<Arc<Roster>>,
     digest: AtomicU64,
     loads: Mutex<BTreeMap<MemberId, Load>>,
+    /// The life that each member was last heard to live.
+    boots: Mutex<BTreeMap<MemberId, BootId>>,
+    handover: Handover,
+    /// Why nobody can join this node, if nobody can.
+    alone: Mutex<Option<String>>,
     /// Members that somebody's call failed at, on their way to whoever looks after them.
     hurt: mpsc::Sender<MemberId>,
     looked_after: Mutex<Option<mpsc::Receiver<MemberId>>>,
@@ -73,6 +87,9 @@ impl Cluster {
             members: Mutex::new(members),
             roster: watch::Sender::new(roster),
             loads: Mutex::default(),
+            boots: Mutex::default(),
+            handover: Handover::default(),
+            alone: Mutex::default(),
             hurt,
             looked_after: Mutex::new(Some(looked_after)),
         })
@@ -160,10 +177,39 @@ impl Cluster {
         self.change(|members| members.set_weight(weight, now));
     }
 
-    /// This node hands over what it has, and takes nothing new.
-    pub fn drain(&self) {
+    /// This node hands over what it has, until then if there is a time for it, and takes nothing new.
+    pub fn drain(&self, until: Option<Tick>) {
         let now = self.clock.now();
+        self.handover.begin(until);
         self.change(|members| members.drain(now));
+    }
+
+    /// What a draining node has still to hand over.
+    #[must_use]
+    pub fn handover(&self) -> &Handover {
+        &self.handover
+    }
+
+    /// The life that a member was last heard to live.
+    #[must_use]
+    pub fn boot(&self, id: &MemberId) -> Option<BootId> {
+        self.boots.lock().get(id).copied()
+    }
+
+    /// A member lives this life.
+    pub fn set_boot(&self, id: MemberId, boot: BootId) {
+        self.boots.lock().insert(id, boot);
+    }
+
+    /// Why nobody can join this node; `None`: anybody can who may.
+    #[must_use]
+    pub fn alone(&self) -> Option<String> {
+        self.alone.lock().clone()
+    }
+
+    /// Nobody can join this node, for this reason.
+    pub fn set_alone(&self, why: String) {
+        *self.alone.lock() = Some(why);
     }
 
     /// This node takes runs again.
@@ -197,6 +243,10 @@ impl Cluster {
 
     /// Somebody's call to this member failed, in this life of its if that is known: it is looked at now.
     pub fn hurt(&self, id: &MemberId, boot: BootId) {
+        let lives = self.boot(id).filter(|_| boot != BootId(0));
+        if lives.is_some_and(|known| known != boot) {
+            return; // it has begun another life since, and is not what hurt
+        }
         tracing::debug!(%id, boot = boot.0, "a call to a member failed");
         // A full queue is a member that is being looked at already.
         let _ = self.hurt.try_send(id.clone());

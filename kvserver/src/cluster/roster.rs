@@ -78,6 +78,18 @@ impl Roster {
         found
     }
 
+    /// Who owned `run` under recent views, newest first, each once.
+    #[must_use]
+    pub fn former(&self, run: &RunHash, now: Tick) -> Vec<MemberId> {
+        let mut found: Vec<MemberId> = Vec::new();
+        for id in self.recent(now).filter_map(|(_, past)| past.first(run)) {
+            if !found.contains(id) {
+                found.push(id.clone());
+            }
+        }
+        found
+    }
+
     /// Whether runs may still lie with those who owned them before a change.
     #[must_use]
     pub fn is_young(&self, now: Tick) -> bool {

@@ -280,7 +280,11 @@ impl Engine {
     }
 
     /// Where a block is and, when that `uses` it, what the policy should be told.
-    pub(super) fn find(&self, key: &BlockKey, uses: bool) -> (Whereabouts, Option<(Kind, BlockId)>) {
+    pub(super) fn find(
+        &self,
+        key: &BlockKey,
+        uses: bool,
+    ) -> (Whereabouts, Option<(Kind, BlockId)>) {
         let mut shard = self.index.shard(key);
         if let Some(entry) = shard.get_mut(key) {
             if uses {

@@ -16,18 +16,10 @@
 //! a second, which is what moves may use by default; the lane's client end lives in `kvclient`, which a node must not
 //! know.
 
-use std::{
-    collections::BTreeMap,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use futures_util::{
-    FutureExt, StreamExt,
-    future::BoxFuture,
-    stream,
-};
+use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream};
 use kvproto::{
     BlockKey, Chain, GetOutcome, LeaseId, OwnerId, Reason,
     convert::{self, HeaderRules, answer, request},
@@ -134,7 +126,10 @@ impl Grpc {
 
     fn line(&self, peer: &Peer) -> Result<Arc<Line>, PeerError> {
         let mut lines = self.lines.lock();
-        if let Some(line) = lines.get(&peer.id).filter(|line| line.address == peer.address) {
+        if let Some(line) = lines
+            .get(&peer.id)
+            .filter(|line| line.address == peer.address)
+        {
             return Ok(Arc::clone(line));
         }
         let endpoint = Endpoint::from_shared(peer.address.clone())
@@ -370,7 +365,10 @@ impl Transport for Grpc {
             let put = client.put(call.request(tokio_stream::iter(messages)));
             let results = call.answer(put).await?.into_inner().results;
             if results.len() != count {
-                return Err(nonsense(format!("{} results for {count} blocks", results.len())));
+                return Err(nonsense(format!(
+                    "{} results for {count} blocks",
+                    results.len()
+                )));
             }
             let results: Result<Vec<_>, _> =
                 results.iter().map(answer::PutResult::try_from).collect();
@@ -532,7 +530,10 @@ pub(super) fn check(
     header: &kvproto::BlockHeader,
 ) -> Result<(), PeerError> {
     let parts = asked.parts.len();
-    let (i, part) = (number as usize / parts, asked.parts[number as usize % parts]);
+    let (i, part) = (
+        number as usize / parts,
+        asked.parts[number as usize % parts],
+    );
     let key = BlockKey {
         namespace: asked.space.id,
         hash: asked.chain.hashes[i],

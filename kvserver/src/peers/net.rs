@@ -7,11 +7,7 @@
 //!
 //! Shape: everything is ordered, so that the same calls give the same history. Errors: those of the faults.
 
-use std::{
-    collections::BTreeMap,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{
@@ -19,11 +15,7 @@ use futures_util::{
     future::{BoxFuture, ready},
     stream,
 };
-use kvproto::{
-    BlockKey, LeaseId,
-    convert::answer::PutResult,
-    view::MemberId,
-};
+use kvproto::{BlockKey, LeaseId, convert::answer::PutResult, view::MemberId};
 use parking_lot::Mutex;
 
 use super::{Asked, Carried, Fetched, Fetching, Given, Peer, PeerError, Seen, Space, Transport};

@@ -16,7 +16,9 @@ use kvproto::OwnerId;
 use tonic::{Code, Status};
 use tower_service::Service;
 
-use super::{Admitted, SERVICE, Shared, body::RpcBody, owners::Connection, status};
+use super::{
+    Admitted, CLUSTER_SERVICE, SERVICE, Shared, body::RpcBody, owners::Connection, status,
+};
 use crate::{clock::Tick, engine::TenantId, telemetry::metrics::Method};
 
 /// How long a call may take; for methods whose stream goes on after their answer began.
@@ -125,11 +127,21 @@ impl Drop for Call {
 }
 
 fn method(path: &str) -> Method {
-    match path
-        .strip_prefix('/')
-        .and_then(|p| p.strip_prefix(SERVICE))
-        .and_then(|p| p.strip_prefix('/'))
-    {
+    let Some((service, method)) = path.strip_prefix('/').and_then(|p| p.split_once('/')) else {
+        return Method::Other;
+    };
+    if service == CLUSTER_SERVICE {
+        return match method {
+            "Join" => Method::Join,
+            "View" => Method::View,
+            "Report" => Method::Report,
+            "SetWeight" => Method::SetWeight,
+            "Drain" => Method::Drain,
+            "Explain" => Method::Explain,
+            _ => Method::Other,
+        };
+    }
+    match Some(method).filter(|_| service == SERVICE) {
         Some("OpenNamespace") => Method::OpenNamespace,
         Some("Lookup") => Method::Lookup,
         Some("Get") => Method::Get,
@@ -165,9 +177,10 @@ where
         .extensions_mut()
         .insert(StreamTime(call.time_left()));
     let answer = async {
-        let answer = match asks_health {
-            true => shared.health.clone().call(request).await,
-            false => shared.generated.clone().call(request).await,
+        let answer = match (asks_health, call.method.is_of_cluster()) {
+            (true, _) => shared.health.clone().call(request).await,
+            (false, true) => shared.cluster.clone().call(request).await,
+            (false, false) => shared.generated.clone().call(request).await,
         };
         answer.unwrap_or_else(|never| match never {})
     };

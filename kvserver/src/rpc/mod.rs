@@ -16,6 +16,7 @@
 
 mod blocks;
 mod body;
+mod cluster;
 mod connection;
 mod deadline;
 mod dispatch;
@@ -38,7 +39,10 @@ use std::{
 };
 
 use http::HeaderMap;
-use kvproto::{Reason, v1::blocks_server::BlocksServer};
+use kvproto::{
+    Reason,
+    v1::{blocks_server::BlocksServer, cluster_server::ClusterServer},
+};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -48,7 +52,7 @@ use tonic_health::{
 };
 
 pub(crate) use self::status::{REASON_TRAILER, kind as error_kind};
-use self::{blocks::BlocksRpc, deadline::DeadlineLimits, listen::Listeners};
+use self::{blocks::BlocksRpc, cluster::ClusterRpc, deadline::DeadlineLimits, listen::Listeners};
 use crate::{
     blocks::{Blocks, owners::Owners},
     clock::Clock,
@@ -60,6 +64,9 @@ use crate::{
 
 /// Full name of the service.
 pub(crate) const SERVICE: &str = "terrace.v1.Blocks";
+
+/// Full name of the service of members.
+pub(crate) const CLUSTER_SERVICE: &str = "terrace.v1.Cluster";
 
 /// After the last call of a draining node: time for its last bytes to be read, before connections of
 /// peers that do not say goodbye are closed.
@@ -127,6 +134,7 @@ pub(crate) struct Shared {
     pub(crate) limits: CallLimits,
     pub(crate) transport: Transport,
     pub(crate) generated: BlocksServer<BlocksRpc>,
+    pub(crate) cluster: ClusterServer<ClusterRpc>,
     pub(crate) health: HealthServer<HealthService>,
     /// Set first when the node stops: new calls are refused, streams without an end are ended.
     pub(crate) draining: CancellationToken,
@@ -177,7 +185,7 @@ impl Shared {
                 "this node is stopping; ask another, or try again later",
             ));
         }
-        let limits = if method == Method::Watch {
+        let limits = if matches!(method, Method::Watch | Method::Drain) {
             self.limits.lifetimes
         } else {
             self.limits.deadlines
@@ -186,11 +194,12 @@ impl Shared {
         let credential = headers
             .get(http::header::AUTHORIZATION)
             .map(http::HeaderValue::as_bytes);
-        let acts_for = headers
-            .get(TENANT_HEADER)
-            .map(http::HeaderValue::as_bytes);
+        let acts_for = headers.get(TENANT_HEADER).map(http::HeaderValue::as_bytes);
         let tenants = self.blocks.tenants();
-        let Some(tenant) = tenants.authenticate_for(credential, acts_for) else {
+        // Of a cluster's own calls none touches a tenant's blocks.
+        let of_cluster = || method.is_of_cluster() && tenants.is_peer(credential);
+        let tenant = tenants.authenticate_for(credential, acts_for);
+        let Some(tenant) = tenant.or_else(|| of_cluster().then_some(TenantId(0))) else {
             let problem = "authorization: expected \"Bearer <token>\" with a token this node knows";
             return Err(status::refuse(Reason::Unauthenticated, problem));
         };
@@ -291,6 +300,8 @@ impl Rpc {
         };
         let shared = Arc::new(Shared {
             generated: BlocksServer::new(BlocksRpc)
+                .max_decoding_message_size(limits.max_message_bytes),
+            cluster: ClusterServer::new(ClusterRpc)
                 .max_decoding_message_size(limits.max_message_bytes),
             health: HealthServer::new(HealthService::from_health_reporter(health.clone())),
             owners,

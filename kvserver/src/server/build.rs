@@ -1,7 +1,7 @@
 //! Building a node: every part made in order, each from what stands already.
 //!
 //! ```text
-//! data folder locked ─► arena ─► engine ─► tiers (their blocks join the index) ─► mover ─► namespaces ─► blocks
+//! data folder locked ─► entry (joined, or the first) ─► arena ─► engine ─► tiers (their blocks join the index) ─► mover ─► namespaces ─► blocks
 //!                                                                     same-host path, rpc, console ◄────────┘
 //! ```
 //!
@@ -11,10 +11,13 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use kvgpu::{Arena, ArenaConfig, HugePages};
-use kvproto::{BootId, Kind, Member, MemberId, MemberState, TierKind, View};
+use kvproto::{BootId, Kind, TierKind};
 use tokio::runtime::Handle;
 
-use super::NodeError;
+use super::{
+    NodeError,
+    entry::{choose_port, enter},
+};
 use crate::{
     blocks::{
         BlockLimits, Blocks, Tiers,
@@ -25,8 +28,8 @@ use crate::{
         tenants::Tenants,
     },
     clock::Clock,
-    cluster::{Cluster, Members, Times},
-    config::{Chosen, Config, GIB, NvmeAdmission, UnixSocket, choose},
+    cluster::Membership,
+    config::{Chosen, Config, NvmeAdmission, UnixSocket, choose},
     console::Console,
     data_dir::DataDir,
     engine::{Demotion, Engine, EngineConfig, KindBudget, policy},
@@ -49,13 +52,14 @@ pub(super) struct Parts {
     pub(super) chosen: Chosen,
     pub(super) blocks: Arc<Blocks>,
     pub(super) mover: Arc<Mover>,
+    pub(super) membership: Membership,
     pub(super) rpc: Rpc,
     pub(super) local: Option<Local>,
     pub(super) console: Option<Console>,
 }
 
 pub(super) async fn build(
-    config: Config,
+    mut config: Config,
     clock: Arc<dyn Clock>,
     around: impl Fn(Arc<dyn Tier>, &Arc<dyn Clock>) -> Arc<dyn Tier> + Send,
 ) -> Result<Parts, NodeError> {
@@ -64,10 +68,11 @@ pub(super) async fn build(
     chosen
         .keep(&config)
         .map_err(|source| data_dir.refuse(source))?;
-    let tenants =
-        Tenants::load(&config.tokens_file)?.with_peer_token(&config.peer_token_file)?;
+    let tenants = Tenants::load(&config.tokens_file)?.with_peer_token(&config.peer_token_file)?;
     let peer_token = tenants.peer_token().map(str::to_owned);
     let boot_id = BootId(clock.random_u64().max(1));
+    let place = choose_port(&mut config).await;
+    let entry = enter(&config, &chosen, peer_token.as_deref(), &*clock).await?;
     let arena = Arena::new(ArenaConfig {
         capacity_bytes: chosen.ram_bytes,
         segment_bytes: segment_bytes(&config, &chosen, tenants.count()),
@@ -117,7 +122,7 @@ pub(super) async fn build(
         &*clock,
     )
     .map_err(NodeError::Namespaces)?;
-    let cluster = cluster(&config, &chosen, boot_id, &clock);
+    let cluster = entry.cluster(&config, &clock);
     let blocks = Blocks::new(
         arena,
         engine,
@@ -145,7 +150,7 @@ pub(super) async fn build(
         Arc::clone(&blocks),
         owners,
         metrics,
-        clock,
+        Arc::clone(&clock),
     );
     let rpc = match started.await {
         Ok(rpc) => rpc,
@@ -154,9 +159,9 @@ pub(super) async fn build(
             return Err(error.into());
         }
     };
-    if let Some(address) = config.advertised(rpc.address()) {
-        cluster.set_address(format!("http://{address}"));
-    }
+    let membership = entry
+        .begin(&config, place, rpc.address(), boot_id, &blocks, &clock)
+        .await;
     motion.start();
     let console = match config.http_listen {
         Some(address) => match Console::start(address, rpc.address(), Arc::clone(&blocks)).await {
@@ -170,6 +175,7 @@ pub(super) async fn build(
         None => None,
     };
     Ok(Parts {
+        membership,
         chosen,
         blocks,
         mover,
@@ -177,38 +183,6 @@ pub(super) async fn build(
         local,
         console,
     })
-}
-
-/// A cluster of this node alone.
-fn cluster(
-    config: &Config,
-    chosen: &Chosen,
-    _boot_id: BootId,
-    clock: &Arc<dyn Clock>,
-) -> Arc<Cluster> {
-    let times = Times {
-        suspect_grace: config.suspect_grace,
-        motion_window: config.motion_window,
-        join_ramp: config.join_ramp,
-    };
-    let weight = match config.weight {
-        0 => u32::try_from(chosen.ram_bytes.div_ceil(GIB)).unwrap_or(u32::MAX),
-        given => given,
-    };
-    let me = Member {
-        id: MemberId(match config.node_id.is_empty() {
-            true => format!("{:016x}", clock.random_u64()),
-            false => config.node_id.clone(),
-        }),
-        generation: clock.unix_ms(),
-        version: 1,
-        weight,
-        zone: config.zone.clone(),
-        state: MemberState::Active,
-        address: String::new(),
-    };
-    let members = Members::new(times, me, &View::default(), clock.now());
-    Cluster::new(members, Arc::clone(clock))
 }
 
 /// What goes between this node and others.

@@ -1,3 +1,5 @@
-//! Nodes and clients of one cluster, in one process.
+//! Several nodes that are one: who is here, what moves, who answers.
 
+mod gossip_turmoil;
+mod joins;
 mod routing;

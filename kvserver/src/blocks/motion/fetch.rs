@@ -58,7 +58,8 @@ pub(super) struct Flight {
 
 impl Flight {
     fn covers(&self, asked: &Asked) -> bool {
-        let has = |key| keys(self.wants.space.id, &self.wants.chain, &self.wants.parts).any(|k| k == key);
+        let has =
+            |key| keys(self.wants.space.id, &self.wants.chain, &self.wants.parts).any(|k| k == key);
         keys(asked.space.id, &asked.chain, &asked.parts).all(has)
     }
 }
@@ -257,9 +258,7 @@ impl Motion {
             .chain
             .slice(0..blocks as usize, asked.space.run_blocks());
         let lease = lease.map(|(id, _)| id);
-        let mut answers = self
-            .transport
-            .get(peer, &asked, lease, self.left(until));
+        let mut answers = self.transport.get(peer, &asked, lease, self.left(until));
         let mut failed = Ok(());
         while let Some(answer) = answers.next().await {
             match answer {
@@ -272,22 +271,14 @@ impl Motion {
             }
         }
         if let Some(lease) = lease {
-            let released = self
-                .transport
-                .release(peer, &asked.space, lease, RELEASE);
+            let released = self.transport.release(peer, &asked.space, lease, RELEASE);
             // A lease that is not given back ends by itself.
             self.spawn(released.map(drop));
         }
         failed
     }
 
-    fn take(
-        &self,
-        peer: &Peer,
-        block: crate::peers::Carried,
-        began: u64,
-        brought: &mut Brought,
-    ) {
+    fn take(&self, peer: &Peer, block: crate::peers::Carried, began: u64, brought: &mut Brought) {
         let (key, bytes) = (block.header.key, block.len_bytes());
         self.pace.spend(bytes);
         let kept = self.holdings.keep(block, Kind::Kv, began);

@@ -44,13 +44,13 @@ use parking_lot::Mutex;
 use tokio::{runtime::Handle, sync::watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::{fetch::Flight, moves::Handed};
 pub use self::{
     fetch::Brought,
     moves::{Move, Progress, plan},
     node::NodeHoldings,
     shelf::Shelf,
 };
+use self::{fetch::Flight, moves::Handed};
 use crate::{
     clock::{Clock, Tick},
     cluster::{Cluster, Roster, Standing},

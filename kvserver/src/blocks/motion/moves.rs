@@ -25,8 +25,7 @@ use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
 use kvproto::{Ack, BlockKey, Kind, MemberId, MemberState, Reason, RunHash, ViewDigest};
 
 use super::{
-    Motion,
-    peer,
+    Motion, peer,
     runs::{HeldChain, chains},
 };
 use crate::{
@@ -187,7 +186,9 @@ impl Motion {
         let blocks = self.holdings.blocks_of(&runs);
         let handed = self.handed.lock();
         let is_there = |key: &RunKey, block: &BlockKey| {
-            handed.get(key).is_some_and(|handed| handed.there.contains(block))
+            handed
+                .get(key)
+                .is_some_and(|handed| handed.there.contains(block))
         };
         let mut waiting: BTreeSet<RunKey> = BTreeSet::new();
         let mut now = self.progress.borrow().clone();
@@ -263,11 +264,9 @@ impl Motion {
         let mut moves = plan(roster, self.cluster.me(), &held, replicas);
         let handed = self.handed.lock();
         moves.retain(|one| {
-            handed
-                .get(&one.run.key)
-                .is_none_or(|handed| {
-                    handed.to != one.to.id || !handed.is_whole || handed.blocks < one.run.blocks
-                })
+            handed.get(&one.run.key).is_none_or(|handed| {
+                handed.to != one.to.id || !handed.is_whole || handed.blocks < one.run.blocks
+            })
         });
         moves
     }
@@ -286,7 +285,11 @@ impl Motion {
         });
         self.show_waiting();
         if !moves.is_empty() {
-            tracing::info!(runs = moves.len(), bytes, "runs have another owner now; moving them");
+            tracing::info!(
+                runs = moves.len(),
+                bytes,
+                "runs have another owner now; moving them"
+            );
         }
         let mut gone: BTreeSet<MemberId> = BTreeSet::new();
         for batch in moves.chunks(BATCH_RUNS) {
@@ -328,7 +331,8 @@ impl Motion {
                 }
             }
         }
-        self.progress.send_modify(|progress| progress.is_done = true);
+        self.progress
+            .send_modify(|progress| progress.is_done = true);
         self.show_waiting();
     }
 
@@ -403,7 +407,8 @@ impl Motion {
 
     fn show_waiting(&self) {
         let progress = self.progress.borrow();
-        self.metrics.waiting(progress.waiting_runs, progress.at_stake_bytes());
+        self.metrics
+            .waiting(progress.waiting_runs, progress.at_stake_bytes());
     }
 
     /// One run to its destination.
@@ -478,16 +483,14 @@ impl Motion {
             passes_on: false,
             blocks: carried,
         };
-        let results = self
-            .transport
-            .put(to, given, self.config.move_time)
-            .await?;
+        let results = self.transport.put(to, given, self.config.move_time).await?;
         for ((key, bytes), result) in sent.into_iter().zip(results) {
             if result.is_kept() {
                 pushed.sent_bytes += bytes;
                 pushed.there.push(key);
             } else {
-                self.metrics.refused(result.reason.unwrap_or(Reason::Corrupt));
+                self.metrics
+                    .refused(result.reason.unwrap_or(Reason::Corrupt));
                 pushed.left_blocks += 1;
                 pushed.left_bytes += bytes;
             }

@@ -30,7 +30,8 @@ pub(super) fn stretches(chain: &Chain, run_blocks: u32, from: usize, most: usize
         let mut end = start + 1;
         while end < chain.len() {
             let place = chain.place(end, run_blocks);
-            let follows = place.run == first.run && place.index == first.index + (end - start) as u32;
+            let follows =
+                place.run == first.run && place.index == first.index + (end - start) as u32;
             if !follows {
                 break;
             }
@@ -102,7 +103,9 @@ pub(super) fn chains(blocks: &[HeldBlock], run_blocks: u32) -> Vec<HeldChain> {
             .filter_map(|hash| held.get(hash))
             .flat_map(|parts| parts.values().copied())
             .collect();
-        let Some(first) = blocks.first() else { continue };
+        let Some(first) = blocks.first() else {
+            continue;
+        };
         found.push(HeldChain {
             chain: Chain {
                 first_index: index,
@@ -153,13 +156,21 @@ mod tests {
         let lengths: Vec<usize> = cut.iter().map(|stretch| stretch.chain.len()).collect();
         assert_eq!(lengths, [2, 4, 2]);
         assert_eq!(cut[0].run, hash(1).into());
-        assert_eq!(cut[0].chain.run, Some(hash(1).into()), "it begins inside its run");
+        assert_eq!(
+            cut[0].chain.run,
+            Some(hash(1).into()),
+            "it begins inside its run"
+        );
         assert_eq!((cut[1].run, cut[1].chain.run), (hash(5).into(), None));
         assert_eq!(cut[1].chain.parent, Some(hash(4)));
         for stretch in &cut {
             stretch.chain.validate(4).unwrap();
         }
-        assert_eq!(stretches(&chain(1, 10), 4, 0, 2).len(), 2, "no more than asked");
+        assert_eq!(
+            stretches(&chain(1, 10), 4, 0, 2).len(),
+            2,
+            "no more than asked"
+        );
     }
 
     fn held(chain: &Chain, i: usize, part: u16) -> HeldBlock {

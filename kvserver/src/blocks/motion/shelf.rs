@@ -16,8 +16,7 @@ use std::{
 
 use futures_util::{FutureExt, future::BoxFuture};
 use kvproto::{
-    BlockKey, GetOutcome, Kind, LeaseId, NamespaceId, PutOutcome, Reason,
-    checksum::page_sums,
+    BlockKey, GetOutcome, Kind, LeaseId, NamespaceId, PutOutcome, Reason, checksum::page_sums,
     convert::answer::PutResult,
 };
 use parking_lot::Mutex;
@@ -26,10 +25,7 @@ use super::{Holdings, Kept};
 use crate::{
     clock::{Clock, Tick},
     engine::{HeldBlock, HeldRun, RunKey},
-    peers::{
-        Asked, Carried, Fetched, Given, PeerError, Seen, Space,
-        net::Service,
-    },
+    peers::{Asked, Carried, Fetched, Given, PeerError, Seen, Space, net::Service},
 };
 
 /// A node's blocks, in a map.
@@ -185,9 +181,7 @@ impl State {
     /// Leading blocks that are here in all parts.
     fn prefix(&self, asked: &Asked) -> usize {
         let keys = super::runs::keys(asked.space.id, &asked.chain, &asked.parts);
-        let present = keys
-            .take_while(|key| self.blocks.contains_key(key))
-            .count();
+        let present = keys.take_while(|key| self.blocks.contains_key(key)).count();
         present / asked.parts.len().max(1)
     }
 
@@ -269,7 +263,15 @@ impl Holdings for Shelf {
                 })
             })
             .collect();
-        blocks.sort_by_key(|b| (b.key.namespace, b.place.run, b.place.index, b.key.hash, b.key.part));
+        blocks.sort_by_key(|b| {
+            (
+                b.key.namespace,
+                b.place.run,
+                b.place.index,
+                b.key.hash,
+                b.key.part,
+            )
+        });
         blocks
     }
 
@@ -324,7 +326,9 @@ impl Holdings for Shelf {
     fn first_to_go(&self, keys: &[BlockKey]) {
         let mut state = self.state.lock();
         let State {
-            blocks, first_to_go, ..
+            blocks,
+            first_to_go,
+            ..
         } = &mut *state;
         first_to_go.extend(keys.iter().filter(|key| blocks.contains_key(*key)));
     }

@@ -259,13 +259,20 @@ async fn a_newcomer_fetches_what_it_owns_now_and_keeps_it() {
         assert!(lookup.is_finished());
         assert!(town.has_all("c", chain));
         assert!(town.has_all(&old.0, chain), "a copy is a copy");
-        assert!(town.shelf(&old.0).leased().is_empty(), "the lease was given back");
+        assert!(
+            town.shelf(&old.0).leased().is_empty(),
+            "the lease was given back"
+        );
     }
     let calls = town.net.called().len();
     let again = tokio::spawn(town.lookup("c", &moved[0].0));
     settle().await;
     assert!(again.is_finished());
-    assert_eq!(town.net.called().len(), calls, "what is here is asked of nobody");
+    assert_eq!(
+        town.net.called().len(),
+        calls,
+        "what is here is asked of nobody"
+    );
 }
 
 #[tokio::test]
@@ -276,7 +283,10 @@ async fn nobody_is_asked_for_what_somebody_else_owns_or_when_nothing_has_changed
     assert_eq!(town.net.called(), [], "no change is young");
     town.join("c");
     let owner = town.owner(&unknown);
-    let other = ["a", "b", "c"].into_iter().find(|id| *id != owner.0).unwrap();
+    let other = ["a", "b", "c"]
+        .into_iter()
+        .find(|id| *id != owner.0)
+        .unwrap();
     town.lookup(other, &unknown).await;
     assert_eq!(town.net.called(), [], "it is another's run");
     town.clock.advance(WINDOW);
@@ -319,13 +329,19 @@ async fn a_dead_frozen_or_lying_candidate_costs_a_miss_and_no_time_beyond_the_bo
         let lookup = tokio::spawn(town.lookup("c", &chain));
         town.pass(Duration::from_millis(101)).await;
         assert!(lookup.is_finished(), "{fault:?}");
-        assert!(town.has_none("c", &chain), "{fault:?}: a miss, and no wrong byte");
+        assert!(
+            town.has_none("c", &chain),
+            "{fault:?}: a miss, and no wrong byte"
+        );
         // The flight itself is bounded too, and the next one finds a node that is well again.
         town.pass(Duration::from_secs(2)).await;
         town.net.fault(&old, Fault::None);
         let lookup = tokio::spawn(town.lookup("c", &chain));
         town.pass(Duration::from_millis(20)).await;
-        assert!(lookup.is_finished() && town.has_all("c", &chain), "{fault:?}");
+        assert!(
+            lookup.is_finished() && town.has_all("c", &chain),
+            "{fault:?}"
+        );
     }
 }
 
@@ -357,7 +373,11 @@ async fn two_nodes_that_each_think_to_be_the_owner_never_bounce_a_read() {
     let lookups = ["a", "b"].map(|id| tokio::spawn(town.lookup(id, &chain)));
     town.pass(Duration::from_millis(50)).await;
     assert!(lookups.iter().all(|lookup| lookup.is_finished()));
-    assert!(town.called("lookup") <= 2, "each asks the other once: {:?}", town.net.called());
+    assert!(
+        town.called("lookup") <= 2,
+        "each asks the other once: {:?}",
+        town.net.called()
+    );
     assert_eq!(town.called("get"), 0);
     town.join("c");
 }
@@ -386,7 +406,12 @@ async fn what_changed_its_owner_moves_hottest_first_and_goes_first_only_then() {
     town.nodes.values().for_each(|node| node.motion.start());
     let moved = town.moved_to("c", 40);
     // The hottest of one old owner, and another one of his.
-    let from = |id: &str| moved.iter().filter(|(_, old)| old.0 == id).collect::<Vec<_>>();
+    let from = |id: &str| {
+        moved
+            .iter()
+            .filter(|(_, old)| old.0 == id)
+            .collect::<Vec<_>>()
+    };
     let of_a = from("a");
     assert!(of_a.len() > 2);
     let (hot, _) = of_a[of_a.len() / 2];
@@ -399,7 +424,11 @@ async fn what_changed_its_owner_moves_hottest_first_and_goes_first_only_then() {
     let arrived = of_a.iter().filter(|(chain, _)| town.has_all("c", chain));
     assert_eq!(arrived.count(), 1, "the next ones wait for their turn");
     let going = town.shelf("a").going();
-    assert_eq!(going, town.keys(hot).into_iter().collect(), "acknowledged, and nothing else");
+    assert_eq!(
+        going,
+        town.keys(hot).into_iter().collect(),
+        "acknowledged, and nothing else"
+    );
     town.pass(Duration::from_secs(20)).await;
     for (chain, _) in &moved {
         assert!(town.has_all("c", chain));
@@ -427,7 +456,11 @@ async fn a_move_that_was_cut_off_goes_on_where_it_was() {
     for (chain, _) in &moved {
         assert!(town.has_all("c", chain));
     }
-    assert_eq!(town.called("put"), moved.len() - half, "only the rest was sent");
+    assert_eq!(
+        town.called("put"),
+        moved.len() - half,
+        "only the rest was sent"
+    );
     let sent = town.node("a").motion.account();
     assert_eq!(sent.moved_runs as usize, moved.len() - half);
     let going = town.shelf("a").going().len();
@@ -461,7 +494,10 @@ async fn a_lease_is_honoured_while_its_run_moves() {
     }
     town.clock.advance(Duration::from_secs(61));
     town.put_at(&town.chain(9000), "a");
-    assert!(town.has_none("a", &chain), "first to go once nobody holds it");
+    assert!(
+        town.has_none("a", &chain),
+        "first to go once nobody holds it"
+    );
 }
 
 #[tokio::test]
@@ -501,7 +537,10 @@ async fn a_drain_whose_deadline_passes_says_exactly_what_would_be_lost() {
     town.pass(Duration::from_millis(1310)).await;
     assert!(draining.is_finished());
     let account = draining.await.unwrap();
-    let lost = of_a.iter().filter(|chain| !town.has_all("b", chain)).count();
+    let lost = of_a
+        .iter()
+        .filter(|chain| !town.has_all("b", chain))
+        .count();
     assert!((1..of_a.len()).contains(&lost), "{lost} of {}", of_a.len());
     let blocks = (lost * RUN_BLOCKS as usize) as u64;
     assert_eq!(account.waiting_runs, lost as u64);
@@ -548,7 +587,9 @@ async fn a_lost_owner_is_replaced_by_the_next_and_every_run_has_two_again() {
         owners.iter().map(|owner| owner.id.clone()).collect()
     };
     for chain in &chains {
-        owners(chain).iter().for_each(|id| town.put_at(chain, &id.0));
+        owners(chain)
+            .iter()
+            .for_each(|id| town.put_at(chain, &id.0));
     }
     town.net.fault(&MemberId::from("a"), Fault::Dead);
     let mut gone = member("a");
@@ -607,8 +648,16 @@ fn a_plan_names_what_has_another_owner_hottest_first() {
     cluster.merge([member("b")]);
     let roster = cluster.roster();
     let moves = plan(&roster, cluster.me(), &held, |_| 1);
-    assert!((25..75).contains(&moves.len()), "about half: {}", moves.len());
-    assert!(moves.windows(2).all(|pair| pair[0].run.heat > pair[1].run.heat));
+    assert!(
+        (25..75).contains(&moves.len()),
+        "about half: {}",
+        moves.len()
+    );
+    assert!(
+        moves
+            .windows(2)
+            .all(|pair| pair[0].run.heat > pair[1].run.heat)
+    );
     for one in &moves {
         assert_eq!(roster.owners(&one.run.key.run, 1)[0].id, one.to.id);
         assert!(one.leaves);

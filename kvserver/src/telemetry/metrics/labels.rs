@@ -72,9 +72,12 @@ impl Source {
     }
 }
 
-/// A method of the service; the label of calls.
+/// A method of a service; the label of calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the methods of blocks.proto, by name")]
+#[expect(
+    missing_docs,
+    reason = "the methods of blocks.proto and cluster.proto, by name"
+)]
 pub enum Method {
     OpenNamespace,
     Lookup,
@@ -85,11 +88,17 @@ pub enum Method {
     Invalidate,
     Watch,
     Stats,
+    Join,
+    View,
+    Report,
+    SetWeight,
+    Drain,
+    Explain,
     Other,
 }
 
 impl Method {
-    pub(super) const ALL: [Self; 10] = [
+    pub(super) const ALL: [Self; 16] = [
         Self::OpenNamespace,
         Self::Lookup,
         Self::Get,
@@ -99,6 +108,12 @@ impl Method {
         Self::Invalidate,
         Self::Watch,
         Self::Stats,
+        Self::Join,
+        Self::View,
+        Self::Report,
+        Self::SetWeight,
+        Self::Drain,
+        Self::Explain,
         Self::Other,
     ];
 
@@ -115,8 +130,23 @@ impl Method {
             Self::Invalidate => "invalidate",
             Self::Watch => "watch",
             Self::Stats => "stats",
+            Self::Join => "join",
+            Self::View => "view",
+            Self::Report => "report",
+            Self::SetWeight => "set_weight",
+            Self::Drain => "drain",
+            Self::Explain => "explain",
             Self::Other => "other",
         }
+    }
+
+    /// Whether it is one of the cluster's own.
+    #[must_use]
+    pub const fn is_of_cluster(self) -> bool {
+        matches!(
+            self,
+            Self::Join | Self::View | Self::Report | Self::SetWeight | Self::Drain | Self::Explain
+        )
     }
 }
 

@@ -37,10 +37,7 @@ impl MotionMetrics {
             "Blocks that came from peers, by result.",
             &["result"],
         );
-        let seconds = |name, help| {
-            r.histograms(name, help, &[])
-                .with_label_values::<&str>(&[])
-        };
+        let seconds = |name, help| r.histograms(name, help, &[]).with_label_values::<&str>(&[]);
         Self {
             fetched: RESULTS.map(|result| fetched.with_label_values(&[result])),
             fetched_bytes: r.counter(
