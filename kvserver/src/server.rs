@@ -102,7 +102,7 @@ pub struct Node {
     blocks: Arc<Blocks>,
     mover: Arc<Mover>,
     /// Its tasks end with the node.
-    membership: Membership,
+    _membership: Membership,
     rpc: Option<Rpc>,
     local: Option<Local>,
     console: Option<Console>,
@@ -151,7 +151,7 @@ impl Node {
             chosen: parts.chosen,
             blocks: parts.blocks,
             mover: parts.mover,
-            membership: parts.membership,
+            _membership: parts.membership,
             rpc: Some(parts.rpc),
             local: parts.local,
             console: parts.console,
@@ -170,12 +170,6 @@ impl Node {
     #[must_use]
     pub fn cluster(&self) -> &Arc<Cluster> {
         self.blocks.cluster()
-    }
-
-    /// The cluster's tasks, with what they have to tell.
-    #[must_use]
-    pub fn membership(&self) -> &Membership {
-        &self.membership
     }
 
     /// The settings it runs with.

@@ -72,6 +72,16 @@ impl Context {
         &self.global.endpoint
     }
 
+    /// How long one call may take.
+    pub(crate) fn deadline(&self) -> Duration {
+        self.global.deadline.into()
+    }
+
+    /// The credential, where there is one.
+    pub(crate) fn token(&self) -> Option<&str> {
+        self.global.token.as_deref()
+    }
+
     pub(crate) fn is_json(&self) -> bool {
         self.global.json
     }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! kvctl ── status put get lookup invalidate ──► a node, through kvclient
+//!      ── cluster ───────────────────────────► a node of the cluster, by its Cluster service
 //!      ── bench ─────────────────────────────► a node, under load
 //!      ── replay ────────────────────────────► a policy alone, or a node
 //!      ── simulate ──────────────────────────► a thousand nodes in this process
@@ -13,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod cluster;
 mod context;
 mod doctor;
 mod get;
@@ -55,6 +57,8 @@ enum Command {
     Lookup(lookup::Args),
     /// Forget a key, a prefix or a whole namespace
     Invalidate(invalidate::Args),
+    /// Who is here, who owns what; weight, drain and explain
+    Cluster(cluster::Args),
     /// Put a node under load and measure it
     Bench(bench::Args),
     /// Judge eviction policies on a recorded trace
@@ -89,6 +93,7 @@ async fn run(context: &Context, command: Command) -> anyhow::Result<ExitCode> {
         Command::Get(args) => get::run(context, args).await?,
         Command::Lookup(args) => return lookup::run(context, args).await,
         Command::Invalidate(args) => invalidate::run(context, args).await?,
+        Command::Cluster(args) => cluster::run(context, args).await?,
         Command::Bench(args) => return bench::run(context, args).await,
         Command::Replay(args) => replay::run(context, args).await?,
         Command::Simulate(args) => simulate::run(context, args).await?,

@@ -79,6 +79,10 @@ impl Blocks {
             namespaces: self.namespaces.len() as u64,
             removed: removed.filter(|(_, count)| *count > 0).collect(),
             policy: engine.policy.to_owned(),
+            members: self.cluster.counts().to_vec(),
+            suspects: self.cluster.suspects() as u64,
+            view_changes: self.cluster.view_changes(),
+            gossip: self.cluster.traffic().totals(),
         }
     }
 

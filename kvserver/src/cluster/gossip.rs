@@ -26,7 +26,7 @@ use tokio::task::JoinHandle;
 
 use super::{
     Cluster, Load,
-    wire::{Datagrams, GossipKey, SealedTransport, Traffic},
+    wire::{Datagrams, GossipKey, SealedTransport},
 };
 use crate::clock::{Clock, Tick};
 
@@ -83,7 +83,6 @@ pub struct GossipSettings {
 /// The running gossip. Dropping it ends it.
 pub struct Gossip {
     following: JoinHandle<()>,
-    traffic: Arc<Traffic>,
 }
 
 impl Gossip {
@@ -102,7 +101,6 @@ impl Gossip {
             problem,
         };
         let listening = datagrams.local_addr().map_err(|e| refuse(e.to_string()))?;
-        let traffic = Arc::new(Traffic::default());
         let declared = cluster.declared();
         let config = ChitchatConfig {
             chitchat_id: ChitchatId::new(
@@ -129,7 +127,7 @@ impl Gossip {
         let transport = SealedTransport {
             key: settings.key,
             datagrams,
-            traffic: Arc::clone(&traffic),
+            traffic: Arc::clone(cluster.traffic()),
             first_number: clock.random_u64(),
         };
         let mut keys = vec![(MEMBER.to_owned(), to_text(&declared))];
@@ -150,14 +148,7 @@ impl Gossip {
         };
         Ok(Self {
             following: tokio::spawn(follower.follow(handle)),
-            traffic,
         })
-    }
-
-    /// What it has carried.
-    #[must_use]
-    pub fn traffic(&self) -> &Arc<Traffic> {
-        &self.traffic
     }
 }
 

@@ -19,7 +19,7 @@ use super::{
     Cluster, Kept, Load, Standing,
     call::{ANSWER_TIME, Caller},
     gossip::{Gossip, GossipSettings},
-    wire::{Datagrams, Traffic},
+    wire::Datagrams,
 };
 use crate::clock::{Clock, Tick};
 
@@ -52,7 +52,7 @@ pub struct MembershipParts {
 
 /// A member's running tasks.
 pub struct Membership {
-    gossip: Option<Gossip>,
+    _gossip: Option<Gossip>,
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -113,13 +113,10 @@ impl Membership {
                 }
             }));
         }
-        Self { gossip, tasks }
-    }
-
-    /// What gossip has carried, if there is any.
-    #[must_use]
-    pub fn traffic(&self) -> Option<&Arc<Traffic>> {
-        self.gossip.as_ref().map(Gossip::traffic)
+        Self {
+            _gossip: gossip,
+            tasks,
+        }
     }
 }
 

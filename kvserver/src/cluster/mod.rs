@@ -14,7 +14,6 @@
 
 mod call;
 pub mod gossip;
-mod handover;
 mod join;
 mod kept;
 mod load;
@@ -33,14 +32,14 @@ use std::{
     },
 };
 
-use kvproto::{BootId, Member, MemberId, ViewDigest};
+use kvproto::{BootId, Member, MemberId, MemberState, ViewDigest};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
 
 pub(crate) use self::join::resolve;
+use self::wire::Traffic;
 pub use self::{
     call::Caller,
-    handover::{Handover, Progress},
     join::{JoinError, Joined, Joining, Welcome, adopt},
     kept::{Kept, KeptError},
     load::Load,
@@ -63,7 +62,8 @@ pub struct Cluster {
     loads: Mutex<BTreeMap<MemberId, Load>>,
     /// The life that each member was last heard to live.
     boots: Mutex<BTreeMap<MemberId, BootId>>,
-    handover: Handover,
+    traffic: Arc<Traffic>,
+    view_changes: AtomicU64,
     /// Why nobody can join this node, if nobody can.
     alone: Mutex<Option<String>>,
     /// Members that somebody's call failed at, on their way to whoever looks after them.
@@ -88,7 +88,8 @@ impl Cluster {
             roster: watch::Sender::new(roster),
             loads: Mutex::default(),
             boots: Mutex::default(),
-            handover: Handover::default(),
+            traffic: Arc::default(),
+            view_changes: AtomicU64::new(0),
             alone: Mutex::default(),
             hurt,
             looked_after: Mutex::new(Some(looked_after)),
@@ -171,23 +172,44 @@ impl Cluster {
         self.members.lock().suspects()
     }
 
+    /// How many members are in each state.
+    #[must_use]
+    pub fn counts(&self) -> [(&'static str, u64); 4] {
+        let roster = self.roster();
+        let count = |state: MemberState| {
+            let members = roster.view.members().iter();
+            members.filter(|member| member.state == state).count() as u64
+        };
+        [
+            ("joining", count(MemberState::Joining)),
+            ("active", count(MemberState::Active)),
+            ("draining", count(MemberState::Draining)),
+            ("gone", count(MemberState::Gone)),
+        ]
+    }
+
+    /// Changes of the view that moved owners, since start.
+    #[must_use]
+    pub fn view_changes(&self) -> u64 {
+        self.view_changes.load(Ordering::Relaxed)
+    }
+
+    /// What gossip has carried.
+    #[must_use]
+    pub fn traffic(&self) -> &Arc<Traffic> {
+        &self.traffic
+    }
+
     /// Another weight for this node.
     pub fn set_weight(&self, weight: u32) {
         let now = self.clock.now();
         self.change(|members| members.set_weight(weight, now));
     }
 
-    /// This node hands over what it has, until then if there is a time for it, and takes nothing new.
-    pub fn drain(&self, until: Option<Tick>) {
+    /// This node hands over what it has, and takes nothing new.
+    pub fn drain(&self) {
         let now = self.clock.now();
-        self.handover.begin(until);
         self.change(|members| members.drain(now));
-    }
-
-    /// What a draining node has still to hand over.
-    #[must_use]
-    pub fn handover(&self) -> &Handover {
-        &self.handover
     }
 
     /// The life that a member was last heard to live.
@@ -264,6 +286,9 @@ impl Cluster {
             return false;
         }
         let roster = Arc::new(members.roster());
+        if self.digest() != roster.digest {
+            self.view_changes.fetch_add(1, Ordering::Relaxed);
+        }
         // Under the lock, so that an older roster never replaces a newer one.
         self.digest.store(roster.digest.0, Ordering::Release);
         self.roster.send_replace(roster);

@@ -82,6 +82,15 @@ pub struct Traffic {
     pub refused: AtomicU64,
 }
 
+impl Traffic {
+    /// Bytes sent, bytes taken, datagrams refused.
+    #[must_use]
+    pub fn totals(&self) -> [u64; 3] {
+        let counts = [&self.sent_bytes, &self.received_bytes, &self.refused];
+        counts.map(|count| count.load(Ordering::Relaxed))
+    }
+}
+
 /// The key of a cluster's gossip and the name by which its nodes tell each other from strangers.
 #[derive(Clone)]
 pub struct GossipKey {

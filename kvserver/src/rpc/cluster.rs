@@ -2,7 +2,7 @@
 //!
 //! Looking is for everybody who may call; joining and changing are for nodes and operators, who show the nodes' token.
 
-use std::{pin::Pin, time::Duration};
+use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures_util::{Stream, stream};
 use kvproto::{
@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     clock::Tick,
-    cluster::{Cluster, Progress, Standing},
+    cluster::{Cluster, Standing},
 };
 
 /// The generated trait's implementation; everything it needs comes with the request.
@@ -186,7 +186,7 @@ impl ClusterService for ClusterRpc {
             asked => Duration::from_millis(asked).min(longest),
         };
         let until = now.after(time.saturating_sub(LAST_WORD));
-        asked.cluster().drain(Some(until));
+        asked.cluster().drain();
         let watch = Draining {
             context: asked.answer(),
             until,
@@ -239,9 +239,13 @@ impl Draining {
         if self.is_over {
             return None;
         }
-        let shared = self.asked.caller.shared.clone();
-        let cluster = shared.blocks.cluster();
-        let mut told = cluster.handover().progress();
+        let shared = Arc::clone(&self.asked.caller.shared);
+        let Some(motion) = shared.blocks.motion() else {
+            self.is_over = true;
+            let problem = "this node is not ready yet; try again";
+            return Some((Err(status::refuse(Reason::Draining, problem)), self));
+        };
+        let mut told = motion.progress();
         if self.context.is_none() {
             tokio::select! {
                 _ = told.changed() => {}
@@ -249,39 +253,32 @@ impl Draining {
                 () = shared.draining.cancelled() => {}
             }
         }
-        let progress = *told.borrow();
-        let is_done = progress.is_some_and(|progress| progress.done && progress.left_blocks == 0);
-        let is_late = shared.clock.now() >= self.until || progress.is_some_and(|p| p.done);
-        let phase = match (is_done, is_late) {
-            (true, _) => v1::DrainPhase::Left,
-            (false, true) if self.leave_anyway => v1::DrainPhase::Left,
-            (false, true) => v1::DrainPhase::Deadline,
-            (false, false) => v1::DrainPhase::Moving,
+        let mut progress = told.borrow().clone();
+        let is_late = shared.clock.now() >= self.until || shared.draining.is_cancelled();
+        let is_done = progress.is_draining && progress.is_done && progress.at_stake_bytes() == 0;
+        if is_done || is_late {
+            progress = motion.account();
+        }
+        let phase = match (progress.at_stake_bytes(), is_late) {
+            (0, _) if is_done => v1::DrainPhase::Left,
+            (_, true) if self.leave_anyway => v1::DrainPhase::Left,
+            (_, true) => v1::DrainPhase::Deadline,
+            (_, false) => v1::DrainPhase::Moving,
         };
         if phase == v1::DrainPhase::Left {
-            cluster.leave();
+            shared.blocks.cluster().leave();
         }
         self.is_over = phase != v1::DrainPhase::Moving;
-        let progress = progress.unwrap_or_else(|| all_that_is_here(&shared.blocks));
         let message = v1::DrainResponse {
             context: self.context.take(),
             phase: phase as i32,
-            moved_blocks: progress.moved_blocks,
+            moved_runs: progress.moved_runs,
             moved_bytes: progress.moved_bytes,
+            waiting_runs: progress.waiting_runs,
+            at_stake_bytes: progress.at_stake_bytes(),
             left_blocks: progress.left_blocks,
-            left_bytes: progress.left_bytes,
         };
         Some((Ok(message), self))
-    }
-}
-
-/// Nobody has told of any progress: all that this node holds is still to be handed over.
-fn all_that_is_here(blocks: &crate::blocks::Blocks) -> Progress {
-    let engine = blocks.engine().stats();
-    Progress {
-        left_blocks: engine.blocks as u64,
-        left_bytes: engine.kv.used_bytes + engine.checkpoint.used_bytes,
-        ..Progress::default()
     }
 }
 

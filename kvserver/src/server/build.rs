@@ -28,7 +28,7 @@ use crate::{
         tenants::Tenants,
     },
     clock::Clock,
-    cluster::Membership,
+    cluster::{Cluster, Membership},
     config::{Chosen, Config, NvmeAdmission, UnixSocket, choose},
     console::Console,
     data_dir::DataDir,

@@ -83,6 +83,11 @@ pub struct Metrics {
     leased_bytes: IntGauge,
     lease_overflow_bytes: IntGauge,
     namespaces: IntGauge,
+    members: IntGaugeVec,
+    suspects: IntGauge,
+    view_changes: IntCounter,
+    gossip_bytes: IntCounterVec,
+    gossip_refused: IntCounter,
     /// The same-host path's.
     pub local: LocalMetrics,
     /// Blocks on their way between nodes.
@@ -229,6 +234,25 @@ impl Metrics {
                 "Bytes of leased blocks in ordinary memory for want of a slot.",
             ),
             namespaces: r.gauge(names::NAMESPACES, "Namespaces known."),
+            members: r.gauges(
+                names::CLUSTER_MEMBERS,
+                "Members of the cluster by state.",
+                &["state"],
+            ),
+            suspects: r.gauge(names::CLUSTER_SUSPECTS, "Members that are silent."),
+            view_changes: r.counter(
+                names::CLUSTER_VIEW_CHANGES,
+                "Changes of the view that moved owners.",
+            ),
+            gossip_bytes: r.counters(
+                names::CLUSTER_GOSSIP_BYTES,
+                "Bytes of gossip.",
+                &["direction"],
+            ),
+            gossip_refused: r.counter(
+                names::CLUSTER_GOSSIP_REFUSED,
+                "Datagrams that were not of this cluster.",
+            ),
             local: LocalMetrics::new(&r),
             motion: Arc::new(MotionMetrics::new(&r)),
             registry,

@@ -38,6 +38,11 @@ pub const NAMES: &[&str] = &[
     LEASED_BYTES,
     LEASE_OVERFLOW_BYTES,
     NAMESPACES,
+    CLUSTER_MEMBERS,
+    CLUSTER_SUSPECTS,
+    CLUSTER_VIEW_CHANGES,
+    CLUSTER_GOSSIP_BYTES,
+    CLUSTER_GOSSIP_REFUSED,
     LOCAL_CONNECTIONS,
     LOCAL_CALLS,
     LOCAL_CALL_SECONDS,
@@ -127,6 +132,16 @@ pub const LEASED_BYTES: &str = "terrace_leased_bytes";
 pub const LEASE_OVERFLOW_BYTES: &str = "terrace_lease_overflow_bytes";
 /// Namespaces known.
 pub const NAMESPACES: &str = "terrace_namespaces";
+/// Members of the cluster as this node sees it, by state.
+pub const CLUSTER_MEMBERS: &str = "terrace_cluster_members";
+/// Members that are silent, and keep their place for a while.
+pub const CLUSTER_SUSPECTS: &str = "terrace_cluster_suspects";
+/// Changes of the view that moved owners.
+pub const CLUSTER_VIEW_CHANGES: &str = "terrace_cluster_view_changes_total";
+/// Bytes of gossip, by direction.
+pub const CLUSTER_GOSSIP_BYTES: &str = "terrace_cluster_gossip_bytes_total";
+/// Datagrams that were not of this cluster, or damaged.
+pub const CLUSTER_GOSSIP_REFUSED: &str = "terrace_cluster_gossip_refused_total";
 /// Connections over the same-host path.
 pub const LOCAL_CONNECTIONS: &str = "terrace_local_connections";
 /// Calls over the same-host path, by call and result (ok, or the reason of the refusal).

@@ -49,6 +49,14 @@ pub struct Snapshot {
     pub namespaces: u64,
     /// Blocks that left a tier since start.
     pub removed: Vec<(Reason, u64)>,
+    /// Members of the cluster by state.
+    pub members: Vec<(&'static str, u64)>,
+    /// Those of them that are silent.
+    pub suspects: u64,
+    /// Changes of the view since start.
+    pub view_changes: u64,
+    /// Gossip sent, taken, and datagrams refused.
+    pub gossip: [u64; 3],
     /// Name of the eviction policy.
     pub policy: String,
 }
@@ -114,6 +122,19 @@ impl Metrics {
         self.lease_overflow_bytes
             .set(signed(snapshot.lease_overflow_bytes));
         self.namespaces.set(signed(snapshot.namespaces));
+        for (state, count) in &snapshot.members {
+            self.members.with_label_values(&[state]).set(signed(*count));
+        }
+        self.suspects.set(signed(snapshot.suspects));
+        let catch_up = |counter: &prometheus::IntCounter, to: u64| {
+            counter.inc_by(to.saturating_sub(counter.get()));
+        };
+        catch_up(&self.view_changes, snapshot.view_changes);
+        let [sent, received, refused] = snapshot.gossip;
+        for (direction, bytes) in [("sent", sent), ("received", received)] {
+            catch_up(&self.gossip_bytes.with_label_values(&[direction]), bytes);
+        }
+        catch_up(&self.gossip_refused, refused);
     }
 }
 
