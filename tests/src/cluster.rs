@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use kvproto::{MemberId, MemberState};
 use kvserver::{
-    Node,
+    Node, NodeError,
     cluster::Standing,
     config::{Config, HostPort},
 };
@@ -20,7 +20,7 @@ use tempfile::TempDir;
 
 use crate::{
     node::small,
-    patience::{HANG, eventually},
+    patience::{HANG, eventually, until},
 };
 
 /// How the nodes of a test differ from a small node.
@@ -74,9 +74,28 @@ impl TestCluster {
     /// # Panics
     /// When it does not start.
     pub async fn restart(&mut self, number: usize) {
-        let config = self.config(number);
-        let node = Node::start(config).await.expect("a small node starts");
-        self.nodes[number] = Some(node);
+        self.start_as(number, self.config(number)).await;
+    }
+
+    /// Starts node `number` with these settings.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub async fn start_as(&mut self, number: usize, config: Config) {
+        let mut started = None;
+        until(
+            "the folder of a node that was killed is let go",
+            async || match Node::start(config.clone()).await {
+                Err(NodeError::DataDir(_)) => false,
+                node => started
+                    .insert(node.expect("a small node starts"))
+                    .cluster()
+                    .alone()
+                    .is_none(),
+            },
+        )
+        .await;
+        self.nodes[number] = started;
     }
 
     /// The settings node `number` would be started with now.

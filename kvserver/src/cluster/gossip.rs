@@ -35,7 +35,7 @@ pub const GOSSIP_INTERVAL: Duration = Duration::from_millis(200);
 
 /// A member whose heart was not heard to beat for so long is suspect. News of a beat takes a handful of intervals
 /// through a thousand nodes; with that, and [`LOOK_INTERVAL`], a death is known everywhere within 3 s.
-pub const SILENT_AFTER: Duration = Duration::from_millis(2200);
+pub const SILENT_AFTER: Duration = Duration::from_millis(1800);
 
 /// How often what was heard is looked through.
 pub const LOOK_INTERVAL: Duration = Duration::from_millis(100);
