@@ -80,6 +80,55 @@ impl Bench {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_cluster_is_shown_changed_and_explained() {
+    let bench = Bench::start().await;
+    let me = bench.node.cluster().me().0.clone();
+    let shown = bench.json(&["cluster"], &[]);
+    assert_eq!(shown["members"][0]["id"].as_str(), Some(&*me));
+    assert_eq!(shown["members"][0]["owned_share"].as_f64(), Some(1.0));
+    assert_eq!(shown["members"][0]["standing"].as_str(), Some("well"));
+    assert_eq!(shown["digest"].as_str().map(str::len), Some(16));
+    let text = String::from_utf8(bench.run(&["cluster", "members"], &[]).stdout).unwrap();
+    assert!(
+        text.contains(&format!("{me} *")) && text.contains("100.00 %"),
+        "{text}"
+    );
+
+    // A name need only be as long as it is its own.
+    let weighed = bench.json(&["cluster", "weight", &me[..6], "7"], &[]);
+    assert_eq!(weighed["weight"].as_u64(), Some(7));
+    assert_eq!(bench.node.cluster().declared().weight, 7);
+
+    bench.json(&["put", "doc", "-"], b"some bytes");
+    let explained = bench.json(&["cluster", "explain", "doc"], &[]);
+    assert_eq!(explained["claims"][0]["claim"].as_str(), Some("owner"));
+    assert_eq!(explained["claims"][0]["has"].as_str(), Some("has it"));
+
+    // There is nobody to take what it has: it says what would be lost, and goes on having it.
+    let drained = bench.run(
+        &["cluster", "drain", &me, "--within", "1500ms", "--json"],
+        &[],
+    );
+    assert!(!drained.status.success(), "{drained:?}");
+    let lines = String::from_utf8(drained.stdout).unwrap();
+    let report: Value = serde_json::from_str(lines.lines().next().unwrap()).unwrap();
+    assert_eq!(report["phase"].as_str(), Some("deadline"));
+    assert!(
+        report["at_stake_bytes"].as_u64() > Some(0) && report["left_blocks"].as_u64() > Some(0)
+    );
+    let resumed = bench.json(&["cluster", "resume", &me], &[]);
+    assert_eq!(resumed["phase"].as_str(), Some("resumed"));
+    assert!(bench.node.cluster().declared().state.takes_runs());
+
+    let wrong = bench.run(&["cluster", "drain", "nobody"], &[]);
+    let told = String::from_utf8(wrong.stderr).unwrap();
+    assert!(
+        !wrong.status.success() && told.contains("no member is named"),
+        "{told}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_file_put_under_a_key_comes_back_and_is_forgotten_on_request() {
     let bench = Bench::start().await;
     let bytes: Vec<u8> = (0..3_000_001_u32).map(|i| (i >> 3) as u8).collect();
