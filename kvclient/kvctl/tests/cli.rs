@@ -300,3 +300,22 @@ async fn a_failure_says_what_to_do_next() {
         "{wrong:?}"
     );
 }
+
+#[test]
+fn a_simulation_says_what_moved_and_repeats_itself() {
+    let run = || {
+        let words = "simulate --nodes 12 --scenario grow --seconds 12 --clients 2 --share-runs 50 --seed 3 --json";
+        let output = Command::new(env!("CARGO_BIN_EXE_kvctl"))
+            .args(words.split(' '))
+            .output();
+        let output = output.unwrap();
+        assert!(output.status.success(), "{output:?}");
+        serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
+    };
+    let report = run();
+    for number in ["moved_over_ideal", "max_share", "unreadable_under_lease"] {
+        assert!(report[number].is_number(), "{number}: {report}");
+    }
+    assert_eq!(report["unreadable_under_lease"], 0);
+    assert_eq!(report["history_digest"], run()["history_digest"]);
+}

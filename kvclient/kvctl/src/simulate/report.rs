@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::{
     Agreement, Args,
     client::Tally,
-    town::{TIMES, Town},
+    town::{SETTLE, TIMES, Town},
 };
 use crate::context::{size, table};
 
@@ -270,12 +270,13 @@ pub(super) fn text(report: &Report) -> String {
         r.history_digest, r.history_lines
     );
     text += &format!(
-        "\nreal code: {}\nmodels: {}\ngrace {:?}, ramp {:?}, a change is young for {:?}\n",
+        "\nreal code: {}\nmodels: {}\ngrace {:?}, ramp {:?}, a change is young for {:?}, moves begin {:?} after it\n",
         r.real.join("; "),
         r.models.join("; "),
         TIMES.suspect_grace,
         TIMES.join_ramp,
-        TIMES.motion_window
+        TIMES.motion_window,
+        SETTLE
     );
     text
 }

@@ -70,6 +70,9 @@ pub(super) const TIMES: Times = Times {
     join_ramp: Duration::from_secs(6),
 };
 
+/// From a change to the moves that come of it: longer than the default, so that readers overtake them.
+pub(super) const SETTLE: Duration = Duration::from_secs(3);
+
 /// Whether a node answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Health {
@@ -177,7 +180,10 @@ impl Town {
             history: Arc::clone(&self.history),
         };
         let motion = Motion::new(
-            MotionConfig::default(),
+            MotionConfig {
+                settle: SETTLE,
+                ..MotionConfig::default()
+            },
             MotionParts {
                 cluster: Arc::clone(&cluster),
                 transport: Arc::new(wire),
