@@ -323,7 +323,7 @@ impl Client {
         let deadline = self.until();
         if let Some(roster) = self.fleet.roster() {
             let getting = self.getting(namespace, chain, options, deadline);
-            return getting.into_destinations(roster, destinations).await;
+            return getting.fill(roster, destinations).await;
         }
         let (inner, wanted) = (self.fleet.home(), wanted(namespace, chain, options));
         let mut reopening = Reopening::default();

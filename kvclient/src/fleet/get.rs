@@ -80,7 +80,7 @@ impl Verdict {
 
 impl Getting<'_> {
     /// Into the caller's memory.
-    pub(crate) async fn into_destinations<T: Destination>(
+    pub(crate) async fn fill<T: Destination>(
         &self,
         roster: Arc<Roster>,
         destinations: &mut [T],

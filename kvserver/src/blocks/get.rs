@@ -86,10 +86,6 @@ pub struct GetPlan {
     tally: GetTally,
 }
 
-#[expect(
-    clippy::large_enum_variant,
-    reason = "at most READ_AHEAD_BLOCKS of them, and a read is the rule where there are many"
-)]
 enum Waiting {
     Ready(Found),
     Reading {
