@@ -30,8 +30,8 @@ use crate::{
     fleet::{
         self, Fleet,
         get::Getting,
-        lookup::{Answered, Question},
         put::Spreading,
+        share::{Answered, Question},
     },
     get::{self, Fetched, GetOptions, Got, Wanted, sink::Destination},
     lease::{Lease, millis},
@@ -248,7 +248,7 @@ impl Client {
         }
         let inner = self.fleet.home();
         let Answered { found, boot } =
-            fleet::lookup::ask(inner, &question, chain, 0, deadline).await?;
+            fleet::share::ask(inner, &question, chain, 0, deadline).await?;
         Ok(Lookup {
             present_blocks: found.present_blocks,
             tiers: found.tiers,

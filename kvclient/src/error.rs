@@ -166,6 +166,14 @@ impl Error {
         self.kind() == ErrorKind::Unavailable
     }
 
+    /// Whether it speaks against the call, or against the cluster as a whole: another owner's answer does not help.
+    pub(crate) fn is_final(&self) -> bool {
+        match self {
+            Self::NamespaceChanged { .. } => true,
+            error => !matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Refresh),
+        }
+    }
+
     /// Whether the same call may be sent again at once (after backoff, within its deadline).
     pub(crate) fn is_worth_repeating(&self) -> bool {
         match self {

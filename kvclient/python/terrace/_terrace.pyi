@@ -67,7 +67,7 @@ class Cache:
     ) -> None:
         """Starts, and does not wait for the node.
 
-        endpoint: `host:port`, `http://host:port` or `unix:/path`.
+        endpoint: `host:port`, `http://host:port` or `unix:/path`; several nodes of one cluster with commas.
         spec: what must be equal for two engines to share bytes; `terrace.identity` makes it. Fields that are missing
             read "none" or 1, a field that is not known is refused.
         owner: 16 bytes. Leases belong to it, so give the scheduler's and the workers' caches of one engine the same.

@@ -21,7 +21,7 @@ use kvproto::{Chain, FieldError, GetOutcome, LeaseId, Part};
 use super::{Fleet, Roster};
 use crate::{
     call::{Deadline, Inner},
-    error::{Error, ErrorKind},
+    error::Error,
     get::{self, Fetched, GetOptions, Got, Wanted, sink::Destination},
     lease::Lease,
     local::{self, Held},
@@ -322,12 +322,7 @@ fn enter<T>(
                     }
                 }
             }
-            Err(error)
-                if matches!(error, Error::NamespaceChanged { .. })
-                    || !matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Refresh) =>
-            {
-                return Err(error);
-            }
+            Err(error) if error.is_final() => return Err(error),
             Err(error) => {
                 tracing::debug!(%error, "an owner does not answer; its blocks are not had");
                 round.roster.recipe.views.hurt(&error);

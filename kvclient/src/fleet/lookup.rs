@@ -10,9 +10,6 @@
 //! that the owner of the first runs has answered, the others have [`LATE_LEAST`] or [`LATE_TIMES`] times as long as it
 //! took, whichever is more: who is later counts as having nothing, and is looked at.
 //!
-//! Where a namespace has replicas, an owner that has failed, or has said nothing for [`HEDGE_AFTER`], is asked for a second
-//! time at those that hold its runs as well; whoever has the whole share first is taken.
-//!
 //! One lease id goes to all of them, made from the caller and the idempotency key, so that asking again names the same
 //! lease everywhere. A node where somebody has that id chooses another, which the [`Lease`] keeps beside it.
 //!
@@ -21,30 +18,19 @@
 
 use std::{sync::Arc, time::Duration};
 
-use bytes::Bytes;
-use futures_util::{
-    StreamExt,
-    future::{BoxFuture, join_all},
-    stream::FuturesUnordered,
-};
-use kvproto::{
-    BootId, Chain, LeaseId, OwnerId, Part, TierKind,
-    convert::{answer, chain_to_wire, parts_to_wire},
-    key::RunHash,
-    v1,
-};
+use futures_util::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
+use kvproto::{BootId, Chain, LeaseId, TierKind, convert::answer, key::RunHash};
 
-use super::{Fleet, Roster};
+use super::{
+    Fleet, Roster,
+    share::{Asking, OfShare, Question},
+};
 use crate::{
-    call::{Deadline, Inner},
+    call::Deadline,
     client::Lookup,
-    error::{Error, ErrorKind},
+    error::Error,
     lease::{Holder, Lease},
-    local,
-    namespace::NamespaceHandle,
-    open::{self, Reopening},
     route::{Assembly, Split},
-    wire::{self, Method},
 };
 
 /// Shortest time that later owners have once the owner of the first runs has answered: more than a node takes to fetch
@@ -53,61 +39,6 @@ const LATE_LEAST: Duration = Duration::from_millis(250);
 
 /// And as multiple of what that owner took.
 const LATE_TIMES: u32 = 8;
-
-/// When those are asked that hold an owner's runs as well.
-const HEDGE_AFTER: Duration = Duration::from_millis(30);
-
-/// What is asked, of whomever.
-#[derive(Clone)]
-pub(crate) struct Question {
-    pub(crate) namespace: NamespaceHandle,
-    pub(crate) parts: Vec<Part>,
-    pub(crate) probe: bool,
-    pub(crate) ttl_ms: u32,
-    pub(crate) idempotency: Option<[u8; 16]>,
-}
-
-/// What one node says.
-pub(crate) struct Answered {
-    pub(crate) found: answer::Lookup,
-    pub(crate) boot: BootId,
-}
-
-/// Asks one node.
-pub(crate) async fn ask(
-    inner: &Inner,
-    question: &Question,
-    chain: &Chain,
-    lease_id: u64,
-    deadline: Deadline,
-) -> Result<Answered, Error> {
-    let mut reopening = Reopening::default();
-    let answer: v1::LookupResponse = loop {
-        let answer = local::unary(inner, deadline, |context| v1::LookupRequest {
-            context: Some(context),
-            namespace_id: Bytes::copy_from_slice(&question.namespace.id().0),
-            chain: Some(chain_to_wire(chain)),
-            parts: parts_to_wire(&question.parts),
-            probe: question.probe,
-            lease_ttl_ms: question.ttl_ms,
-            idempotency_key: question
-                .idempotency
-                .map_or_else(Bytes::new, |key| Bytes::copy_from_slice(&key)),
-            lease_id,
-        });
-        match answer.await {
-            Ok(answer) => break answer,
-            Err(error) => {
-                let namespace = &question.namespace;
-                reopening.after(inner, namespace, error, deadline).await?;
-            }
-        }
-    };
-    let boot = inner.heard(answer.context.as_ref());
-    let found = answer::Lookup::from_wire(&answer, chain.len())
-        .map_err(|problem| wire::answer(Method::LOOKUP, problem))?;
-    Ok(Answered { found, boot })
-}
 
 /// Asks all owners; once more where another view has come with the answers and moves what was missed.
 pub(crate) async fn everywhere(
@@ -122,7 +53,7 @@ pub(crate) async fn everywhere(
     let gap = first
         .as_ref()
         .map_or(0, |found| found.present_blocks as usize);
-    if gap == chain.len() || first.as_ref().is_err_and(is_final) {
+    if gap == chain.len() || first.as_ref().is_err_and(Error::is_final) {
         return first;
     }
     let Some(newest) = fleet.roster().filter(|newest| !newest.agrees(&roster)) else {
@@ -214,197 +145,6 @@ async fn give_back(mut asked: Asked) {
     }
 }
 
-/// What is there of one owner's share.
-struct OfShare {
-    present: usize,
-    leased: usize,
-    tiers: Vec<(u32, TierKind)>,
-    holders: Vec<(Holder, answer::Lease)>,
-    boot: BootId,
-    /// Runs that another than their owner answered for.
-    stand_ins: Vec<(RunHash, usize)>,
-}
-
-impl OfShare {
-    fn nothing() -> Self {
-        Self {
-            present: 0,
-            leased: 0,
-            tiers: Vec::new(),
-            holders: Vec::new(),
-            boot: BootId(0),
-            stand_ins: Vec::new(),
-        }
-    }
-
-    fn of_one(inner: &Arc<Inner>, answer: Answered) -> Self {
-        let Answered { found, boot } = answer;
-        let holder = |lease: answer::Lease| {
-            let holder = Holder {
-                inner: inner.clone(),
-                id: lease.id,
-                boot,
-            };
-            (holder, lease)
-        };
-        Self {
-            present: found.present_blocks as usize,
-            leased: found.lease.map_or(0, |lease| lease.blocks as usize),
-            tiers: found.tiers,
-            holders: found.lease.map(holder).into_iter().collect(),
-            boot,
-            stand_ins: Vec::new(),
-        }
-    }
-
-    fn let_go(self) {
-        for (holder, _) in self.holders {
-            holder.inner.let_go(holder.id);
-        }
-    }
-}
-
-/// One owner's share of a lookup.
-#[derive(Clone)]
-struct Asking {
-    roster: Arc<Roster>,
-    question: Arc<Question>,
-    member: usize,
-    chain: Chain,
-    lease_id: u64,
-    deadline: Deadline,
-}
-
-impl Asking {
-    async fn run(self) -> Result<OfShare, Error> {
-        let replicas = self.question.namespace.replicas();
-        if replicas < 2 {
-            return self.of_owner().await;
-        }
-        let recipe = self.roster.recipe.clone();
-        let mut owner = Box::pin(self.clone().of_owner());
-        let early = tokio::select! {
-            biased;
-            answer = &mut owner => Some(answer),
-            () = recipe.clock.sleep(HEDGE_AFTER) => None,
-        };
-        let mut others = Box::pin(self.clone().of_others(replicas));
-        match early {
-            Some(Err(error)) if !is_final(&error) => others.await.ok_or(error),
-            Some(answer) => answer,
-            None => {
-                tokio::select! {
-                    biased;
-                    answer = &mut owner => {
-                        match answer {
-                            Ok(answer) => {
-                                recipe.runtime.spawn(async move {
-                                    if let Some(late) = others.await {
-                                        late.let_go();
-                                    }
-                                });
-                                Ok(answer)
-                            }
-                            Err(error) if is_final(&error) => Err(error),
-                            Err(error) => others.await.ok_or(error),
-                        }
-                    }
-                    answer = &mut others => match answer {
-                        Some(answer) if answer.present == self.chain.len() => {
-                            recipe.runtime.spawn(async move {
-                                if let Ok(late) = owner.await {
-                                    late.let_go();
-                                }
-                            });
-                            Ok(answer)
-                        }
-                        // The owner may have more.
-                        part => match owner.await {
-                            Ok(answer) => {
-                                part.into_iter().for_each(OfShare::let_go);
-                                Ok(answer)
-                            }
-                            Err(error) => part.ok_or(error),
-                        },
-                    },
-                }
-            }
-        }
-    }
-
-    async fn of_owner(self) -> Result<OfShare, Error> {
-        let inner = self.roster.node(self.member)?;
-        open::ensure(inner, &self.question.namespace, self.deadline).await?;
-        let asked = ask(
-            inner,
-            &self.question,
-            &self.chain,
-            self.lease_id,
-            self.deadline,
-        );
-        Ok(OfShare::of_one(inner, asked.await?))
-    }
-
-    /// The same of those that hold the owner's runs as well. `None`: nobody does, or nobody answers.
-    async fn of_others(self, replicas: usize) -> Option<OfShare> {
-        let run_blocks = self.question.namespace.run_blocks();
-        let other = |run: &RunHash| {
-            let mut owners = self.roster.owners(run, replicas).into_iter();
-            owners.find(|owner| *owner != self.member)
-        };
-        // Up to the first run that nobody else holds.
-        let mut runs = self.chain.runs(run_blocks);
-        let end = runs.find(|(run, _)| other(run).is_none());
-        let end = end.map_or(self.chain.len(), |(_, range)| range.start);
-        if end == 0 {
-            return None;
-        }
-        let held = self.chain.slice(0..end, run_blocks);
-        let split = Split::new(&held, run_blocks, |run| other(run).unwrap_or(self.member));
-        let calls = split.shares.iter().map(|share| {
-            let asking = Self {
-                member: share.member,
-                chain: share.chain(&held, run_blocks),
-                ..self.clone()
-            };
-            asking.of_owner()
-        });
-        let (mut present, mut leased) = (Assembly::new(&split), Assembly::new(&split));
-        let mut whole = OfShare::nothing();
-        let mut tiers = vec![Vec::new(); split.shares.len()];
-        let mut answers = 0;
-        for (number, answer) in join_all(calls).await.into_iter().enumerate() {
-            let Ok(answer) = answer else {
-                present.lost(number);
-                leased.lost(number);
-                continue;
-            };
-            answers += 1;
-            present.answered(number, answer.present);
-            leased.answered(number, answer.leased);
-            tiers[number] = answer.tiers;
-            whole.holders.extend(answer.holders);
-            whole.boot = answer.boot;
-        }
-        whole.present = present.prefix();
-        whole.leased = leased.prefix();
-        whole.tiers = present.stretches(whole.present, &tiers);
-        whole.stand_ins = held
-            .runs(run_blocks)
-            .filter_map(|(run, _)| Some((run, other(&run)?)))
-            .collect();
-        (answers > 0).then_some(whole)
-    }
-}
-
-/// Whether the call itself is at fault, or the cluster: nobody else's answer helps.
-fn is_final(error: &Error) -> bool {
-    match error {
-        Error::NamespaceChanged { .. } => true,
-        error => !matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Refresh),
-    }
-}
-
 /// What the owners have said so far.
 struct Answers<'a> {
     roster: &'a Arc<Roster>,
@@ -457,7 +197,7 @@ impl<'a> Answers<'a> {
         self.present.lost(number);
         self.leased.lost(number);
         self.lost.push(self.split.shares[number].member);
-        if is_final(&error) {
+        if error.is_final() {
             self.refused.get_or_insert(error);
         } else {
             tracing::debug!(%error, "an owner does not answer; the prefix ends before its runs");
@@ -515,41 +255,6 @@ impl<'a> Answers<'a> {
             lease: Lease::shared(self.roster, budget, holders, self.stand_ins, terms),
             boot_id: self.boot,
         })
-    }
-}
-
-impl Question {
-    /// The same, under another key: the owners' first answers are not to be repeated.
-    fn again(&self) -> Self {
-        let other = |mut key: [u8; 16]| {
-            key.iter_mut().for_each(|byte| *byte = !*byte);
-            key
-        };
-        Self {
-            idempotency: self.idempotency.map(other),
-            ..self.clone()
-        }
-    }
-
-    /// The id that all owners are asked to give the lease: the same for one caller and key. 0 without a lease.
-    fn lease_id(&self, owner: &OwnerId) -> u64 {
-        let Some(key) = self.idempotency else {
-            return 0;
-        };
-        let words = owner
-            .0
-            .as_chunks::<8>()
-            .0
-            .iter()
-            .chain(key.as_chunks::<8>().0);
-        let id = words.fold(0_u64, |id, word| {
-            // SplitMix64's finish: every bit of every word reaches every bit of the id.
-            let mut z = (id ^ u64::from_le_bytes(*word)).wrapping_add(0x9e37_79b9_7f4a_7c15);
-            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-            z ^ (z >> 31)
-        });
-        id.max(1)
     }
 }
 

@@ -19,6 +19,7 @@
 pub(crate) mod get;
 pub(crate) mod lookup;
 pub(crate) mod put;
+pub(crate) mod share;
 
 use std::sync::{
     Arc, OnceLock,

@@ -17,7 +17,7 @@ use kvproto::{Chain, PutOutcome, Reason, convert::answer::PutResult};
 use super::{Fleet, Roster};
 use crate::{
     call::Deadline,
-    error::{Error, ErrorKind},
+    error::Error,
     namespace::NamespaceHandle,
     open::{self, Reopening},
     put::{self, PutBlock, PutOptions},
@@ -149,14 +149,10 @@ impl<'a> Spreading<'a> {
                 roster.recipe.views.hurt(error);
             }
         }
-        let is_final = |error: &Error| {
-            matches!(error, Error::NamespaceChanged { .. })
-                || !matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Refresh)
-        };
         let mut kept = Vec::with_capacity(answers.len());
         for (group, answer) in answers {
             match answer {
-                Err(error) if is_final(&error) => return Err(error),
+                Err(error) if error.is_final() => return Err(error),
                 answer => kept.push((group, answer)),
             }
         }
