@@ -617,6 +617,10 @@ mod tests {
         sent(|| client().get_scattered(ns(), chain(), None, &mut []));
         sent(|| client().get(ns(), chain(), None));
         sent(|| client().put(ns(), chain(), &[], PutOptions::default()));
+        sent(|| client().open_namespace(ns().spec(), false));
+        sent(|| client().invalidate(ns(), Target::All));
+        sent(|| client().hold(ns(), chain(), None));
+        sent(|| client().stats());
         sent(|| async {
             client()
                 .lookup(ns(), chain(), &LookupOptions::default())
