@@ -92,6 +92,11 @@ impl Inner {
         id
     }
 
+    /// Whether it has answered, and not failed since.
+    pub(crate) fn is_well(&self) -> bool {
+        self.boot.load(Ordering::Relaxed) != 0 && self.pool.breaker.state() == BreakerState::Closed
+    }
+
     /// Gives a lease back in the background; one that finds the queue full ends by its own time.
     pub(crate) fn let_go(&self, lease: LeaseId) {
         if self.releases.try_send(lease).is_err() {

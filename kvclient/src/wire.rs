@@ -69,6 +69,15 @@ methods! {
     STATS = "Stats",
 }
 
+impl Method {
+    /// Of the cluster's own service.
+    pub(crate) const REPORT: Self = Self {
+        name: "Report",
+        uri: "http://terrace/terrace.v1.Cluster/Report",
+        path: "/terrace.v1.Cluster/Report",
+    };
+}
+
 /// Opens a stream and sends its headers.
 pub(crate) async fn start(
     send: &SendRequest<Bytes>,

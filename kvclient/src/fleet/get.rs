@@ -325,7 +325,7 @@ fn enter<T>(
             Err(error) if error.is_final() => return Err(error),
             Err(error) => {
                 tracing::debug!(%error, "an owner does not answer; its blocks are not had");
-                round.roster.recipe.views.hurt(&error);
+                round.roster.hurt(share.member, &error);
                 verdict.lost.push(share.member);
                 verdict.failed.get_or_insert(error);
             }

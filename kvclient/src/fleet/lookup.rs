@@ -201,7 +201,7 @@ impl<'a> Answers<'a> {
             self.refused.get_or_insert(error);
         } else {
             tracing::debug!(%error, "an owner does not answer; the prefix ends before its runs");
-            self.roster.recipe.views.hurt(&error);
+            self.roster.hurt(self.split.shares[number].member, &error);
             self.failed.get_or_insert(error);
         }
     }
@@ -213,6 +213,7 @@ impl<'a> Answers<'a> {
                 && let Ok(inner) = self.roster.node(share.member)
             {
                 inner.pool.suspect();
+                self.roster.report(share.member);
             }
         }
     }

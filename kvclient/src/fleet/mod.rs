@@ -21,9 +21,12 @@ pub(crate) mod lookup;
 pub(crate) mod put;
 pub(crate) mod share;
 
-use std::sync::{
-    Arc, OnceLock,
-    atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+use std::{
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
 use http::HeaderValue;
@@ -32,7 +35,7 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
 use crate::{
-    call::{Deadline, Inner},
+    call::{self, Deadline, Inner},
     clock::{Clock, Tick},
     endpoint::Endpoint,
     error::Error,
@@ -45,10 +48,14 @@ use crate::{
     pool::Pool,
     retry::{Breaker, BreakerPolicy, BreakerState, RetryBudget, RetryPolicy},
     route::{Known, Table},
+    wire::Method,
 };
 
 /// Members beside the endpoints given that are asked, one after the other, for what any node can answer.
 const MAX_ASKED: usize = 8;
+
+/// How often the cluster is told of one member that does not answer, and how long that may take.
+const REPORT_PAUSE: Duration = Duration::from_secs(1);
 
 /// What a client knows of its cluster, by all its nodes' answers.
 #[derive(Debug, Default)]
@@ -81,14 +88,6 @@ impl Views {
                 .max(1);
         }
         self.digest.load(Ordering::Relaxed)
-    }
-
-    /// A call to a member failed. The digest covers who owns what and not where they are reached.
-    pub(crate) fn hurt(&self, error: &Error) {
-        let is_news = !matches!(error, Error::BreakerOpen { .. });
-        if error.is_unavailable() && is_news {
-            self.is_in_doubt.store(true, Ordering::Relaxed);
-        }
     }
 
     /// Takes note of what an answer says of its node's view.
@@ -176,6 +175,8 @@ pub(crate) struct Node {
     id: MemberId,
     address: String,
     inner: OnceLock<Result<Arc<Inner>, String>>,
+    /// When the others were last told that it does not answer.
+    reported: Mutex<Option<Tick>>,
 }
 
 /// Who owns what, and the nodes of the members by their numbers. Shared by the calls made by one view.
@@ -251,15 +252,62 @@ impl Roster {
         })
     }
 
+    /// A call to a member failed: the cluster is told, which looks at it at once, and the next request asks where
+    /// everybody is, because a digest covers who owns what and not where they are reached.
+    pub(crate) fn hurt(&self, member: usize, error: &Error) {
+        if error.is_endpoint_failure() {
+            self.recipe.views.is_in_doubt.store(true, Ordering::Relaxed);
+            self.report(member);
+        }
+    }
+
+    /// Tells a member that is well of one that does not answer, now and then; nobody waits for it.
+    pub(crate) fn report(&self, member: usize) {
+        let (node, recipe) = (&self.nodes[member], &self.recipe);
+        let now = recipe.clock.now();
+        let is_told = |at: Option<Tick>| at.is_some_and(|at| now.since(at) < REPORT_PAUSE);
+        let mut reported = node.reported.lock();
+        if is_told(*reported) {
+            return;
+        }
+        let others = self
+            .nodes
+            .iter()
+            .enumerate()
+            .filter(|(other, _)| *other != member);
+        let mut made = others.filter_map(|(_, other)| other.inner.get()?.as_ref().ok());
+        let Some(well) = made.find(|inner| inner.is_well()).cloned() else {
+            return;
+        };
+        *reported = Some(now);
+        let hurt = node.inner.get().and_then(|inner| inner.as_ref().ok());
+        let boot_id = hurt.map_or(0, |inner| inner.boot.load(Ordering::Relaxed));
+        let node_id = node.id.0.clone();
+        let deadline = Deadline::after(&*recipe.clock, REPORT_PAUSE);
+        recipe.runtime.spawn(async move {
+            let answer: Result<v1::ReportResponse, Error> =
+                call::unary(&well, Method::REPORT, deadline, |context| {
+                    v1::ReportRequest {
+                        context: Some(context),
+                        node_id: node_id.clone(),
+                        boot_id,
+                    }
+                })
+                .await;
+            match answer {
+                Ok(answer) => {
+                    well.heard(answer.context.as_ref());
+                }
+                Err(error) => tracing::debug!(%error, "a report was not heard"),
+            }
+        });
+    }
+
     /// Whether a member other than those that have just `failed` is known to answer.
     pub(crate) fn is_anybody_well(&self, failed: impl Fn(usize) -> bool) -> bool {
         let mut nodes = self.nodes.iter().enumerate();
         nodes.any(|(member, node)| match node.inner.get() {
-            Some(Ok(inner)) => {
-                !failed(member)
-                    && inner.boot.load(Ordering::Relaxed) != 0
-                    && inner.pool.breaker.state() == BreakerState::Closed
-            }
+            Some(Ok(inner)) => !failed(member) && inner.is_well(),
             _ => false,
         })
     }
@@ -355,6 +403,7 @@ impl Fleet {
             id: member.id.clone(),
             address: member.address.clone(),
             inner: seed.map_or_else(OnceLock::new, |seed| OnceLock::from(Ok(seed.clone()))),
+            reported: Mutex::default(),
         })
     }
 

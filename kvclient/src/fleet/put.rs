@@ -143,10 +143,10 @@ impl<'a> Spreading<'a> {
             (group, answer)
         });
         let answers = join_all(calls).await;
-        for (_, answer) in &answers {
+        for (group, answer) in &answers {
             if let Err(error) = answer {
                 tracing::debug!(%error, "an owner does not take its blocks");
-                roster.recipe.views.hurt(error);
+                roster.hurt(group.member, error);
             }
         }
         let mut kept = Vec::with_capacity(answers.len());
