@@ -79,7 +79,7 @@ pub struct GetPlan {
     answer: u32,
     window: VecDeque<Waiting>,
     reading_bytes: u64,
-    /// Until when it waits for other nodes; `None`: they are not asked.
+    /// When it must be over; `None`: other nodes are not asked.
     asks_until: Option<Tick>,
     /// What came from them for this get.
     brought: Vec<Arc<Brought>>,
@@ -154,12 +154,10 @@ impl GetPlan {
         self.tally
     }
 
-    /// What is missing here may come from other nodes, while there is a reason to ask them and until `deadline`, less
-    /// the time that the answer needs.
+    /// What is missing here may come from other nodes, while there is a reason to ask them and until shortly before
+    /// `deadline`.
     pub fn asks_peers(&mut self, deadline: Tick) {
-        let left = deadline.since(self.blocks.clock.now());
-        let margin = (left / 10).clamp(LEAST_MARGIN, MOST_MARGIN);
-        self.asks_until = Some(self.blocks.clock.now().after(left.saturating_sub(margin)));
+        self.asks_until = Some(deadline);
     }
 
     /// The next block and what became of it; `None` after the last.
@@ -327,11 +325,14 @@ impl GetPlan {
 
     /// The run of block `i` from there on, if another node may have it.
     fn fetch(&self, i: usize) -> Option<BoxFuture<'static, Arc<Brought>>> {
-        let until = self.asks_until?;
+        let deadline = self.asks_until?;
         let motion = self.blocks.motion()?;
         if !motion.may_ask(self.replicas) {
             return None;
         }
+        let now = self.blocks.clock.now();
+        let left = deadline.since(now);
+        let until = now.after(left.saturating_sub((left / 10).clamp(LEAST_MARGIN, MOST_MARGIN)));
         let space = self.blocks.spaces().get(&self.namespace)?;
         motion.bring_run(&space, &self.chain, i, &self.parts, until)
     }

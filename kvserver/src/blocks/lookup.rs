@@ -83,8 +83,12 @@ impl Blocks {
         let Some(motion) = self.motion() else {
             return Ok(None);
         };
+        let is_young = motion.may_ask(1);
+        if !is_young && !self.namespaces.any_replicated() {
+            return Ok(None);
+        }
         let known = self.namespaces.get(owner.tenant, asked.namespace)?;
-        if !motion.may_ask(known.replicas as usize) {
+        if !is_young && known.replicas < 2 {
             return Ok(None);
         }
         asked.chain.validate(known.run_blocks)?;

@@ -26,6 +26,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
+        atomic::{AtomicBool, Ordering},
         mpsc::{self, RecvTimeoutError, SyncSender, TrySendError, sync_channel},
     },
     time::Duration,
@@ -108,7 +109,10 @@ pub struct OpenedNamespace {
 
 /// Every namespace as peers are told of it.
 #[derive(Clone, Default)]
-pub(crate) struct Spaces(Arc<RwLock<HashMap<NamespaceId, Arc<Space>>>>);
+pub(crate) struct Spaces(
+    Arc<RwLock<HashMap<NamespaceId, Arc<Space>>>>,
+    Arc<AtomicBool>,
+);
 
 impl Spaces {
     /// The namespace of this id.
@@ -117,6 +121,9 @@ impl Spaces {
     }
 
     fn set(&self, space: Space) {
+        if space.replicas > 1 {
+            self.1.store(true, Ordering::Release);
+        }
         self.0.write().insert(space.id, Arc::new(space));
     }
 }
@@ -308,6 +315,11 @@ impl Namespaces {
             Some(known) if known.tenant == tenant => Ok(*known),
             _ => Err(BlocksError::UnknownNamespace(id)),
         }
+    }
+
+    /// Whether the runs of any namespace ever had several owners.
+    pub(crate) fn any_replicated(&self) -> bool {
+        self.shared.spaces.1.load(Ordering::Acquire)
     }
 
     /// All of them, for peers.

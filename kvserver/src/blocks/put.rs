@@ -10,6 +10,9 @@
 //! ack synced   … once the durable tier has said so   the block stays in RAM while there is room
 //! ```
 //!
+//! Where runs have several owners, what is new here goes on to the next one (`motion/replicas.rs`); an ack beyond `cached`
+//! waits for that too, and says why when it did not get there.
+//!
 //! Nothing is answered as more than it is. A writer who asked for `stored` and is told `rejected`
 //! puts again after `retry_after_ms`; the block is then present in RAM, and only its write is tried again.
 //! Errors: [`BlocksError`] when the request breaks the rules; blocks that were whole before stay.
@@ -26,20 +29,32 @@ use kvproto::{
 };
 use tokio::sync::oneshot;
 
-use super::{Blocks, BlocksError, mover::Urgency, namespaces::Known};
+use super::{
+    Blocks, BlocksError,
+    motion::{Passed, Passing},
+    mover::Urgency,
+    namespaces::Known,
+};
 use crate::{
     engine::{Grant, Presence, Published, Reserve, TenantId, Whereabouts},
     tier::{BlockRef, WriteOutcome},
 };
 
+/// Bytes of a put that are passed on together to the next owner.
+const PASSED_BYTES: u64 = 16 << 20;
+
 /// One put of any number of blocks.
 pub struct PutSession {
     blocks: Arc<Blocks>,
+    namespace: NamespaceId,
     known: Known,
     ack: Ack,
     kind: Kind,
     answers: Vec<Answer>,
     filling: Option<Filling>,
+    /// What goes on to the next owner; `None`: nothing does.
+    passing: Option<Passing>,
+    passed: Vec<oneshot::Receiver<Passed>>,
 }
 
 /// What is known of a block so far.
@@ -90,11 +105,14 @@ impl Blocks {
         let known = self.namespaces.get(tenant, namespace)?;
         Ok(PutSession {
             blocks: Arc::clone(self),
+            namespace,
             known,
             ack,
             kind,
             answers: Vec::new(),
             filling: None,
+            passing: None,
+            passed: Vec::new(),
         })
     }
 
@@ -120,6 +138,13 @@ impl Blocks {
 }
 
 impl PutSession {
+    /// What is new here goes on to the next owner of its run, where there is one.
+    pub fn passes_on(&mut self) {
+        if self.known.replicas > 1 && self.blocks.motion().is_some() {
+            self.passing = Some(Passing::default());
+        }
+    }
+
     /// Run length of the namespace.
     #[must_use]
     pub fn run_blocks(&self) -> u32 {
@@ -342,6 +367,13 @@ impl PutSession {
         if let (Into::Slot { grant, landing }, Some(header)) = (into, filling.header.clone()) {
             let answer = self.complete(*grant, header, landing);
             self.answers.push(answer);
+            if self
+                .passing
+                .as_ref()
+                .is_some_and(|p| p.bytes >= PASSED_BYTES)
+            {
+                self.pass_on();
+            }
         }
     }
 
@@ -351,6 +383,7 @@ impl PutSession {
     /// When the last block is not whole, or there was none.
     pub async fn finish(mut self) -> Result<Vec<PutResult>, BlocksError> {
         self.check_whole()?;
+        self.pass_on();
         let mut results = Vec::with_capacity(self.answers.len());
         for answer in std::mem::take(&mut self.answers) {
             let result = match answer {
@@ -358,10 +391,34 @@ impl PutSession {
                 Answer::Writing(outcome, held) => written(outcome.await, held),
                 Answer::Raising(key) => self.raise(key).await,
             };
-            self.blocks.metrics.put(result.outcome, result.reason);
             results.push(result);
         }
+        if self.ack != Ack::Cached {
+            for passed in std::mem::take(&mut self.passed) {
+                for (number, reason) in passed.await.unwrap_or_default() {
+                    if let Some(result) = results.get_mut(number) {
+                        result.reason.get_or_insert(reason);
+                    }
+                }
+            }
+        }
+        for result in &results {
+            self.blocks.metrics.put(result.outcome, result.reason);
+        }
         Ok(results)
+    }
+
+    /// Sends on what has been gathered for next owners.
+    fn pass_on(&mut self) {
+        let Some(passing) = self.passing.as_mut().filter(|p| !p.blocks.is_empty()) else {
+            return;
+        };
+        let passing = std::mem::take(passing);
+        let space = self.blocks.spaces().get(&self.namespace);
+        if let (Some(motion), Some(space)) = (self.blocks.motion(), space) {
+            let passed = motion.pass_on(&space, self.ack, self.kind, passing);
+            self.passed.extend(passed);
+        }
     }
 
     fn check_whole(&self) -> Result<(), BlocksError> {
@@ -382,7 +439,7 @@ impl PutSession {
     }
 
     /// All bytes are in the slot: seals, publishes, and sends it on if the ack wants it.
-    fn complete(&self, grant: Grant, header: BlockHeader, landing: Landing) -> Answer {
+    fn complete(&mut self, grant: Grant, header: BlockHeader, landing: Landing) -> Answer {
         let sums = landing.finish(grant.block.bytes());
         let sealed = match grant.block.seal_summed(header, &sums) {
             Ok(sealed) => sealed,
@@ -398,6 +455,10 @@ impl PutSession {
         match self.blocks.engine.publish(sealed, grant.ticket) {
             Published::New(block) => {
                 self.blocks.mover.look_for_work();
+                if let Some(passing) = &mut self.passing {
+                    passing.bytes += block.len_bytes();
+                    passing.blocks.push((self.answers.len(), block.clone()));
+                }
                 self.acknowledge(block, PutOutcome::reached(self.ack))
             }
             Published::Twin(block) => self.acknowledge(block, PutOutcome::reached(self.ack)),

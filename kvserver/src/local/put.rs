@@ -36,6 +36,9 @@ impl Session {
         };
         let blocks = &self.shared.blocks;
         let mut session = blocks.put(owner.tenant, start.namespace, start.ack, start.kind)?;
+        if !start.context.no_forward {
+            session.passes_on();
+        }
         let rules = rules(
             start.namespace,
             session.run_blocks(),

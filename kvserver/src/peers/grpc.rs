@@ -7,7 +7,7 @@
 //! ```
 //!
 //! A connection is made by the first call that needs it, and made anew when it breaks; HTTP/2 pings find out about
-//! peers that are frozen. Lines to members that are gone are dropped ([`Grpc::keep`]).
+//! peers that are frozen. Lines to members that are gone are dropped ([`Transport::keep`]).
 //!
 //! What comes in is judged as a client judges it (`kvproto::convert`): the header must name the block asked for, at
 //! its place in the chain. Bytes are compared with the header's sums by whoever keeps them, in the slot.
@@ -117,11 +117,6 @@ impl Grpc {
             clock,
             runtime,
         }
-    }
-
-    /// Drops the connections to everybody else.
-    pub fn keep(&self, members: &[MemberId]) {
-        self.lines.lock().retain(|id, _| members.contains(id));
     }
 
     fn line(&self, peer: &Peer) -> Result<Arc<Line>, PeerError> {
@@ -405,6 +400,10 @@ impl Transport for Grpc {
             }
         }
         .boxed()
+    }
+
+    fn keep(&self, members: &[MemberId]) {
+        self.lines.lock().retain(|id, _| members.contains(id));
     }
 
     fn release(

@@ -206,6 +206,9 @@ pub trait Transport: Send + Sync + 'static {
         deadline: Duration,
     ) -> BoxFuture<'static, Result<(), PeerError>>;
 
+    /// Who is here: what is kept for anybody else may go.
+    fn keep(&self, _members: &[MemberId]) {}
+
     /// Gives a lease back; nothing depends on whether it arrives.
     fn release(
         &self,

@@ -95,6 +95,11 @@ impl Call {
         self.admitted.time
     }
 
+    /// When it is over.
+    pub(crate) fn deadline(&self) -> Tick {
+        self.started.after(self.admitted.time)
+    }
+
     /// How much of the call's time is left.
     pub(crate) fn time_left(&self) -> Duration {
         self.admitted

@@ -99,7 +99,7 @@ fn begin(
     );
     let mut plan = plan.map_err(|e| status::blocks(&e))?;
     if !request.context.no_forward {
-        plan.asks_peers(shared.clock.now().after(call.time_left()));
+        plan.asks_peers(call.deadline());
     }
     Ok((plan, piece_bytes, caller.answer(&request.context)))
 }

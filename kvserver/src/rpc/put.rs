@@ -203,10 +203,13 @@ impl<'a> Receiving<'a> {
                     .caller
                     .owner(start.context.owner_id)
                     .map_err(Problem::Status)?;
-                let session =
+                let mut session =
                     shared
                         .blocks
                         .put(owner.tenant, start.namespace, start.ack, start.kind)?;
+                if !start.context.no_forward {
+                    session.passes_on();
+                }
                 let rules = HeaderRules {
                     namespace: start.namespace,
                     run_blocks: session.run_blocks(),

@@ -7,4 +7,5 @@
 
 mod gossip_turmoil;
 mod joins;
+mod motion;
 mod routing;

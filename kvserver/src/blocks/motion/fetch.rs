@@ -9,6 +9,8 @@
 //!
 //! What is fetched is an ordinary block here; whoever waited looks again and finds it, or the miss that it was.
 //! A flight that asks for fewer blocks of its run than somebody else wants is waited for and followed by another.
+//! A lookup fetches its first missing run alone, then four, then sixteen: a prompt that is nowhere costs one question to
+//! each candidate and, for a second, no more.
 //! Units: blocks, durations. Errors: none. Bounds: `fetches` flights, [`MAX_STRETCHES`] of one lookup, a lease of
 //! [`LEASE`] at one peer at a time.
 
@@ -39,6 +41,12 @@ const LEASE: Duration = Duration::from_secs(10);
 
 /// How long a lease may take to be given back.
 const RELEASE: Duration = Duration::from_secs(1);
+
+/// How long a run that nobody had is not looked for again, unless by somebody who lacks another of its blocks …
+const MISSED: Duration = Duration::from_secs(1);
+
+/// … and how many such runs are remembered.
+const MAX_MISSED: usize = 4096;
 
 /// What a flight brought.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -80,32 +88,82 @@ impl Motion {
         };
         let first = missing / parts.len().max(1);
         let roster = self.cluster.roster();
-        let mut flights = Vec::new();
-        for Stretch { run, chain } in stretches(chain, space.run_blocks(), first, MAX_STRETCHES) {
-            // The prefix ends at a run of somebody else's.
-            if !self.owns(&roster, &run, space.replicas) {
-                break;
-            }
-            flights.push(self.bring(Asked {
-                space: Arc::clone(space),
-                chain,
-                parts: parts.to_vec(),
-            }));
-        }
-        if flights.is_empty() {
+        let mut wanted = stretches(chain, space.run_blocks(), first, MAX_STRETCHES);
+        // The prefix ends at a run of somebody else's.
+        let owned = wanted
+            .iter()
+            .take_while(|stretch| self.owns(&roster, &stretch.run, space.replicas))
+            .count();
+        wanted.truncate(owned);
+        if wanted
+            .first()
+            .is_none_or(|first| self.was_missed(space, first))
+        {
             return std::future::ready(()).boxed();
         }
+        // Goes on when the lookup has waited long enough: the next one hits.
+        let fetched = {
+            let (me, space, parts) = (Arc::clone(self), Arc::clone(space), parts.to_vec());
+            self.on_runtime(async move { me.fetch_prefix(space, wanted, parts).await })
+        };
         let wait = self.config.wait.min(time_left / 2);
         let clock = Arc::clone(&self.clock);
         let waited = self.on_runtime(async move {
             let late = clock.sleep(wait);
             tokio::select! {
                 biased;
-                _ = join_all(flights) => {}
+                _ = fetched => {}
                 () = late => {}
             }
         });
         waited.map(drop).boxed()
+    }
+
+    /// Fetches runs of one chain, a few at first and then more: where a run is nowhere, those behind it are of no use.
+    async fn fetch_prefix(
+        self: Arc<Self>,
+        space: Arc<Space>,
+        wanted: Vec<Stretch>,
+        parts: Vec<Part>,
+    ) {
+        let mut wanted = wanted.into_iter();
+        let mut window = 1;
+        loop {
+            let asked: Vec<Asked> = wanted
+                .by_ref()
+                .take(window)
+                .map(|stretch| Asked {
+                    space: Arc::clone(&space),
+                    chain: stretch.chain,
+                    parts: parts.clone(),
+                })
+                .collect();
+            if asked.is_empty() || self.stopping.is_cancelled() {
+                return;
+            }
+            let flights = asked.iter().map(|asked| self.bring(asked.clone()));
+            join_all(flights).await;
+            let lacks = |asked: &Asked| {
+                keys(asked.space.id, &asked.chain, &asked.parts).any(|k| self.holdings.lacks(&k))
+            };
+            if asked.iter().any(lacks) {
+                return;
+            }
+            window *= 4;
+        }
+    }
+
+    /// Whether this very run was looked for and not found a moment ago: engines ask again and again.
+    fn was_missed(&self, space: &Arc<Space>, stretch: &Stretch) -> bool {
+        let key = RunKey {
+            namespace: space.id,
+            run: stretch.run,
+        };
+        let missed = self.missed.lock();
+        let last = missed.get(&key);
+        last.is_some_and(|(until, at)| {
+            *until > self.clock.now() && Some(at) == stretch.chain.hashes.first()
+        })
     }
 
     /// Fetches the rest of a run for a get whose block `chain` begins with is missing; ends when that is done, or at
@@ -118,10 +176,14 @@ impl Motion {
         parts: &[Part],
         until: Tick,
     ) -> Option<BoxFuture<'static, Arc<Brought>>> {
-        let Stretch { run, chain } = stretches(chain, space.run_blocks(), from, 1).pop()?;
-        if !self.owns(&self.cluster.roster(), &run, space.replicas) || self.left(until).is_zero() {
+        let stretch = stretches(chain, space.run_blocks(), from, 1).pop()?;
+        if !self.owns(&self.cluster.roster(), &stretch.run, space.replicas)
+            || self.left(until).is_zero()
+            || self.was_missed(space, &stretch)
+        {
             return None;
         }
+        let chain = stretch.chain;
         let flight = self.bring(Asked {
             space: Arc::clone(space),
             chain,
@@ -192,6 +254,7 @@ impl Motion {
                 () = me.stopping.cancelled() => Arc::default(),
                 brought = me.fly(key, &asked) => brought,
             };
+            me.note_missed(key, &asked);
             me.flights.lock().remove(&key);
             let seconds = me.clock.now().since(began).as_secs_f64();
             me.metrics.fetch_seconds.observe(seconds);
@@ -199,6 +262,25 @@ impl Motion {
             let _ = answer.send(brought);
         });
         (landed, true)
+    }
+
+    /// Remembers for a moment what was not found.
+    fn note_missed(&self, key: RunKey, asked: &Asked) {
+        let (parts, hashes) = (asked.parts.len().max(1), &asked.chain.hashes);
+        let lacking =
+            keys(key.namespace, &asked.chain, &asked.parts).position(|k| self.holdings.lacks(&k));
+        let mut missed = self.missed.lock();
+        match lacking.and_then(|n| hashes.get(n / parts)) {
+            Some(first) => {
+                if missed.len() >= MAX_MISSED {
+                    missed.clear();
+                }
+                missed.insert(key, (self.clock.now().after(MISSED), *first));
+            }
+            None => {
+                missed.remove(&key);
+            }
+        }
     }
 
     async fn fly(self: &Arc<Self>, key: RunKey, asked: &Asked) -> Arc<Brought> {

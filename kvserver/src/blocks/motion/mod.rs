@@ -24,6 +24,7 @@
 mod fetch;
 mod moves;
 mod node;
+mod replicas;
 mod runs;
 mod shelf;
 #[cfg(test)]
@@ -39,7 +40,9 @@ use std::{
 };
 
 use futures_util::future::BoxFuture;
-use kvproto::{BlockKey, BootId, Kind, Member, MemberId, NamespaceId, Reason, RunHash};
+use kvproto::{
+    BlockKey, BootId, Kind, Member, MemberId, NamespaceId, Reason, RunHash, SequenceHash,
+};
 use parking_lot::Mutex;
 use tokio::{runtime::Handle, sync::watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -48,6 +51,7 @@ pub use self::{
     fetch::Brought,
     moves::{Move, Progress, plan},
     node::NodeHoldings,
+    replicas::{Passed, Passing},
     shelf::Shelf,
 };
 use self::{fetch::Flight, moves::Handed};
@@ -150,8 +154,12 @@ pub struct Motion {
     /// Until then a change is young; 0: none is.
     young_until_ms: AtomicU64,
     flights: Mutex<BTreeMap<RunKey, Flight>>,
+    /// Runs that nobody had, until when that is believed, and the first block that was lacking.
+    missed: Mutex<BTreeMap<RunKey, (Tick, SequenceHash)>>,
     handed: Mutex<BTreeMap<RunKey, Handed>>,
     progress: watch::Sender<Progress>,
+    /// Bytes on their way to further owners.
+    passing_bytes: AtomicU64,
 }
 
 /// Everything that motion works with.
@@ -199,8 +207,10 @@ impl Motion {
             seen_digest: AtomicU64::new(0),
             young_until_ms: AtomicU64::new(0),
             flights: Mutex::default(),
+            missed: Mutex::default(),
             handed: Mutex::default(),
             progress: watch::Sender::new(Progress::default()),
+            passing_bytes: AtomicU64::new(0),
         })
     }
 
@@ -232,6 +242,7 @@ impl Motion {
             let roster = self.cluster.roster();
             self.young_until_ms
                 .store(roster.young_until().as_millis(), Ordering::Release);
+            self.missed.lock().clear();
             self.seen_digest.store(roster.digest.0, Ordering::Release);
         }
         let until = self.young_until_ms.load(Ordering::Acquire);

@@ -101,17 +101,30 @@ pub(super) struct Handed {
 }
 
 /// What has to go where under `roster`: hottest first, then in the order of keys.
+///
+/// A copy that was left behind by an earlier move stays where it is, unless this node drains: only who owned a run until
+/// lately hands it over.
 #[must_use]
 pub fn plan(
     roster: &Roster,
     me: &MemberId,
     held: &[HeldRun],
     replicas: impl Fn(&RunKey) -> usize,
+    now: Tick,
 ) -> Vec<Move> {
+    let drains = roster
+        .view
+        .get(me)
+        .is_some_and(|me| me.state == MemberState::Draining);
     let mut moves: Vec<Move> = held
         .iter()
         .filter_map(|run| {
-            let (to, leaves) = destination(roster, me, &run.key.run, replicas(&run.key))?;
+            let replicas = replicas(&run.key);
+            let (to, leaves) = destination(roster, me, &run.key.run, replicas)?;
+            let was_mine = || roster.former(&run.key.run, now).contains(me);
+            if leaves && !drains && replicas == 1 && !was_mine() {
+                return None;
+            }
             Some(Move {
                 run: *run,
                 to,
@@ -214,6 +227,11 @@ impl Motion {
         loop {
             let roster = changes.borrow_and_update().clone();
             let is_young = roster.is_young(self.clock.now()) || self.is_draining(&roster);
+            // Those who have departed are asked for a while yet.
+            if !is_young {
+                let here: Vec<MemberId> = roster.present().map(|m| m.id.clone()).collect();
+                self.transport.keep(&here);
+            }
             if is_young {
                 tokio::select! {
                     biased;
@@ -261,7 +279,7 @@ impl Motion {
             });
         }
         let replicas = |key: &RunKey| spaces.get(&key.namespace).copied().unwrap_or(1);
-        let mut moves = plan(roster, self.cluster.me(), &held, replicas);
+        let mut moves = plan(roster, self.cluster.me(), &held, replicas, self.clock.now());
         let handed = self.handed.lock();
         moves.retain(|one| {
             handed.get(&one.run.key).is_none_or(|handed| {

@@ -194,6 +194,9 @@ impl State {
 
     /// Makes room for so many bytes; false when what is left is leased.
     fn make_room(&mut self, bytes: u64, capacity: u64, now: Tick) -> bool {
+        if self.bytes + bytes <= capacity {
+            return true;
+        }
         if bytes > capacity {
             return false;
         }

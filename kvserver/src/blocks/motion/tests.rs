@@ -346,6 +346,31 @@ async fn a_dead_frozen_or_lying_candidate_costs_a_miss_and_no_time_beyond_the_bo
 }
 
 #[tokio::test]
+async fn a_prompt_that_is_nowhere_costs_one_question_each_and_is_not_asked_for_again_at_once() {
+    let mut town = Town::new(&["a", "b"], 1);
+    town.join("c");
+    let tokens: Vec<u32> = (0..16 * RUN_BLOCKS * 50).collect();
+    let long = Chain::from_root(hash::chain(&town.key, 16, &tokens));
+    let first = RUN_BLOCKS as usize;
+    let owner = town.owner(&long.slice(0..first, RUN_BLOCKS));
+    for _ in 0..10 {
+        let lookup = tokio::spawn(town.lookup(&owner.0, &long));
+        town.pass(Duration::from_millis(10)).await;
+        assert!(lookup.is_finished());
+    }
+    assert_eq!(town.called("lookup"), 2, "{:?}", town.net.called());
+    town.pass(Duration::from_secs(1)).await;
+    let lookup = tokio::spawn(town.lookup(&owner.0, &long));
+    town.pass(Duration::from_millis(10)).await;
+    assert!(lookup.is_finished());
+    assert_eq!(
+        town.called("lookup"),
+        4,
+        "a second later it is worth asking again"
+    );
+}
+
+#[tokio::test]
 async fn a_short_deadline_halves_the_wait() {
     let mut town = Town::new(&["a", "b"], 1);
     let (chain, old) = town.moved_to("c", 30).remove(0);
@@ -633,7 +658,7 @@ fn a_plan_names_what_has_another_owner_hottest_first() {
         join_ramp: Duration::ZERO,
     };
     let members = Members::new(times, member("a"), &View::default(), clock.now());
-    let cluster = Cluster::new(members, Arc::new(clock));
+    let cluster = Cluster::new(members, Arc::new(clock.clone()));
     let run = |n: u8| HeldRun {
         key: RunKey {
             namespace: kvproto::NamespaceId([1; 16]),
@@ -644,10 +669,13 @@ fn a_plan_names_what_has_another_owner_hottest_first() {
         heat: u32::from(n),
     };
     let held: Vec<HeldRun> = (0..100).map(run).collect();
-    assert_eq!(plan(&cluster.roster(), cluster.me(), &held, |_| 1), []);
+    assert_eq!(
+        plan(&cluster.roster(), cluster.me(), &held, |_| 1, clock.now()),
+        []
+    );
     cluster.merge([member("b")]);
     let roster = cluster.roster();
-    let moves = plan(&roster, cluster.me(), &held, |_| 1);
+    let moves = plan(&roster, cluster.me(), &held, |_| 1, clock.now());
     assert!(
         (25..75).contains(&moves.len()),
         "about half: {}",
