@@ -6,7 +6,7 @@ VENV := .venv
 VENV_VLLM := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-rust test-python test-vllm test-sglang wheel lint lint-python fmt bench bench-lookup bench-placement bench-engine fuzz doc deny gpu gpu-torch clean
+.PHONY: help build demo demo-cluster test test-rust test-python test-vllm test-sglang wheel lint lint-python fmt bench bench-lookup bench-placement bench-engine fuzz doc deny gpu gpu-torch clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,10 @@ build: ## the server, the command line and the examples, optimised
 demo: ## a real decoder gets faster because of a real node (ARGS=--json for machines)
 	@$(CARGO) build --release -p kvserver -p kvexamples --bins
 	@$(CARGO) run --release -q -p kvexamples --bin demo -- $(ARGS)
+
+demo-cluster: ## three nodes, one killed and one added while requests run (ARGS=--json for machines)
+	@$(CARGO) build --release -p kvserver -p kvexamples --bins
+	@$(CARGO) run --release -q -p kvexamples --bin demo_cluster -- $(ARGS)
 
 test: test-rust test-python ## everything that must pass
 

@@ -4,12 +4,13 @@
 //! start ─► ready (its Unix socket accepts) ─► kill (SIGKILL) ─► start on the same folder
 //! ```
 //!
-//! The node gets a folder of its own, a Unix socket and free ports, so it never meets a node that
-//! runs on this machine already; its log goes to `kvserver.log` in the folder.
+//! The node gets a folder of its own, a Unix socket and, unless ports are named, free ones, so it never meets a node
+//! that runs on this machine already; its log goes to `kvserver.log` in the folder.
 //! Errors: no binary, or a node that ends before it is ready; both say what to do and show the log.
 //! Dropping the handle kills the child and waits for it: nothing is left behind.
 
 use std::fs::{self, File};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -32,7 +33,16 @@ pub struct NodeOptions {
     pub ram_bytes: u64,
     /// NVMe for blocks, bytes.
     pub nvme_bytes: u64,
+    /// Where it listens for gRPC and for HTTP; port 0 takes any that is free.
+    pub listen: SocketAddr,
+    /// Where its console is.
+    pub http_listen: SocketAddr,
+    /// Further settings, as flags.
+    pub flags: Vec<String>,
 }
+
+/// Any free port of this machine.
+pub const ANY_PORT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
 impl NodeOptions {
     /// The `kvserver` that was built next to the running program.
@@ -90,9 +100,11 @@ impl NodeProcess {
             .arg(&options.data_dir)
             .arg("--unix-socket")
             .arg(&options.socket)
-            .args(["--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0"])
+            .args(["--listen", &options.listen.to_string()])
+            .args(["--http-listen", &options.http_listen.to_string()])
             .args(["--ram-bytes", &options.ram_bytes.to_string()])
             .args(["--nvme-bytes", &options.nvme_bytes.to_string()])
+            .args(&options.flags)
             .stdin(Stdio::null())
             .stdout(log.try_clone().context("cannot share the log")?)
             .stderr(log)
@@ -114,6 +126,11 @@ impl NodeProcess {
     /// Where clients reach it.
     pub fn endpoint(&self) -> String {
         format!("unix:{}", self.options.socket.display())
+    }
+
+    /// How it was started.
+    pub fn options(&self) -> &NodeOptions {
+        &self.options
     }
 
     /// Its process id.
@@ -188,7 +205,7 @@ fn tail(path: &Path) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{NodeOptions, NodeProcess};
+    use super::{ANY_PORT, NodeOptions, NodeProcess};
 
     fn options(binary: &str, folder: &std::path::Path) -> NodeOptions {
         NodeOptions {
@@ -197,6 +214,9 @@ mod tests {
             socket: folder.join("s"),
             ram_bytes: 1 << 26,
             nvme_bytes: 0,
+            listen: ANY_PORT,
+            http_listen: ANY_PORT,
+            flags: Vec::new(),
         }
     }
 

@@ -28,8 +28,8 @@ use crate::kv::KvCache;
 use crate::model::{Decoder, ModelShape, greedy};
 use crate::stopwatch::Stopwatch;
 
-/// Blocks per run: 8 MiB of the demonstration's blocks are placed together.
-const RUN_BLOCKS: u32 = 16;
+/// Blocks per run on one node: 8 MiB of the demonstration's blocks are placed together.
+pub const RUN_BLOCKS: u32 = 16;
 /// A slow disk may take its time over a whole document; nobody waits for this but the next question.
 const SAVE_WITHIN: Duration = Duration::from_secs(60);
 
@@ -95,7 +95,8 @@ struct Fetched {
 }
 
 impl Prefiller {
-    /// Opens the namespace of this model and this tokenizer, both named by their fingerprints.
+    /// Opens the namespace of this model and this tokenizer, both named by their fingerprints; blocks lie together in
+    /// runs of `run_blocks`.
     ///
     /// # Errors
     /// When the node cannot be reached or refuses the namespace.
@@ -104,8 +105,9 @@ impl Prefiller {
         client: Client,
         tokenizer: &str,
         seed: u64,
+        run_blocks: u32,
     ) -> anyhow::Result<Self> {
-        let spec = namespace(decoder.shape(), tokenizer, seed);
+        let spec = namespace(decoder.shape(), tokenizer, seed, run_blocks);
         let namespace = client
             .open_namespace(&spec, false)
             .await
@@ -302,7 +304,7 @@ impl Prefiller {
 
 /// Everything that the bytes of a block depend on. The chunk is part of the engine class, because
 /// another chunk may add the same numbers in another order.
-fn namespace(shape: &ModelShape, tokenizer: &str, seed: u64) -> Namespace {
+fn namespace(shape: &ModelShape, tokenizer: &str, seed: u64, run_blocks: u32) -> Namespace {
     let count = |number: usize| u32::try_from(number).expect("a model's sizes fit in u32");
     Namespace {
         label: "demo".to_owned(),
@@ -317,7 +319,7 @@ fn namespace(shape: &ModelShape, tokenizer: &str, seed: u64) -> Namespace {
             packing: "layer,kv,head,token,lane".to_owned(),
         },
         block_tokens: count(shape.block_tokens),
-        run_blocks: RUN_BLOCKS,
+        run_blocks,
         world: World::SINGLE,
         engine_class: format!("candle-cpu-chunk{}", shape.chunk_tokens),
     }
@@ -353,7 +355,7 @@ mod tests {
 
     use kvclient::{Ack, Client};
 
-    use super::Prefiller;
+    use super::{Prefiller, RUN_BLOCKS};
     use crate::model::{Decoder, ModelShape, same_bits};
     use crate::sandbox::Sandbox;
     use crate::weights::WeightSource;
@@ -364,7 +366,7 @@ mod tests {
     async fn prefiller(node: &Sandbox, tokenizer: &str) -> Prefiller {
         let decoder = Arc::new(Decoder::new(TINY, WeightSource::new(SEED)).unwrap());
         let client = Client::connect(&node.endpoint()).await.unwrap();
-        Prefiller::open(decoder, client, tokenizer, SEED)
+        Prefiller::open(decoder, client, tokenizer, SEED, RUN_BLOCKS)
             .await
             .unwrap()
     }

@@ -10,11 +10,7 @@
 //! logits of the first token and of the next ones are compared bit for bit.
 //! Ctrl-C, SIGTERM and a closed terminal end the child as well.
 
-#![allow(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "a program for people prints"
-)]
+#![allow(clippy::print_stdout, reason = "a program for people prints")]
 
 mod report;
 mod show;
@@ -23,7 +19,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use tokio::signal::unix::{SignalKind, signal};
+use kvexamples::program;
 
 /// The same allocator as the server's: freed chunks of the model's activations go back at once.
 #[global_allocator]
@@ -55,49 +51,5 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let runtime = match tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-    {
-        Ok(runtime) => runtime,
-        Err(error) => return failed(&error.into()),
-    };
-    let outcome = runtime.block_on(async {
-        // When a signal wins, the demonstration is dropped where it stands, and the child with it.
-        tokio::select! {
-            outcome = show::run(&arguments) => Some(outcome),
-            () = asked_to_stop() => None,
-        }
-    });
-    // A prefill that still computes has nobody to answer to.
-    runtime.shutdown_background();
-    match outcome {
-        Some(Ok(true)) => ExitCode::SUCCESS,
-        Some(Ok(false)) => ExitCode::FAILURE,
-        Some(Err(error)) => failed(&error),
-        None => {
-            eprintln!("\nstopped; the node has been stopped too");
-            ExitCode::from(130)
-        }
-    }
-}
-
-fn failed(error: &anyhow::Error) -> ExitCode {
-    eprintln!("demo: {error:#}");
-    ExitCode::FAILURE
-}
-
-/// Answers when a person or a supervisor wants this program to end.
-async fn asked_to_stop() {
-    let listen = |kind| signal(kind).expect("a runtime with signals is running");
-    let (mut interrupt, mut terminate, mut hangup) = (
-        listen(SignalKind::interrupt()),
-        listen(SignalKind::terminate()),
-        listen(SignalKind::hangup()),
-    );
-    tokio::select! {
-        _ = interrupt.recv() => (),
-        _ = terminate.recv() => (),
-        _ = hangup.recv() => (),
-    }
+    program::run("demo", async { show::run(&arguments).await })
 }

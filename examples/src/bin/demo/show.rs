@@ -8,15 +8,16 @@ use anyhow::Context;
 use indicatif::ProgressBar;
 use kvclient::{Ack, Client};
 use kvexamples::model::{Decoder, ModelShape, same_bits};
-use kvexamples::node::{NodeOptions, NodeProcess};
+use kvexamples::node::{ANY_PORT, NodeOptions, NodeProcess};
 use kvexamples::prompt::{Document, HANDBOOK};
-use kvexamples::reuse::{Answer, Prefiller};
+use kvexamples::reuse::{Answer, Prefiller, RUN_BLOCKS};
+use kvexamples::screen::{Screen, size, thousands};
 use kvexamples::stopwatch::Stopwatch;
 use kvexamples::weights::WeightSource;
 use tempfile::TempDir;
 
 use crate::Arguments;
-use crate::report::{Report, Row, Screen, size, thousands};
+use crate::report::{self, Report, Row};
 
 /// Tokens written after the first; their logits are compared too, because they read all of the
 /// cache again, the imported part included.
@@ -87,6 +88,9 @@ pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<bool> {
         socket: folders.socket.clone(),
         ram_bytes: RAM_BYTES,
         nvme_bytes: NVME_BYTES,
+        listen: ANY_PORT,
+        http_listen: ANY_PORT,
+        flags: Vec::new(),
     };
     let watch = Stopwatch::start();
     let node = NodeProcess::start(options).await?;
@@ -100,7 +104,14 @@ pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<bool> {
     );
 
     let client = Client::connect(&node.endpoint()).await?;
-    let model = Prefiller::open(decoder, client, document.fingerprint(), WEIGHTS_SEED).await?;
+    let model = Prefiller::open(
+        decoder,
+        client,
+        document.fingerprint(),
+        WEIGHTS_SEED,
+        RUN_BLOCKS,
+    )
+    .await?;
     let mut theatre = Theatre {
         screen,
         document,
@@ -128,8 +139,8 @@ pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<bool> {
 
     let pid = node.pid();
     let options = node.kill()?;
-    theatre.screen.say(&format!(
-        "  ✗ node killed (SIGKILL, process {pid}): its RAM is gone"
+    theatre.screen.broken(&format!(
+        "node killed (SIGKILL, process {pid}): its RAM is gone"
     ));
     let watch = Stopwatch::start();
     let node = NodeProcess::start(options).await?;
@@ -145,7 +156,7 @@ pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<bool> {
     theatre.ask(last, "warm_nvme").await?;
 
     let report = theatre.report(saved.bytes, saved.took.as_secs_f64() * 1e3, restart_ms);
-    screen.show(&report)?;
+    report::show(&screen, &report)?;
     Ok(report.succeeded())
 }
 
