@@ -502,7 +502,7 @@ mod tests {
     #[test]
     fn every_bar_of_the_table_is_there() {
         let bars = ratios(&[]);
-        assert_eq!(bars.len(), 3 + 1 + 4 + 1 + 6 + 8 + 11);
+        assert_eq!(bars.len(), 3 + 1 + 4 + 1 + 6 + 8 + 11 + 5);
         assert!(
             bars.iter().all(|b| b.verdict == Verdict::NotRun)
                 && bars.iter().filter(|b| b.aim).count() == 1
