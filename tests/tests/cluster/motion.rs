@@ -1,12 +1,12 @@
 //! Blocks on their way between real nodes: reads in motion, moves, drains and copies, held against stock clients.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use kvproto::{Chain, Member, MemberId, MemberState, v1};
 use kvserver::{
     Node,
-    clock::Tick,
+    clock::{Clock as _, SystemClock, Tick},
     config::{Capacity, Config, MIB},
 };
 use kvtests::{
@@ -265,14 +265,15 @@ async fn a_candidate_that_is_frozen_or_dead_costs_a_miss_and_little_time() {
         ..v1::GetRequest::default()
     });
     asked.set_timeout(Duration::from_millis(400));
-    let began = Instant::now();
+    let clock = SystemClock::new();
+    let began = clock.now();
     let mut stream = client.client.get(asked).await.unwrap().into_inner();
     let mut misses = 0;
     while let Some(piece) = stream.message().await.expect("never an error") {
         misses += u32::from(piece.outcome() == v1::GetOutcome::Miss);
     }
     assert_eq!(misses, RUN_BLOCKS);
-    assert!(began.elapsed() < HANG);
+    assert!(clock.now().since(began) < HANG);
     drop(old);
     let quick = within_awake(BOUND, lease(&mut client, &chain)).await;
     assert_eq!(quick.map(|(present, _)| present), Some(0), "dead");
