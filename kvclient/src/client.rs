@@ -162,7 +162,7 @@ impl Client {
     ///
     /// # Errors
     /// [`Error::Request`] for a field out of range; [`Error::Refused`] with
-    /// [`Reason::NamespaceDiffers`].
+    /// [`kvproto::Reason::NamespaceDiffers`].
     pub async fn open_namespace(
         &self,
         spec: &Namespace,
