@@ -199,6 +199,9 @@ mod x86 {
                         ahead = const PREFETCH_BYTES,
                         out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _,
                         out("xmm4") _, out("xmm5") _,
+                        // `vzeroupper` cuts these too, and a build for a processor with AVX may keep something there.
+                        out("xmm6") _, out("xmm7") _, out("xmm8") _, out("xmm9") _, out("xmm10") _,
+                        out("xmm11") _, out("xmm12") _, out("xmm13") _, out("xmm14") _, out("xmm15") _,
                         options(nostack),
                     );
                 }
