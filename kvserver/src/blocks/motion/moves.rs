@@ -482,8 +482,11 @@ impl Motion {
     ) -> Result<(), PeerError> {
         let mut carried: Vec<Carried> = Vec::with_capacity(batch.len());
         for block in &batch {
-            // What has left meanwhile is a miss there as it is one here.
-            carried.extend(self.holdings.read(block).await);
+            match self.holdings.read(block).await {
+                Some(block) => carried.push(block),
+                // It has left, or its tier is busy: the next plan sees which, and tries again what is still here.
+                None => pushed.left([block]),
+            }
         }
         if carried.is_empty() {
             return Ok(());
