@@ -76,6 +76,11 @@ impl Node {
         self.server.pid()
     }
 
+    /// Where it listens, host and port.
+    pub fn tcp(&self) -> &str {
+        &self.tcp
+    }
+
     /// A client over TCP, or over the node's Unix socket.
     ///
     /// # Errors

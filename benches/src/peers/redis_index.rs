@@ -30,6 +30,13 @@ impl Index {
         }
     }
 
+    /// As many `GET` as keys.
+    fn get(&mut self, bytes: usize, first: u64, count: u32) -> Ask<'_> {
+        self.request.clear();
+        self.keys(b"*2\r\n$3\r\nGET\r\n", bytes, first, count);
+        self.locations(b"", count)
+    }
+
     fn put(&mut self, bytes: usize, index: u64) -> Ask<'_> {
         self.request.clear();
         self.keys(b"*3\r\n$3\r\nSET\r\n", bytes, index, 1);
@@ -64,9 +71,7 @@ fn location() -> Vec<u8> {
 
 impl Wire for Pipelined {
     fn get(&mut self, bytes: usize, index: u64) -> Ask<'_> {
-        self.0.request.clear();
-        self.0.keys(b"*2\r\n$3\r\nGET\r\n", bytes, index, 1);
-        self.0.locations(b"", 1)
+        self.0.get(bytes, index, 1)
     }
 
     fn put(&mut self, bytes: usize, index: u64) -> Ask<'_> {
@@ -74,17 +79,13 @@ impl Wire for Pipelined {
     }
 
     fn exists(&mut self, bytes: usize, first: u64, count: u32) -> Option<Ask<'_>> {
-        self.0.request.clear();
-        self.0.keys(b"*2\r\n$3\r\nGET\r\n", bytes, first, count);
-        Some(self.0.locations(b"", count))
+        Some(self.0.get(bytes, first, count))
     }
 }
 
 impl Wire for Mget {
     fn get(&mut self, bytes: usize, index: u64) -> Ask<'_> {
-        self.0.request.clear();
-        self.0.keys(b"*2\r\n$3\r\nGET\r\n", bytes, index, 1);
-        self.0.locations(b"", 1)
+        self.0.get(bytes, index, 1)
     }
 
     fn put(&mut self, bytes: usize, index: u64) -> Ask<'_> {

@@ -1,29 +1,29 @@
 //! Many nodes against one: what spreading a chain over owners costs, and what it brings.
 //!
 //! ```text
-//!   cluster-1   one node                     the same client, the same blocks, the same process
+//!   cluster-1   one node                     the same client, the same blocks, the same machine
 //!   cluster-3   three nodes, known to each other
 //!   cluster-8   eight
 //! ```
 //!
-//! The nodes run in this process, each with its own runtimes and its own memory: a second machine would bring bandwidth that
-//! is not the client's merit, and what is asked here is what routing takes. CPU is that of all nodes and of the client
-//! together. Runs have 16 blocks, so that a chain of 512 has blocks at each of eight owners.
+//! Each node is a process of its own with one worker thread and its share of the memory, all on this machine: other
+//! machines would bring cores and bandwidth that are not the client's merit, and what is asked here is what routing
+//! takes. CPU is that of all nodes and of the client together. Runs have 16 blocks, so that a chain of 512 has blocks at
+//! each of eight owners.
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Result, bail};
 use kvclient::{Ack, Client, ClientBuilder, LocalPath, Namespace, NamespaceHandle};
-use kvproto::Member;
-use kvserver::Node;
-use kvserver::config::{Capacity, Config, LogFormat};
+use kvproto::v1::{self, cluster_client::ClusterClient};
 
 use super::{Found, Options};
 use crate::peers::network::Network;
 use crate::peers::terrace::{Caller, Target};
 use crate::peers::{CHAIN_KEYS, CHAINS, LOOKUP_BYTES, node, values_of};
-use crate::rounds::{self, Cell, Group, Op, Peer, Transport};
+use crate::rounds::{Cell, Group, Op, Peer, Transport};
 
 const MIB: u64 = 1 << 20;
 /// Blocks of a run.
@@ -46,48 +46,35 @@ pub fn cell(peer: &'static str, op: Op, concurrency: usize) -> Cell {
 
 /// Nodes of one cluster, and a client of it.
 struct Cluster {
-    nodes: Vec<Node>,
+    nodes: Vec<node::Node>,
     client: Client,
     namespace: NamespaceHandle,
 }
 
 impl Cluster {
-    async fn start(dir: &Path, count: usize, ram_bytes: u64) -> Result<Self> {
-        std::fs::create_dir_all(dir)?;
-        let secret_file = dir.join("secret");
-        std::fs::write(&secret_file, [7; 32])?;
-        let mut nodes = Vec::new();
+    async fn start(options: &Options, dir: &Path, count: usize, ram_bytes: u64) -> Result<Self> {
+        let mut nodes: Vec<node::Node> = Vec::new();
         for number in 0..count {
-            let config = Config {
-                data_dir: dir.join(format!("n{number}")),
-                listen: "127.0.0.1:0".parse().context("an address")?,
-                http_listen: None,
-                // What one owner has by chance above its share, each must hold.
-                ram_bytes: Capacity::Bytes(ram_bytes * 2 / count as u64 + 64 * MIB),
-                nvme_bytes: Capacity::Bytes(0),
-                durable_bytes: Capacity::Bytes(0),
-                huge_pages: false,
-                prefault: false,
-                worker_threads: 1,
-                log_format: LogFormat::Off,
-                node_id: format!("n{number}"),
-                weight: 1,
-                secret_file: secret_file.clone(),
-                ..Config::default()
-            };
-            nodes.push(Node::start(config).await.context("starting a node")?);
+            // What one owner has by chance above its share, each must hold.
+            let ram_bytes = ram_bytes * 2 / count as u64 + 64 * MIB;
+            let mut settings = vec![
+                ("ram_bytes", ram_bytes.to_string()),
+                ("nvme_bytes", "0".to_owned()),
+                ("huge_pages", "false".to_owned()),
+                ("prefault", "false".to_owned()),
+                ("worker_threads", "1".to_owned()),
+                ("node_id", format!("n{number}")),
+                ("weight", "1".to_owned()),
+                ("join_ramp", "0s".to_owned()),
+            ];
+            settings.extend(nodes.first().map(|first| ("join", first.tcp().to_owned())));
+            let dir = dir.join(format!("n{number}"));
+            nodes.push(node::Node::start(options.cores, &dir, &settings).await?);
         }
-        let members: Vec<Member> = nodes
-            .iter()
-            .filter_map(|node| {
-                let cluster = node.blocks().cluster();
-                cluster.roster().view.get(cluster.me()).cloned()
-            })
-            .collect();
         for node in &nodes {
-            node.blocks().cluster().merge(members.iter().cloned());
+            acquainted(node, count).await?;
         }
-        let client = ClientBuilder::new(&nodes[0].endpoint())
+        let client = ClientBuilder::new(&format!("http://{}", nodes[0].tcp()))
             .local(LocalPath::Off)
             .connect()
             .await?;
@@ -100,6 +87,10 @@ impl Cluster {
         })
     }
 
+    fn pids(&self) -> impl Iterator<Item = u32> {
+        self.nodes.iter().map(node::Node::pid)
+    }
+
     async fn fill(&self, working_set_bytes: u64) -> Result<()> {
         let (client, namespace) = (&self.client, &self.namespace);
         let values = 0..values_of(working_set_bytes, MIB);
@@ -107,6 +98,27 @@ impl Cluster {
         node::fill_lookup(client, namespace).await
     }
 }
+
+/// Waits until a node knows so many members that take runs.
+async fn acquainted(node: &node::Node, count: usize) -> Result<()> {
+    let mut service = ClusterClient::connect(format!("http://{}", node.tcp())).await?;
+    for _ in 0..VIEW_POLLS {
+        let view = service.view(v1::ViewRequest::default()).await?.into_inner();
+        let members = view.members.iter().filter_map(|seen| seen.member.as_ref());
+        let active = members.filter(|member| member.state() == v1::MemberState::Active);
+        if active.count() == count {
+            return Ok(());
+        }
+        crate::clock::pause(VIEW_POLL).await;
+    }
+    bail!(
+        "{} does not know {count} members after half a minute",
+        node.tcp()
+    )
+}
+
+const VIEW_POLL: Duration = Duration::from_millis(50);
+const VIEW_POLLS: u32 = 600;
 
 /// Runs the phase.
 ///
@@ -136,47 +148,37 @@ pub async fn run(options: &Options) -> Result<Found> {
     let set = options.working_set_bytes;
     let lookups = u64::from(CHAINS * CHAIN_KEYS) * LOOKUP_BYTES;
     let (mut peers, mut clusters): (Vec<Box<dyn Peer>>, Vec<Cluster>) = (Vec::new(), Vec::new());
-    for (name, count) in PEERS {
+    for (at, (name, count)) in PEERS.into_iter().enumerate() {
+        let is_asked = |op: Op| {
+            let mut cells = groups.iter().flat_map(|group| &group.cells);
+            cells.any(|(peer, cell)| *peer == at && cell.op == op)
+        };
         spinner.set_message(format!("starting and filling {name}"));
         let ram_bytes = set.max(64 * MIB) + lookups;
-        let cluster = Cluster::start(&options.dir.join(name), count, ram_bytes).await?;
+        let cluster = Cluster::start(options, &options.dir.join(name), count, ram_bytes).await?;
         cluster.fill(set).await?;
+        let (mut pids, mut write) = (cluster.pids().collect::<Vec<_>>(), HashMap::new());
+        let (client, namespace) = (cluster.client.clone(), cluster.namespace.clone());
+        clusters.push(cluster);
         // Puts evict: they go to nodes of their own, which are small and full.
-        let writer = options.dir.join(format!("{name}-put"));
-        let writer = Cluster::start(&writer, count, 64 * MIB).await?;
-        let write = (writer.client.clone(), writer.namespace.clone());
-        let target = Target::new(
-            cluster.client.clone(),
-            cluster.namespace.clone(),
-            HashMap::from([(MIB, write)]),
-            &[MIB],
-            set,
-        );
-        peers.push(Box::new(Network::<Caller>::new(target, set, Vec::new())));
-        clusters.extend([cluster, writer]);
+        if is_asked(Op::Put) {
+            let dir = options.dir.join(format!("{name}-put"));
+            let writer = Cluster::start(options, &dir, count, 64 * MIB).await?;
+            write.insert(MIB, (writer.client.clone(), writer.namespace.clone()));
+            pids.extend(writer.pids());
+            clusters.push(writer);
+        }
+        let target = Target::new(client, namespace, write, &[MIB], set);
+        peers.push(Box::new(Network::<Caller>::new(target, set, pids)));
     }
     spinner.finish_and_clear();
-    let progress = options.bar("cluster", &groups);
-    let measured = rounds::run(
-        &mut peers,
-        &groups,
-        options.rounds,
-        options.window,
-        &progress,
-    )
-    .await;
-    progress.finish_and_clear();
+    let measured = options.measure("cluster", &mut peers, &groups).await;
     drop(peers);
-    for cluster in clusters {
-        drop(cluster.client);
-        for node in cluster.nodes {
-            node.shutdown(std::time::Duration::from_secs(5)).await;
-        }
-    }
+    drop(clusters);
     Ok(Found {
         measured,
         notes: vec![
-            "cluster-N: N nodes in this process, one worker thread each; CPU is theirs and the client's".into(),
+            "cluster-N: N nodes on this machine, a process and one worker thread each; CPU is theirs and the client's".into(),
         ],
         ..Found::default()
     })

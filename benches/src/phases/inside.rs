@@ -23,7 +23,7 @@ use super::{Found, Options};
 use crate::load::{BlockingWorker, Sample, Window, drive_blocking};
 use crate::peers::SIZES;
 use crate::peers::wire::payload;
-use crate::rounds::{self, Cell, Group, Op, Peer, Pending, Transport};
+use crate::rounds::{Cell, Group, Op, Peer, Pending, Transport};
 
 const VALUES: u32 = 32;
 const NAMESPACE: NamespaceId = NamespaceId([7; 16]);
@@ -209,16 +209,7 @@ pub async fn run(options: &Options) -> Result<Found> {
         cells: cells.into_iter().map(|c| (0, c)).collect(),
         base: 0,
     }];
-    let progress = options.bar("lease", &groups);
-    let measured = rounds::run(
-        &mut peers,
-        &groups,
-        options.rounds,
-        options.window,
-        &progress,
-    )
-    .await;
-    progress.finish_and_clear();
+    let measured = options.measure("lease", &mut peers, &groups).await;
     Ok(Found {
         measured,
         ..Found::default()

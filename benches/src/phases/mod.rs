@@ -27,7 +27,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::bars::Bar;
 use crate::load::Window;
-use crate::rounds::{Cell, Group, Measured, Op};
+use crate::rounds::{self, Cell, Group, Measured, Op, Peer};
 use crate::spawn::Cores;
 
 /// How everything is run.
@@ -62,7 +62,7 @@ impl Options {
     }
 
     /// A bar of progress for these groups.
-    pub fn bar(&self, phase: &'static str, groups: &[Group]) -> ProgressBar {
+    fn bar(&self, phase: &'static str, groups: &[Group]) -> ProgressBar {
         if !self.progress {
             return ProgressBar::hidden();
         }
@@ -72,6 +72,19 @@ impl Options {
             "{prefix:10} {bar:30} {pos}/{len} {elapsed_precise} left {eta_precise}  {wide_msg}",
         );
         bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+    }
+
+    /// Runs these groups over these peers, showing how far it is.
+    pub async fn measure(
+        &self,
+        phase: &'static str,
+        peers: &mut [Box<dyn Peer>],
+        groups: &[Group],
+    ) -> Vec<Measured> {
+        let progress = self.bar(phase, groups);
+        let measured = rounds::run(peers, groups, self.rounds, self.window, &progress).await;
+        progress.finish_and_clear();
+        measured
     }
 
     fn spinner(&self, phase: &'static str) -> ProgressBar {

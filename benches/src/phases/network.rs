@@ -18,7 +18,7 @@ use crate::peers::tcp::Framed;
 use crate::peers::terrace::{Caller, Target};
 use crate::peers::tonic_stock::Stock;
 use crate::peers::{LOOKUP_BYTES, SIZES, memcached, redis};
-use crate::rounds::{self, Cell, Group, Op, Peer, Transport};
+use crate::rounds::{Cell, Group, Op, Peer, Transport};
 use crate::spawn::{Server, free_port};
 
 const MIB: u64 = 1 << 20;
@@ -164,16 +164,7 @@ pub async fn run(options: &Options) -> Result<Found> {
     });
     let groups: Vec<_> = groups.filter(|g| !g.cells.is_empty()).collect();
     spinner.finish_and_clear();
-    let progress = options.bar("network", &groups);
-    let measured = rounds::run(
-        &mut stage.peers,
-        &groups,
-        options.rounds,
-        options.window,
-        &progress,
-    )
-    .await;
-    progress.finish_and_clear();
+    let measured = options.measure("network", &mut stage.peers, &groups).await;
     Ok(Found {
         measured,
         skipped: stage.skipped,

@@ -39,7 +39,7 @@ use crate::peers::node;
 use crate::peers::terrace::{Caller, Target};
 use crate::peers::wire::payload;
 use crate::peers::{SIZES, values_of};
-use crate::rounds::{self, Cell, Group, Op, Peer, Pending, Transport};
+use crate::rounds::{Cell, Group, Op, Peer, Pending, Transport};
 
 const MIB: u64 = 1 << 20;
 /// Enough for eight reads of the largest block and what the mover holds beside them.
@@ -136,16 +136,7 @@ pub async fn run(options: &Options) -> Result<Found> {
         Box::new(Network::<Caller>::new(target, set, vec![node.pid()])),
         Box::new(summed),
     ];
-    let progress = options.bar("nvme", &groups);
-    let measured = rounds::run(
-        &mut peers,
-        &groups,
-        options.rounds,
-        options.window,
-        &progress,
-    )
-    .await;
-    progress.finish_and_clear();
+    let measured = options.measure("nvme", &mut peers, &groups).await;
     let (inside_disk, inside_ram) = served.hits();
     let (tcp_disk, tcp_ram) = counted.hits();
     let share = |ram: u64, disk: u64| 100.0 * ram as f64 / (ram + disk).max(1) as f64;

@@ -13,7 +13,7 @@ use crate::peers::memory::Memcpy;
 use crate::peers::mooncake::{self, Mooncake};
 use crate::peers::node::{self, Node};
 use crate::peers::same_host::{self, BATCH, SameHost, Side};
-use crate::rounds::{self, Cell, Group, Op, Peer, Transport};
+use crate::rounds::{Cell, Group, Op, Peer, Transport};
 use crate::spawn::{self, Server};
 
 const MIB: u64 = 1 << 20;
@@ -111,16 +111,7 @@ pub async fn run(options: &Options) -> Result<Found> {
         base: 0,
     });
     let groups: Vec<_> = groups.filter(|group| !group.cells.is_empty()).collect();
-    let progress = options.bar("same host", &groups);
-    found.measured = rounds::run(
-        &mut peers,
-        &groups,
-        options.rounds,
-        options.window,
-        &progress,
-    )
-    .await;
-    progress.finish_and_clear();
+    found.measured = options.measure("same host", &mut peers, &groups).await;
     Ok(found)
 }
 

@@ -29,7 +29,7 @@ use crate::peers::socket::{Address, Socket};
 use crate::peers::terrace::{Caller, Target};
 use crate::peers::{CHAIN_KEYS, CHAINS, LOOKUP_BYTES};
 use crate::phases::Options;
-use crate::rounds::{self, Cell, Group, Measured, Op, Peer, Transport};
+use crate::rounds::{Cell, Group, Measured, Op, Peer, Transport};
 use crate::spawn::Server;
 
 /// Members among which owners are computed before the node is asked.
@@ -81,16 +81,7 @@ pub async fn run(options: &Options) -> Found {
             Group { cells, base }
         })
         .collect();
-    let progress = options.bar("stores", &groups);
-    found.measured = rounds::run(
-        &mut stage.peers,
-        &groups,
-        options.rounds,
-        options.window,
-        &progress,
-    )
-    .await;
-    progress.finish_and_clear();
+    found.measured = options.measure("stores", &mut stage.peers, &groups).await;
     found.bars = bars(&found.measured);
     found
 }
