@@ -194,7 +194,7 @@ impl Client {
 
     /// Asks one node after the other until one answers, the one that did last first. No async closure, and the node by
     /// value: with either the compiler does not find the caller's future to be `Send`.
-    async fn of_anybody<T, F: Future<Output = Result<T, Error>>>(
+    pub(crate) async fn of_anybody<T, F: Future<Output = Result<T, Error>>>(
         &self,
         deadline: Deadline,
         call: impl Fn(Arc<Inner>, Deadline) -> F,
@@ -494,27 +494,7 @@ impl Client {
         .await
     }
 
-    /// What the node holds and has done, as the wire has it; in a cluster the one that this client was told of, or
-    /// another while that one is away.
-    ///
-    /// # Errors
-    /// When the node does not answer.
-    pub async fn stats(&self) -> Result<v1::StatsResponse, Error> {
-        self.of_anybody(self.until(), |inner: Arc<Inner>, deadline| async move {
-            let answer: v1::StatsResponse =
-                call::unary(&inner, Method::STATS, deadline, |context| {
-                    v1::StatsRequest {
-                        context: Some(context),
-                    }
-                })
-                .await?;
-            inner.heard(answer.context.as_ref());
-            Ok(answer)
-        })
-        .await
-    }
-
-    fn until(&self) -> Deadline {
+    pub(crate) fn until(&self) -> Deadline {
         Deadline::after(&*self.fleet.recipe.clock, self.deadline)
     }
 

@@ -55,6 +55,7 @@ mod pool;
 mod put;
 pub mod retry;
 pub mod route;
+mod stats;
 mod watch;
 mod wire;
 

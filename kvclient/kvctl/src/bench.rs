@@ -19,11 +19,14 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use bytesize::ByteSize;
 use indicatif::ProgressBar;
-use kvclient::{Chain, Client, NamespaceHandle, PutBlock, PutOptions, Target, clock::Clock};
+use kvclient::{
+    Chain, Client, ClientBuilder, LocalPath, NamespaceHandle, PathReport, PutBlock, PutOptions,
+    Target, clock::Clock,
+};
 use serde::Serialize;
 use tokio::task::JoinSet;
 
@@ -53,7 +56,7 @@ pub(crate) struct Args {
     /// Percent of calls that are gets; the rest are puts. 100 is all gets, 0 all puts
     #[arg(long, value_delimiter = ',', default_value = "100,0", value_parser = clap::value_parser!(u8).range(0..=100))]
     reads: Vec<u8>,
-    /// tcp is --endpoint; unix is --socket
+    /// tcp is gRPC to --endpoint; unix is gRPC to --socket; shm is shared memory with the nodes of --endpoint, on this host
     #[arg(long, value_delimiter = ',', default_value = "tcp")]
     transports: Vec<Transport>,
     /// The node's Unix socket; the default node's, if left out
@@ -71,6 +74,17 @@ pub(crate) struct Args {
 enum Transport {
     Tcp,
     Unix,
+    Shm,
+}
+
+impl Transport {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Unix => "unix",
+            Self::Shm => "shm",
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -138,18 +152,19 @@ async fn measure(
     rows: &mut Vec<Row>,
 ) -> Result<()> {
     for &transport in &args.transports {
-        let endpoint = endpoint(context, args, transport);
         let most = args.concurrency.iter().copied().max().unwrap_or(1);
-        let client = context.builder(&endpoint).lanes(most).connect().await?;
+        let builder = builder(context, args, transport).lanes(most);
+        let client = builder.connect().await?;
         let namespace = context.open(&client, NAMESPACE).await?;
         for &bytes in &args.sizes {
             let load = Arc::new(Load::fill(&client, &namespace, bytes, args.working_set).await?);
             for &reads in &args.reads {
                 for &concurrency in &args.concurrency {
-                    bar.set_message(
-                        format!("{transport:?} {bytes} {} c{concurrency}", op(reads))
-                            .to_lowercase(),
-                    );
+                    bar.set_message(format!(
+                        "{} {bytes} {} c{concurrency}",
+                        transport.as_str(),
+                        op(reads)
+                    ));
                     let cell = Cell {
                         transport,
                         reads,
@@ -170,8 +185,7 @@ async fn measure(
 /// evicts what nobody asks for.
 async fn forget(context: &Context, args: &Args) {
     for &transport in &args.transports {
-        let endpoint = endpoint(context, args, transport);
-        if let Ok(client) = context.builder(&endpoint).connect().await
+        if let Ok(client) = builder(context, args, transport).connect().await
             && let Ok(namespace) = context.open(&client, NAMESPACE).await
         {
             let _ = client.invalidate(&namespace, Target::All).await;
@@ -179,18 +193,35 @@ async fn forget(context: &Context, args: &Args) {
     }
 }
 
-fn endpoint(context: &Context, args: &Args, transport: Transport) -> String {
+/// A client that goes this way and no other, so that a row is what its name says.
+fn builder(context: &Context, args: &Args, transport: Transport) -> ClientBuilder {
     match transport {
-        Transport::Tcp => context.endpoint().to_owned(),
+        Transport::Tcp => context.builder(context.endpoint()).local(LocalPath::Off),
+        Transport::Shm => context.builder(context.endpoint()),
         Transport::Unix => {
             let socket = args.socket.clone().unwrap_or_else(|| {
                 kvserver::config::Config::default()
                     .data_dir
                     .join("terrace.sock")
             });
-            format!("unix:{}", socket.display())
+            let endpoint = format!("unix:{}", socket.display());
+            context.builder(&endpoint).local(LocalPath::Off)
         }
     }
+}
+
+/// Why calls between these reports that were to use shared memory went over gRPC, if some did.
+fn stray(before: &PathReport, after: &PathReport) -> Option<String> {
+    let strays = after.grpc.calls - before.grpc.calls;
+    if strays == 0 {
+        return None;
+    }
+    let mut members = after.members.iter();
+    let why = members.find_map(|member| member.why_grpc.clone());
+    let why = why.or_else(|| after.why_grpc.clone());
+    let why = why.unwrap_or_else(|| "it failed in between".to_owned());
+    let all = strays + after.local.calls - before.local.calls;
+    Some(format!("{strays} of {all} calls: {why}"))
 }
 
 fn op(reads: u8) -> String {
@@ -280,15 +311,23 @@ struct Tally {
 impl Cell {
     async fn run(&self, context: &Context, load: &Arc<Load>) -> Result<Row> {
         self.work(context, load, self.time.mul_f64(WARM_UP)).await?;
-        let server = server_cpu(&load.client).await?;
+        let (server, paths) = (server_cpu(&load.client).await, load.client.path());
         let (client_cpu, start) = (own_cpu()?, context.clock.now());
         let tally = self.work(context, load, self.time).await?;
         let seconds = context.clock.now().since(start).as_secs_f64();
         let client_cpu = own_cpu()? - client_cpu;
-        let server_cpu = match (server, server_cpu(&load.client).await?) {
+        let server_cpu = match (server, server_cpu(&load.client).await) {
             (Some(before), Some(after)) => Some(after - before),
             _ => None,
         };
+        if self.transport == Transport::Shm
+            && let Some(strays) = stray(&paths, &load.client.path())
+        {
+            bail!(
+                "shared memory was to be measured, and gRPC was used by {strays}; leave shm out of --transports, or see \
+                 `kvctl doctor`"
+            );
+        }
         Ok(self.row(load, tally, seconds, client_cpu, server_cpu))
     }
 
@@ -331,10 +370,7 @@ impl Cell {
         Row {
             peer: "terrace",
             op: op(self.reads),
-            transport: match self.transport {
-                Transport::Tcp => "tcp",
-                Transport::Unix => "unix",
-            },
+            transport: self.transport.as_str(),
             bytes: load.payload.len() as u64,
             concurrency: self.concurrency,
             calls: tally.calls,
@@ -413,14 +449,18 @@ fn percentile(sorted: &[u64], share: f64) -> f64 {
         .map_or(0.0, |value| *value as f64)
 }
 
-/// CPU seconds of the node, user and system, by its own metrics.
-async fn server_cpu(client: &Client) -> Result<Option<f64>> {
-    let stats = client.stats().await?;
-    let counter = stats
-        .counters
-        .iter()
-        .find(|counter| counter.name == "process_cpu_seconds_total");
-    Ok(counter.map(|counter| counter.value))
+/// CPU seconds of the node, or of all nodes of the cluster, user and system, by their own metrics. `None` when one of
+/// them does not say.
+async fn server_cpu(client: &Client) -> Option<f64> {
+    let all = client.stats_of_all().await;
+    let seconds = all.into_iter().map(|(_, answer)| {
+        let counters = answer.ok()?.counters;
+        let cpu = counters
+            .iter()
+            .find(|counter| counter.name == "process_cpu_seconds_total");
+        cpu.map(|cpu| cpu.value)
+    });
+    seconds.sum()
 }
 
 /// CPU seconds of this process, user and system.

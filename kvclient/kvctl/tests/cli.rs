@@ -319,3 +319,33 @@ fn a_simulation_says_what_moved_and_repeats_itself() {
     assert_eq!(report["unreadable_under_lease"], 0);
     assert_eq!(report["history_digest"], run()["history_digest"]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bench_goes_the_way_that_its_rows_name() {
+    for (transport, is_shared) in [("tcp", false), ("shm", true)] {
+        let bench = Bench::start().await;
+        let words =
+            "bench --sizes 64KiB --concurrency 2 --time 50ms --working-set 1MiB --transports";
+        let words: Vec<_> = words.split(' ').chain([transport]).collect();
+        let report = bench.json(&words, &[]);
+        for row in report["rows"].as_array().unwrap() {
+            assert_eq!(row["transport"], transport, "{row}");
+            assert!(row["calls"].as_u64().unwrap() > 0, "{row}");
+            assert_eq!(row["errors"], 0, "{row}");
+            assert!(row["server_cpu_s_per_gib"].is_number(), "{row}");
+        }
+        let metrics = bench.node.blocks().metrics_text();
+        let bytes = |name: &str| {
+            let value = |line: &str| line.strip_prefix(name)?.trim().parse::<f64>().ok();
+            metrics.lines().find_map(value).unwrap_or_default()
+        };
+        for (all, shared) in [
+            ("terrace_get_bytes_total ", "terrace_local_get_bytes_total "),
+            ("terrace_put_bytes_total ", "terrace_local_put_bytes_total "),
+        ] {
+            assert!(bytes(all) > 0.0, "{all}");
+            let expected = if is_shared { bytes(all) } else { 0.0 };
+            assert_eq!(bytes(shared), expected, "{transport}: {shared}");
+        }
+    }
+}
