@@ -1,19 +1,26 @@
 //! Motion over maps, on a clock that stands still: what it decides, and what it costs when something is wrong.
 
-use std::{collections::BTreeMap, future::Future, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    future::Future,
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
+use futures_util::{FutureExt, future::BoxFuture};
 use kvproto::{
-    BlockHeader, BlockKey, Chain, Kind, Member, MemberId, MemberState, Namespace, NamespaceKey,
-    Part, View, hash,
+    BlockHeader, BlockKey, Chain, Kind, Member, MemberId, MemberState, Namespace, NamespaceId,
+    NamespaceKey, Part, View, hash,
 };
+use parking_lot::Mutex;
 use tokio::{runtime::Handle, task::yield_now};
 
-use super::{Motion, MotionConfig, MotionParts, Shelf, plan};
+use super::{Holdings, Kept, Motion, MotionConfig, MotionParts, Shelf, plan};
 use crate::{
     clock::{Clock, ManualClock},
     cluster::{Cluster, Members, Times},
-    engine::{HeldRun, RunKey},
+    engine::{HeldBlock, HeldRun, RunKey},
     peers::{
         Asked, Carried, Pace, Space,
         net::{Fault, Net, Service},
@@ -30,8 +37,53 @@ const PARTS: &[Part] = &[Part {
     layer_group: 0,
 }];
 
+/// A shelf whose blocks lie in a tier that may be busy.
+struct Tiered {
+    shelf: Arc<Shelf>,
+    /// Blocks whose next read finds it so.
+    busy: Mutex<BTreeSet<BlockKey>>,
+}
+
+impl Holdings for Tiered {
+    fn space(&self, id: &NamespaceId) -> Option<Arc<Space>> {
+        self.shelf.space(id)
+    }
+
+    fn held(&self) -> Vec<HeldRun> {
+        self.shelf.held()
+    }
+
+    fn blocks_of(&self, runs: &BTreeSet<RunKey>) -> Vec<HeldBlock> {
+        self.shelf.blocks_of(runs)
+    }
+
+    fn lacks(&self, key: &BlockKey) -> bool {
+        self.shelf.lacks(key)
+    }
+
+    fn moment(&self) -> u64 {
+        self.shelf.moment()
+    }
+
+    fn keep(&self, block: Carried, kind: Kind, began: u64) -> Kept {
+        self.shelf.keep(block, kind, began)
+    }
+
+    fn read(&self, block: &HeldBlock) -> BoxFuture<'static, Option<Carried>> {
+        match self.busy.lock().remove(&block.key) {
+            true => std::future::ready(None).boxed(),
+            false => self.shelf.read(block),
+        }
+    }
+
+    fn first_to_go(&self, keys: &[BlockKey]) {
+        self.shelf.first_to_go(keys);
+    }
+}
+
 struct Node {
     shelf: Arc<Shelf>,
+    tiered: Arc<Tiered>,
     cluster: Arc<Cluster>,
     motion: Arc<Motion>,
 }
@@ -101,6 +153,10 @@ impl Town {
         let cluster = Cluster::new(members, Arc::clone(&clock));
         let shelf = Shelf::new(Arc::clone(&clock), 1 << 20);
         shelf.open(&self.space);
+        let tiered = Arc::new(Tiered {
+            shelf: Arc::clone(&shelf),
+            busy: Mutex::default(),
+        });
         self.net.attach(MemberId::from(id), shelf.clone());
         let config = MotionConfig {
             settle: Duration::from_millis(100),
@@ -111,7 +167,7 @@ impl Town {
             MotionParts {
                 cluster: Arc::clone(&cluster),
                 transport: self.net.clone(),
-                holdings: shelf.clone(),
+                holdings: tiered.clone(),
                 pace: Arc::new(Pace::new(Arc::clone(&clock), self.rate)),
                 clock,
                 metrics: Arc::new(MotionMetrics::alone()),
@@ -120,6 +176,7 @@ impl Town {
         );
         let node = Node {
             shelf,
+            tiered,
             cluster,
             motion,
         };
@@ -545,6 +602,34 @@ async fn a_node_that_drains_loses_nothing() {
         assert_ne!(owner.0, "a");
         assert!(town.has_all(&owner.0, chain));
     }
+}
+
+#[tokio::test]
+async fn a_block_whose_tier_was_busy_is_at_stake_until_it_was_tried_again() {
+    let town = Town::new(&["a", "b"], 1);
+    let put: Vec<_> = (0..20).map(|seed| town.put(seed)).collect();
+    let of_a = put.iter().filter(|(_, owner)| owner.0 == "a");
+    let of_a: Vec<&Chain> = of_a.map(|(chain, _)| chain).collect();
+    let busy = town.keys(of_a[1])[2];
+    let a = town.node("a");
+    a.tiered.busy.lock().insert(busy);
+    a.motion.start();
+    a.cluster.drain();
+    town.acquaint();
+    let (motion, until) = (Arc::clone(&a.motion), town.clock.now().after(LONG));
+    let draining = tokio::spawn(async move { motion.drained(until).await });
+    town.pass(Duration::from_secs(1)).await;
+    assert!(!draining.is_finished(), "it has not handed over everything");
+    assert!(a.tiered.busy.lock().is_empty() && !town.shelf("b").has(&busy));
+    let account = a.motion.account();
+    let at_stake = (account.left_blocks, account.at_stake_bytes());
+    assert_eq!(at_stake, (1, BLOCK_BYTES as u64));
+    assert_eq!(town.shelf("b").len(), put.len() * RUN_BLOCKS as usize - 1);
+    // The next look finds the tier idle.
+    town.pass(MotionConfig::default().again).await;
+    assert!(draining.is_finished());
+    assert_eq!(draining.await.unwrap().at_stake_bytes(), 0);
+    assert!(of_a.iter().all(|chain| town.has_all("b", chain)));
 }
 
 #[tokio::test]
