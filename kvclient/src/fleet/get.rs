@@ -7,7 +7,8 @@
 //!                                            it when the lease was taken elsewhere, is asked for there, once
 //! ```
 //!
-//! Under a lease each block is asked of the node that leased it, whoever owns it by now.
+//! Under a lease each block is asked of the node that leased it, whoever owns it by now. Where runs have several owners the
+//! first ones have three quarters of the call's time: one that is silent leaves the others time to answer.
 //!
 //! Units: blocks, bytes.
 //! Errors: [`Error`] when nobody answers and nobody else is well, or when the call is at fault; an owner that does not
@@ -58,6 +59,7 @@ struct Round {
     split: Split,
     /// Under which lease, by its id there, of each share.
     leases: Vec<Option<LeaseId>>,
+    deadline: Deadline,
 }
 
 /// What became of the shares of a round.
@@ -168,17 +170,27 @@ impl Getting<'_> {
             .iter()
             .map(|share| of_share(share.member))
             .collect();
+        let deadline = match self.namespace.replicas() {
+            ..2 => self.deadline,
+            _ => {
+                let clock = &*self.fleet.recipe.clock;
+                Deadline::after(clock, self.deadline.left(clock.now()) * 3 / 4)
+            }
+        };
         Round {
             roster,
             split,
             leases,
+            deadline,
         }
     }
 
     /// What was missed, of whom owns it by the newest view if that is somebody else, or holds it as well; of whom owned
     /// it before, if a lease of another process's was not known.
     fn second_round(&self, first: &Round, missed: impl Fn(usize) -> bool) -> Option<Round> {
-        if !(0..self.chain.len()).any(&missed) {
+        // A call without time would speak against whoever is asked.
+        let now = self.fleet.recipe.clock.now();
+        if self.deadline.left(now).is_zero() || !(0..self.chain.len()).any(&missed) {
             return None;
         }
         let newest = self.fleet.roster()?;
@@ -205,6 +217,7 @@ impl Getting<'_> {
             roster: newest,
             split,
             leases,
+            deadline: self.deadline,
         })
     }
 
@@ -230,7 +243,7 @@ impl Getting<'_> {
             .map(|(number, mut lent)| async move {
                 let (inner, chain) = self.of_share(round, number)?;
                 let wanted = self.wanted(&chain, round.leases[number]);
-                let deadline = self.deadline;
+                let deadline = round.deadline;
                 open::ensure(inner, self.namespace, deadline).await?;
                 let mut reopening = Reopening::default();
                 loop {
@@ -257,7 +270,7 @@ impl Getting<'_> {
         let calls = (0..round.split.shares.len()).map(|number| async move {
             let (inner, chain) = self.of_share(round, number)?;
             let wanted = self.wanted(&chain, round.leases[number]);
-            let deadline = self.deadline;
+            let deadline = round.deadline;
             open::ensure(inner, self.namespace, deadline).await?;
             let mut reopening = Reopening::default();
             loop {
