@@ -3,10 +3,13 @@
 pub mod circle;
 pub mod client;
 pub mod cluster;
+pub mod load;
 pub mod local;
 pub mod mutate;
+pub mod namespaces;
 pub mod node;
 pub mod patience;
 pub mod peer;
+pub mod processes;
 pub mod targets;
 pub mod writer;
