@@ -87,6 +87,7 @@ async fn the_cluster_is_shown_changed_and_explained() {
     assert_eq!(shown["members"][0]["id"].as_str(), Some(&*me));
     assert_eq!(shown["members"][0]["owned_share"].as_f64(), Some(1.0));
     assert_eq!(shown["members"][0]["standing"].as_str(), Some("well"));
+    assert_eq!(shown["members"][0]["waiting_bytes"].as_u64(), Some(0));
     assert_eq!(shown["digest"].as_str().map(str::len), Some(16));
     let text = String::from_utf8(bench.run(&["cluster", "members"], &[]).stdout).unwrap();
     assert!(

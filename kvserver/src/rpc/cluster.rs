@@ -321,6 +321,8 @@ fn seen(cluster: &Cluster, member: &Member, now: Tick) -> v1::MemberStatus {
         suspect_ms,
         calls: load.calls,
         full_permille: load.full,
+        waiting_bytes: load.waiting_bytes,
+        moved_bytes: load.moved_bytes,
     }
 }
 

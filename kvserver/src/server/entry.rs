@@ -226,9 +226,15 @@ fn load(blocks: &Blocks) -> Load {
     let engine = blocks.engine().stats();
     let used = engine.kv.used_bytes + engine.checkpoint.used_bytes;
     let full = used.saturating_mul(1000) / engine.capacity_bytes.max(1);
+    let moves = blocks
+        .motion()
+        .map(|motion| motion.progress().borrow().clone());
+    let moves = moves.unwrap_or_default();
     Load {
         calls: u32::try_from(blocks.metrics().calls_in_flight.get()).unwrap_or(0),
         // In steps of a hundredth, so that a busy node is no news all the time.
         full: u32::try_from(full / 10 * 10).unwrap_or(1000),
+        waiting_bytes: moves.at_stake_bytes(),
+        moved_bytes: moves.moved_bytes,
     }
 }

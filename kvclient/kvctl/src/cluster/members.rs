@@ -5,7 +5,7 @@ use kvproto::{MemberState, RunHash, View, placement::Placement, v1};
 use serde::Serialize;
 
 use super::service::{Service, members};
-use crate::context::{Context, style, table};
+use crate::context::{Context, size, style, table};
 
 /// Runs dealt out to see what each member owns: the error of a share of a tenth is then under one in a hundred of it.
 const SAMPLE_RUNS: u32 = 100_000;
@@ -36,6 +36,9 @@ struct Row {
     owned_share: f64,
     calls: u32,
     ram_full: f64,
+    /// Bytes that it still has to hand over, and that it has handed over since its start.
+    waiting_bytes: u64,
+    moved_bytes: u64,
 }
 
 pub(super) async fn run(context: &Context) -> Result<()> {
@@ -90,6 +93,8 @@ fn rows(view: &v1::ViewResponse, known: &View) -> Vec<Row> {
             owned_share: f64::from(owned) / f64::from(SAMPLE_RUNS),
             calls: seen.map_or(0, |seen| seen.calls),
             ram_full: seen.map_or(0.0, |seen| f64::from(seen.full_permille) / 1000.0),
+            waiting_bytes: seen.map_or(0, |seen| seen.waiting_bytes),
+            moved_bytes: seen.map_or(0, |seen| seen.moved_bytes),
         }
     };
     known.members().iter().zip(owned).map(row).collect()
@@ -157,12 +162,32 @@ fn text(report: &Report) -> String {
             percent(row.owned_share),
             format!("{:.0} %", row.ram_full * 100.0),
             row.calls.to_string(),
+            moves(row),
         ]
     };
     let rows: Vec<Vec<String>> = report.members.iter().map(row).collect();
     let head = [
-        "node", "address", "zone", "state", "standing", "weight", "share", "owned", "ram", "calls",
+        "node",
+        "address",
+        "zone",
+        "state",
+        "standing",
+        "weight",
+        "share",
+        "owned",
+        "ram",
+        "calls",
+        "to hand over",
     ];
     text += &table(&head, &rows);
     text + "\n* answered; owned: the share of runs that this view gives it\n"
+}
+
+/// What waits to be handed over, and what went since the node's start.
+fn moves(row: &Row) -> String {
+    match (row.waiting_bytes, row.moved_bytes) {
+        (0, 0) => "-".to_owned(),
+        (0, moved) => format!("0, {} done", size(moved)),
+        (waiting, moved) => format!("{}, {} done", size(waiting), size(moved)),
+    }
 }
