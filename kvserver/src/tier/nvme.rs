@@ -19,6 +19,7 @@
 //! | cannot list its keys | the journal lists ours; each is proven at open |
 //! | tells of evictions only by asking a filter | the filter asks the [`ReclaimGuard`] and forgets in the same moment |
 //! | carries entries over under their old sequence number, at which its recovery stops | what is kept is written as new |
+//! | numbers an entry and then queues it, so that two at once may lie in the wrong order, with the same end | one at a time is queued |
 //! | loses its write position after a failed write | the breaker opens at once, and foyer is built anew before writing again |
 //! | `open` leaves sparse files | space is reserved before, so a full disk shows at open |
 //!

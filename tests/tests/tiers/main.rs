@@ -7,6 +7,7 @@ mod durable_store;
 mod limits;
 mod reclaim;
 mod slow_disk;
+mod together;
 
 use std::{fs, os::unix::fs::FileExt, path::Path, sync::Arc};
 

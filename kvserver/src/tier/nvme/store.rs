@@ -199,15 +199,20 @@ impl Landing {
 
 /// foyer's cache, as we use it. Cheap to clone.
 #[derive(Clone)]
-struct Foyer(HybridCache<StoredKey, StoredValue>);
+struct Foyer {
+    cache: HybridCache<StoredKey, StoredValue>,
+    /// Held while a block is queued: foyer numbers it first and queues it then, and where two change places in between,
+    /// its recovery leaves the extent at the number that goes back, with all that was stored behind it.
+    in_order: Arc<Mutex<()>>,
+}
 
 impl Foyer {
     fn contains(&self, key: &BlockKey) -> bool {
-        self.0.storage().may_contains(&StoredKey(*key))
+        self.cache.storage().may_contains(&StoredKey(*key))
     }
 
     fn delete(&self, key: &BlockKey) {
-        self.0.storage().delete(&StoredKey(*key));
+        self.cache.storage().delete(&StoredKey(*key));
     }
 
     /// Queues a block; the receiver ends (with an error, as nothing is sent) when foyer has finished
@@ -224,7 +229,8 @@ impl Foyer {
             _permits: permits,
             _done: Some(done),
         };
-        drop(self.0.storage_writer(key).force().insert(value));
+        let _in_order = self.in_order.lock();
+        drop(self.cache.storage_writer(key).force().insert(value));
         receiver
     }
 
@@ -237,7 +243,7 @@ impl Foyer {
         }));
         let known = self.contains(&resident.key);
         let loaded = LANDING
-            .scope(Arc::clone(&landing), self.0.storage().load(&key))
+            .scope(Arc::clone(&landing), self.cache.storage().load(&key))
             .await;
         let mut landing = landing.lock();
         if let Some(landed) = landing.landed.take() {
@@ -368,7 +374,10 @@ impl Store {
         let failed = |problem: String| NvmeError::Store { problem };
         let cache = cache.map_err(|error| failed(error.to_string()))?;
         let cache = cache.map_err(|error| failed(error.to_string()))?;
-        let foyer = Foyer(cache);
+        let foyer = Foyer {
+            cache,
+            in_order: Arc::default(),
+        };
         *for_filter.lock() = Some(foyer.clone());
         Ok(Self {
             foyer,
@@ -464,7 +473,7 @@ impl Store {
 
     /// Finishes what is queued.
     pub(super) async fn close(&self) {
-        if let Err(error) = self.foyer.0.close().await {
+        if let Err(error) = self.foyer.cache.close().await {
             tracing::warn!(%error, "closing the store failed");
         }
     }
