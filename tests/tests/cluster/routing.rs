@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use kvclient::{
     Chain, Client, Error, ErrorKind, GetOutcome, LocalPath, LookupOptions, Namespace,
-    NamespaceHandle, OwnerId, Path, PutBlock, PutOptions, PutOutcome, Reason, Target,
+    NamespaceHandle, OwnerId, Path, PutBlock, PutOptions, PutOutcome, Reason, Target, Tuning,
 };
 use kvproto::{key::RunHash, v1};
 use kvtests::{
@@ -579,14 +579,12 @@ async fn a_member_that_came_back_elsewhere_is_found_there() {
     cluster.stop().await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn with_replicas_an_owner_that_is_away_is_not_missed() {
-    let cluster = Circle::start_strangers(3, |_| {}).await;
-    cluster.acquaint(0..3);
+/// A namespace whose runs have two owners, and a chain that both have; n2 is one of them.
+async fn twice(cluster: &Circle) -> (Namespace, u32, Chain) {
     let (writer, _) = connect(&cluster.endpoint(0)).await;
     let spec = Namespace::opaque("twice", BLOCK_TOKENS, RUN_BLOCKS);
     let ns = writer.open_replicated(&spec, false, 2).await.unwrap();
-    let (seed, chain, _) = chain_cut_by(&cluster, 0, &ns, "n2");
+    let (seed, chain, _) = chain_cut_by(cluster, 0, &ns, "n2");
     put_all(&writer, &ns, &chain, seed).await;
     // Each run at its owner's stand-in as well, as replication leaves it.
     let roster = cluster.nodes[0].node.blocks().cluster().roster();
@@ -604,6 +602,46 @@ async fn with_replicas_an_owner_that_is_away_is_not_missed() {
         let bytes: Vec<_> = range.map(|i| block(seed, i).into()).collect();
         stock.put(&piece, &bytes, v1::Ack::Cached).await.unwrap();
     }
+    (spec, seed, chain)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_replicas_a_silent_owner_leaves_a_get_the_time_to_ask_another() {
+    let cluster = Circle::start_strangers(3, |_| {}).await;
+    cluster.acquaint(0..3);
+    let (spec, seed, chain) = twice(&cluster).await;
+    // It accepts, by its kernel, and says nothing.
+    let frozen = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut silent = cluster.member(2);
+    silent.version += 1;
+    silent.address = format!("http://{}", frozen.local_addr().unwrap());
+    for number in 0..2 {
+        cluster.tell(number, [silent.clone()]);
+    }
+    let client = Client::builder(&cluster.endpoint(0))
+        .local(LocalPath::Off)
+        .deadline(Duration::from_secs(4))
+        .tuning(Tuning {
+            // Nothing but the call's own time ends the wait for it.
+            connect_timeout: Duration::from_secs(60),
+            ..Tuning::default()
+        });
+    let client = client.connect().await.unwrap();
+    let ns = client.open_replicated(&spec, false, 2).await.unwrap();
+    let got = client.get(&ns, &chain, None).await.unwrap();
+    for (i, got) in got.iter().enumerate() {
+        assert_eq!(got.outcome, GetOutcome::Hit, "block {i}");
+        assert_eq!(got.bytes.as_ref().unwrap()[..], block(seed, i)[..]);
+    }
+    drop(frozen);
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_replicas_an_owner_that_is_away_is_not_missed() {
+    let cluster = Circle::start_strangers(3, |_| {}).await;
+    cluster.acquaint(0..3);
+    let (spec, seed, chain) = twice(&cluster).await;
 
     // As this client hears it, n2 is nowhere.
     let mut absent = cluster.member(2);

@@ -8,7 +8,7 @@ use kvtests::{
     processes::{Fleet, agree},
 };
 
-use crate::{AGREED, BACK, GRACE, NOTICED, PROGRAMS, SETTINGS, SHORT, scenario, show};
+use crate::{AGREED, ANEW, BACK, GRACE, NOTICED, PROGRAMS, SETTINGS, SHORT, scenario, show};
 
 #[test]
 fn a_killed_node_comes_back_with_what_it_had_stored_and_one_that_stays_away_costs_its_blocks() {
@@ -58,7 +58,7 @@ fn a_killed_node_comes_back_with_what_it_had_stored_and_one_that_stays_away_cost
         );
         assert!(left.readable > 0 && left.readable < left.blocks, "{left:?}");
         load.go(true);
-        load.returns_to("hits are back, computed anew", level - SHORT, BACK)
+        load.returns_to("hits are back, computed anew", level - SHORT, ANEW)
             .await;
         show("killed for good", &load, &from);
         load.assert_clean();

@@ -16,6 +16,7 @@ mod gossip;
 mod growing;
 mod losing;
 mod networks;
+mod storm;
 
 use std::{future::Future, time::Duration};
 
@@ -50,8 +51,11 @@ const AGREED: Duration = Duration::from_secs(2);
 /// seconds of turns have met is counted.
 const BACK: Duration = Duration::from_secs(15);
 
+/// The same where what was lost is computed anew, which takes until every prompt has been drawn.
+const ANEW: Duration = Duration::from_secs(40);
+
 /// The longest that any scenario takes.
-const SCENARIO: Duration = Duration::from_secs(120);
+const SCENARIO: Duration = Duration::from_secs(180);
 
 /// What a hit share may be short of its level before and still be back.
 const SHORT: f64 = 0.005;

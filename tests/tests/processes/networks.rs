@@ -9,7 +9,7 @@ use kvtests::{
     processes::{Fleet, agree},
 };
 
-use crate::{AGREED, BACK, GRACE, NOTICED, PROGRAMS, SETTINGS, SHORT, scenario, show};
+use crate::{AGREED, ANEW, BACK, GRACE, NOTICED, PROGRAMS, SETTINGS, SHORT, scenario, show};
 
 #[test]
 fn both_sides_of_a_partition_go_on_serving_and_are_one_again_when_it_heals() {
@@ -35,10 +35,10 @@ fn both_sides_of_a_partition_go_on_serving_and_are_one_again_when_it_heals() {
                 agree(&s[..2], 2) && agree(&s[2..], 2)
             })
             .await;
-        left.returns_to("hits are back on the left", level - SHORT, BACK)
+        left.returns_to("hits are back on the left", level - SHORT, ANEW)
             .await;
         right
-            .returns_to("and on the right", level_right - SHORT, BACK)
+            .returns_to("and on the right", level_right - SHORT, ANEW)
             .await;
         show("divided, left", &left, &from);
         show("divided, right", &right, &from_right);
