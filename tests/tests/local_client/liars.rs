@@ -10,12 +10,13 @@ use std::{
 use bytes::Bytes;
 use kvclient::{Client, LocalPath, Path};
 use kvproto::{
+    Reason,
     local::{Inbox, encode},
     v1::{self, local_reply::Answer, local_request::Call},
 };
 use kvtests::{
     node::TestNode,
-    patience::{HANG, within_awake},
+    patience::{HANG, until, within_awake},
 };
 
 use crate::{MIB, chain, get, open, over_grpc, put};
@@ -33,9 +34,11 @@ enum Lie {
     WrongSequence,
     /// Attaches, then says nothing about some of the blocks.
     TooFew,
+    /// Refuses to attach, as a node does to which the kernel said `ETOOMANYREFS`.
+    Crowded,
 }
 
-const LIES: [Lie; 7] = [
+const LIES: [Lie; 8] = [
     Lie::Closes,
     Lie::Silent,
     Lie::Garbage,
@@ -43,7 +46,10 @@ const LIES: [Lie; 7] = [
     Lie::NoMemory,
     Lie::WrongSequence,
     Lie::TooFew,
+    Lie::Crowded,
 ];
+
+const CROWDED: &str = "too many descriptors are on their way to other clients; try again";
 
 fn serve(mut stream: UnixStream, lie: Lie, boot: u64) -> Option<()> {
     let mut inbox = Inbox::new();
@@ -63,6 +69,10 @@ fn serve(mut stream: UnixStream, lie: Lie, boot: u64) -> Option<()> {
                 stream.write_all(&[3, 0, 0, 0, 255, 255, 255]).ok()?;
                 continue;
             }
+            (Call::Attach(_), Lie::Crowded) => Answer::Refused(v1::LocalRefusal {
+                reason: Reason::Overloaded.to_wire() as i32,
+                message: CROWDED.to_owned(),
+            }),
             (Call::Attach(_), lie) => Answer::Attached(v1::LocalAttached {
                 boot_id: boot + u64::from(matches!(lie, Lie::OtherBoot)),
                 attachment: Bytes::from_static(&[1; 16]),
@@ -142,4 +152,26 @@ async fn whatever_the_socket_answers_the_bytes_are_right_and_in_time() {
         assert_eq!(report.path, Path::Grpc, "{lie:?}: {report:?}");
         assert!(report.why_grpc.is_some(), "{lie:?}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_is_refused_for_too_many_descriptors_attaches_later() {
+    let node = TestNode::start(|_| {}).await;
+    let grpc = over_grpc(&node).await;
+    let socket = liar(node.dir.path(), Lie::Crowded, grpc.boot_id().0);
+    let builder = Client::builder(&node.node.endpoint()).local(LocalPath::At(socket.clone()));
+    let client = builder.deadline(HANG / 2).connect().await.unwrap();
+    let ns = open(&client).await;
+    let chain = chain(&ns, 1, 2);
+    let data = put(&client, &ns, &chain, &[MIB; 2]).await;
+    let why = client.path().why_grpc.expect("a reason");
+    assert!(why.contains(CROWDED), "{why}");
+    // The others have read theirs: now the node itself answers there.
+    let real = node.node.local_path().expect("a socket");
+    std::fs::remove_file(&socket).unwrap();
+    std::os::unix::fs::symlink(real, &socket).unwrap();
+    until("the same-host path is tried again", async || {
+        get(&client, &ns, &chain, &[MIB; 2]).await == data && client.path().path == Path::Local
+    })
+    .await;
 }
