@@ -23,10 +23,11 @@ use std::{
     time::Duration,
 };
 
-use kvclient::{Lease, Namespace, Part, PathReport, Target, clock::Clock};
+use kvclient::{Lease, Namespace, Part, Path, PathReport, Target, clock::Clock};
 use parking_lot::{Condvar, Mutex};
 use tokio::runtime::{Builder, Handle, Runtime};
 
+pub use self::moving::Blocks;
 use crate::{
     cache::moving::Work,
     device::DeviceProblem,
@@ -124,6 +125,15 @@ impl CacheSettings {
     }
 }
 
+/// A line for the engine's log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct News {
+    /// Nothing that somebody should look into.
+    pub good: bool,
+    /// What is new of the node, beginning with a verb.
+    pub line: String,
+}
+
 /// One engine process's view of one namespace.
 #[derive(Debug)]
 pub struct Cache {
@@ -131,6 +141,8 @@ pub struct Cache {
     runtimes: Mutex<Option<Runtimes>>,
     asking: Handle,
     memory: Mutex<Option<Arc<EngineMemory>>>,
+    /// What [`Cache::news`] said last.
+    told: Mutex<(NodeState, Option<Path>)>,
     /// Of the process that made it: a forked child has the object, and none of its threads.
     process: u32,
 }
@@ -222,6 +234,7 @@ impl Cache {
             asking: runtimes.asking.handle().clone(),
             runtimes: Mutex::new(Some(runtimes)),
             memory: Mutex::new(None),
+            told: Mutex::new((NodeState::Connecting, None)),
             process: std::process::id(),
         })
     }
@@ -242,6 +255,37 @@ impl Cache {
     #[must_use]
     pub fn path(&self) -> PathReport {
         self.shared.node.path()
+    }
+
+    /// What is new since the last call: the node was found or lost, or is reached another way.
+    #[must_use]
+    pub fn news(&self) -> Option<News> {
+        let state = self.state();
+        let path = (state == NodeState::Ready).then(|| self.path().path);
+        let mut told = self.told.lock();
+        if std::mem::replace(&mut *told, (state, path)) == (state, path) {
+            return None;
+        }
+        let problem = self.difference();
+        let news = |good, line| Some(News { good, line });
+        match (path, problem) {
+            (Some(path), None) => news(true, format!("is there, over {path}")),
+            (Some(path), Some(difference)) => {
+                let shared = "no prefix is shared with those who came before";
+                news(
+                    false,
+                    format!("is there, over {path}; {shared}: {difference}"),
+                )
+            }
+            (None, _) if state == NodeState::Connecting => None,
+            (None, problem) => {
+                let why = problem
+                    .map(|problem| format!(" ({problem})"))
+                    .unwrap_or_default();
+                let then = "the engine goes on without it, and uses it again when it is back";
+                news(false, format!("is away{why}; {then}"))
+            }
+        }
     }
 
     /// The jobs that ended since the last call.

@@ -17,6 +17,7 @@
 
 pub mod cache;
 pub mod client;
+pub mod connector;
 pub mod counters;
 pub mod device;
 pub mod hashes;

@@ -5,6 +5,7 @@ per request until `forget`, jobs numbered once, blocks read when the job runs an
 """
 
 import ctypes
+from array import array
 from dataclasses import dataclass, field
 
 
@@ -71,8 +72,8 @@ class FakeCache:
     def state(self):
         return "down" if self.node.away or self.closed else "ready"
 
-    def path(self):
-        return {"in_use": "grpc"}
+    def news(self):
+        return None
 
     def difference(self):
         return None
@@ -124,6 +125,7 @@ class FakeCache:
 
     def _start(self, kind, job, hashes, width, first, block_ids):
         assert job not in self.used, "a job's number is used once"
+        block_ids = array("I", block_ids) if isinstance(block_ids, bytes) else block_ids
         chain = self._split(hashes, width)
         assert len(chain) >= first + len(block_ids)
         if self.closed or len(self.queue) >= self.max_jobs:

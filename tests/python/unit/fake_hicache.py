@@ -115,6 +115,9 @@ class HiCacheStorage:
 
 
 class Indices(list):
+    def __getitem__(self, at):
+        return Indices(super().__getitem__(at)) if isinstance(at, slice) else super().__getitem__(at)
+
     def tolist(self):
         return list(self)
 

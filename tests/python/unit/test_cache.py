@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
 from collections.abc import Callable
 
 import pytest
@@ -191,6 +192,33 @@ def test_a_node_that_is_killed_is_a_miss_and_is_used_again_when_it_is_back(node:
     assert saved(cache, 3, hashes(4, salt=1), [0, 1, 2, 3]).ok
     assert ask(cache, "again", hashes(4, salt=1)) == 4
     assert cache.stats()["opened"] >= 2
+
+
+def test_news_of_the_node_is_told_once(node: Node, connect: Connect) -> None:
+    cache = connect(local="off")
+    assert cache.news() == (True, "is there, over grpc")
+    assert cache.news() is None
+    node.kill()
+    until(lambda: cache.lookup("r", hashes(1), WIDTH, 0) == 0 and cache.state() == "down", "the loss to be noticed")
+    good, line = cache.news() or (True, "")
+    assert not good and line.startswith("is away (") and line.endswith("is back")
+    assert cache.news() is None
+    node.start()
+    until(lambda: cache.state() == "ready", "the node to be found again")
+    assert cache.news() == (True, "is there, over grpc")
+
+
+def test_block_ids_may_be_their_bytes(connect: Connect) -> None:
+    cache, memory = connect(), Memory()
+    cache.layout(memory.layout())
+    before, names = memory.scramble(), hashes(2)
+    assert cache.save(1, names, WIDTH, 0, array("I", [5, 3]).tobytes())
+    done = cache.wait(1, 20_000)
+    assert done is not None and done.ok
+    assert loaded(cache, 2, 0, names, [8, 9]).ok
+    assert [memory.block(8), memory.block(9)] == [memory.block(5, before), memory.block(3, before)]
+    with pytest.raises(ValueError, match="four bytes each"):
+        cache.save(3, names, WIDTH, 0, b"abc")
 
 
 @pytest.mark.parametrize("local", ["auto", "off"])

@@ -66,20 +66,25 @@ def test_importing_the_package_imports_no_engine() -> None:
 
 def test_the_stub_names_what_the_module_has() -> None:
     stub = ast.parse((Path(_terrace.__file__).parent / "_terrace.pyi").read_text())
-    classes = {item.name: item for item in stub.body if isinstance(item, ast.ClassDef)}
-    assert {name for name in dir(_terrace) if not name.startswith("_")} == set(classes)
+    assert {name for name in dir(_terrace) if not name.startswith("_")} == set(named(stub.body))
+    classes = {name: item for name, item in named(stub.body).items() if isinstance(item, ast.ClassDef)}
     for name, described in classes.items():
-        methods = {item.name for item in described.body if isinstance(item, ast.FunctionDef)}
+        methods = named(described.body)
         compiled = getattr(_terrace, name)
-        assert {item for item in dir(compiled) if not item.startswith("_")} == {
-            item for item in methods if not item.startswith("_")
-        }
+        assert {item for item in dir(compiled) if not item.startswith("_")} == set(methods) - {"__init__"}
         for item in described.body:
             if isinstance(item, ast.FunctionDef) and not item.decorator_list and not item.name.startswith("_"):
                 given = [a.arg for a in (*item.args.posonlyargs, *item.args.args, *item.args.kwonlyargs)][1:]
                 signature = getattr(compiled, item.name).__text_signature__
                 for argument in given:
                     assert argument in signature, f"{name}.{item.name}{signature}"
+
+
+def named(body: list[ast.stmt]) -> dict[str, ast.stmt]:
+    """What a stub's body describes, by name; private names are the stub's own."""
+    names = {item.name: item for item in body if isinstance(item, ast.FunctionDef | ast.ClassDef)}
+    values = {ast.unparse(item.target): item for item in body if isinstance(item, ast.AnnAssign)}
+    return {name: item for name, item in {**names, **values}.items() if not name.startswith("_") or name == "__init__"}
 
 
 FORKED = """

@@ -115,7 +115,7 @@ def test_what_was_found_is_leased_until_it_was_read(make, nodes):
     storage.batch_get_v1(keys("a"), pool.indices(3), PREFIX)
     assert len(node.leases) == 1
     storage.batch_get_v1(keys("b"), pool.indices(4), after("a"))
-    assert not node.leases and not storage.leases.held and not storage.leases.holder
+    assert not node.leases and not len(storage.found)
 
 
 def test_a_lease_that_nobody_reads_ends_by_time(make, nodes):
@@ -126,14 +126,13 @@ def test_a_lease_that_nobody_reads_ends_by_time(make, nodes):
     assert not node.leases
 
 
-def test_leases_are_bounded(make, nodes, monkeypatch):
-    monkeypatch.setattr(backend.leases, "MAX_HELD", 3)
+def test_leases_are_bounded(make, nodes):
     storage = make()
     storage.batch_set_v1(keys("a"), storage.mem_pool_host.indices(1), PREFIX)
-    for _ in range(9):
+    for _ in range(backend.Found.MAX_HELD + 5):
         assert storage.batch_exists(keys("a"), PREFIX) == 1
     (node,) = nodes.values()
-    assert len(node.leases) == 3
+    assert len(node.leases) == backend.Found.MAX_HELD
 
 
 def test_a_failed_page_is_false_and_not_found_again(make):

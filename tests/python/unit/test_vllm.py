@@ -10,9 +10,10 @@ from fake_vllm import KVCacheBlocks, KVConnectorBlockState, KVConnectorOutput, R
 
 fake_vllm.install()
 
-from terrace.vllm.scheduler import MAX_ASKS, Scheduler  # noqa: E402
+from terrace._terrace import COUNTERS, Planner  # noqa: E402
+from terrace.vllm.scheduler import Scheduler  # noqa: E402
 from terrace.vllm.setup import check, layer_span, settings_of  # noqa: E402
-from terrace.vllm.stats import COUNTERS, TerraceMetrics, TerraceStats  # noqa: E402
+from terrace.vllm.stats import TerraceMetrics, TerraceStats  # noqa: E402
 from terrace.vllm.step import Saved  # noqa: E402
 from terrace.vllm.worker import Worker  # noqa: E402
 
@@ -78,7 +79,7 @@ class Engine:
             if run:
                 worker.cache.run()
             sent, received = worker.finished()
-            answers.append((sent, received, worker.take_failed(), worker.take_done()))
+            answers.append((sent, received, worker.failed(), worker.done()))
         for request, tokens in scheduled.items():
             request.num_computed_tokens += tokens
         meta = None
@@ -105,7 +106,7 @@ def warm(tokens=18):
 
 
 def stats(half):
-    return half.stats.take().data
+    return half.counts()
 
 
 def test_what_one_engine_saves_another_loads():
@@ -133,16 +134,16 @@ def test_a_lookup_on_its_way_is_asked_again_and_then_given_up():
     assert engine.admit(request(), [0, 1, 2, 3, 4]) is None
     assert engine.admit(request(), [0, 1, 2, 3, 4]) is None
     assert engine.admit(request(), [0, 1, 2, 3, 4]) == 16
-    engine = Engine(warm(), slow=10 * MAX_ASKS)
+    engine = Engine(warm(), slow=10 * Planner.MAX_ASKS)
     late = request()
-    assert [engine.scheduler.matched(late, 0)[0] for _ in range(MAX_ASKS)][-2:] == [None, 0]
+    assert [engine.scheduler.matched(late, 0)[0] for _ in range(Planner.MAX_ASKS)][-2:] == [None, 0]
     assert stats(engine.scheduler) == {"lookups_given_up": 1}
 
 
 def test_only_what_the_engine_lacks_is_loaded():
     engine = Engine(warm())
     assert engine.admit(request(), [0, 1, 2, 3, 4], computed=8) == 8
-    load = engine.scheduler.step.loads[0]
+    ((load, *_), *_) = engine.scheduler.planner.take()
     assert (load.first, load.block_ids) == (2, [2, 3])
 
 
@@ -208,7 +209,7 @@ def test_a_full_queue_is_a_failed_load_and_a_dropped_save():
 def long_load(**settings):
     """An engine that loads four blocks of 16 MiB, and its worker."""
     engine = Engine(warm(), **settings)
-    engine.workers[0].layers = [(0, 64, 8 << 20, 8 << 20)] * 2
+    engine.workers[0].hauls.measure(16 << 20)
     assert engine.admit(request(), [9, 8, 7, 6, 5]) == 16
     return engine, engine.workers[0]
 
@@ -235,7 +236,7 @@ def test_what_a_half_of_a_long_load_lacks_is_said_when_both_have_ended():
     assert not said.invalid_block_ids and not said.finished_recving, "the second half was refused; the first runs"
     said = engine.step()
     assert said.invalid_block_ids == {8, 7, 6} and said.finished_recving == {"r"}
-    assert not worker.loads and stats(worker)["failed_blocks"] == 3
+    assert not worker.hauls.loading and stats(worker)["failed_blocks"] == 3
 
 
 def test_blocks_of_a_finished_request_are_kept_while_a_save_reads_them():
@@ -288,7 +289,7 @@ def test_an_abort_during_a_load_gives_the_lease_back_when_it_has_ended():
     assert not engine.scheduler.finished(second), "vLLM itself keeps blocks that a load writes to"
     assert len(node.leases) == 1
     assert engine.step().finished_recving == {"r"}
-    assert node.leases == {} and not engine.scheduler.requests and not engine.scheduler.gone
+    assert node.leases == {} and not engine.scheduler.planner.tracked
 
 
 def test_an_abort_before_the_load_gives_the_lease_back_at_once():
@@ -306,7 +307,7 @@ def test_a_node_away_is_a_miss_and_saves_are_not_even_planned():
     engine, second = Engine(node), request()
     assert engine.admit(second, [9, 8, 7, 6, 5]) == 0
     engine.step({second: 18})
-    assert engine.scheduler.jobs == {}
+    assert engine.scheduler.planner.unanswered == 0
     node.away = False
     assert engine.scheduler.matched(request("next"), 0) == (16, True), "used again when it is back"
 
@@ -316,7 +317,7 @@ def test_a_block_of_two_requests_is_saved_once():
     engine.admit(one, [0, 1, 2, 3, 4])
     engine.admit(two, [0, 1, 2, 3, 5])
     engine.step({one: 18, two: 18}, run=False)
-    assert len(engine.workers[0].saves) == 1
+    assert len(engine.workers[0].hauls.saving) == 1
 
 
 def test_generated_blocks_are_saved_too_but_not_drafts():
@@ -365,7 +366,7 @@ def test_two_workers_must_both_have_stored_a_block():
     engine.admit(first, [0, 1, 2, 3, 4])
     engine.workers[1].cache.max_jobs = 0
     engine.step({first: 18})
-    assert engine.scheduler.take_events() == [] and engine.scheduler.jobs == {}
+    assert engine.scheduler.take_events() == [] and engine.scheduler.planner.unanswered == 0
     assert engine.scheduler.matched(request("next"), 0) == (0, False), "one part is missing"
 
 
@@ -397,12 +398,11 @@ def test_a_shutdown_lets_saves_end():
     assert len(engine.node.blocks) == 4 and engine.workers[0].cache.closed
 
 
-def test_stats_add_up_and_are_taken_once():
-    one, two = TerraceStats(), TerraceStats()
-    one.add(loads=1, loaded_bytes=5)
-    two.add(loads=2)
-    assert one.aggregate(two).data == {"loads": 3, "loaded_bytes": 5}
-    assert one.take().data["loads"] == 3 and one.take() is None and one.is_empty()
+def test_stats_add_up():
+    one, two = TerraceStats(data={"loads": 1, "loaded_bytes": 5}), TerraceStats(data={"loads": 2})
+    assert one.aggregate(two).data == {"loads": 3, "loaded_bytes": 5} and not one.is_empty()
+    one.reset()
+    assert one.is_empty()
     counts = {}
     counter = lambda name, documentation, labelnames: SimpleNamespace(  # noqa: E731
         labels=lambda *labels: SimpleNamespace(inc=lambda by: counts.update({name: by}))

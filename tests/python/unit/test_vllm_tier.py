@@ -154,7 +154,7 @@ def test_lookups_of_one_request_are_bounded(make):
     names = [f"n{i}" for i in range(40)]
     context, keys = request(tier, "s", *names)
     assert {tier.lookup(key, context) for key in keys} == {MISS}
-    assert len(tier._cache.asked) <= vllm_tier.chains.MAX_ASKS
+    assert len(tier._cache.asked) <= vllm_tier.Chunks.MAX_QUESTIONS
 
 
 def test_groups_never_meet(make):
@@ -239,7 +239,7 @@ def test_leases_are_kept_while_a_load_reads_and_given_back_after(make, node):
     tier.on_request_finished(context)
     assert len(node.leases) == 1
     run(tier)
-    assert not node.leases and "s" not in tier._requests
+    assert not node.leases and tier._chunks.requests == 1
 
 
 def test_leases_are_given_back_when_the_request_is_scheduled(make, node):

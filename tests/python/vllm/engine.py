@@ -16,7 +16,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from vllm import LLM, SamplingParams
 from vllm.config import KVEventsConfig, KVTransferConfig
 from vllm.distributed import cleanup_dist_env_and_memory
-from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
 BLOCK = 32
 TOKENS = 16
@@ -61,7 +61,9 @@ class Engine(contextlib.AbstractContextManager):
         self.scheduler = self.core.scheduler
         self.halves = None
         if endpoint is not None:
-            self.halves = self.scheduler.connector._side, get_kv_transfer_group()._side
+            # Several workers are processes of their own.
+            workers = [get_kv_transfer_group()._side] if has_kv_transfer_group() else []
+            self.halves = self.scheduler.connector._side, *workers
         self.events = []
         if events:
             self.scheduler.kv_event_publisher.publish = lambda batch: self.events.extend(batch.events)
@@ -85,7 +87,7 @@ class Engine(contextlib.AbstractContextManager):
     def settle(self, seconds=20):
         """Steps on until every save has ended and every block is back, as a serving engine does by itself."""
         until = time.monotonic() + seconds
-        while self.core.scheduler.has_requests() or self.halves[1].saves:
+        while self.core.scheduler.has_requests() or self.halves[0].planner.unanswered:
             assert time.monotonic() < until, "saves did not end"
             self.llm.llm_engine.step()
         self.llm.llm_engine.step()

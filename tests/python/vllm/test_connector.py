@@ -4,15 +4,18 @@ One process, engines one after the other. What was hit is counted by Terrace aft
 vLLM's counters, which count when blocks are allocated.
 """
 
+import json
+import os
 import pathlib
 import runpy
 import signal
+import subprocess
 import sys
 import threading
 import time
 
 import pytest
-from engine import BLOCK, Engine, loadable, prompt, tidy
+from engine import BLOCK, TOKENS, Engine, loadable, prompt, tidy
 from node import Node
 
 A, B = prompt(1, 900), prompt(2, 937)
@@ -88,6 +91,33 @@ def test_chunked_prefill_and_the_default_hash(model, node, expected):
         assert engine.loaded(A, B) == (expected(A, B), 0)
         engine.forget()
         assert engine.loaded(A, B) == (expected(A, B), loadable(len(A)) + loadable(len(B)))
+
+
+def alone(model, node, **options):
+    """What an engine with these options does in a process of its own."""
+    script = [sys.executable, pathlib.Path(__file__).with_name("alone.py"), model, node.endpoint, json.dumps(options)]
+    shares = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}  # two workers on as few cores as there are
+    ended = subprocess.run(script, capture_output=True, text=True, timeout=600, env={**os.environ, **shares}, check=False)
+    assert ended.returncode == 0, ended.stderr[-5000:]
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def test_drafts_change_no_token_and_only_prompts_are_stored(model, node, expected):
+    """Speculative decoding: what a draft wrote into a block may be taken back, so blocks that are generated stay here."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    said = alone(model, node, speculative_config=drafts)
+    assert said["drafted"] > 0, "nothing was drafted"
+    assert [tokens[:TOKENS] for tokens in said["cold"]] == expected(A, B) and said["warm"] == said["cold"]
+    assert said["loaded"] == [0, loadable(len(A)) + loadable(len(B))] and said["failed"] == 0
+    assert said["saved"] == len(A) // BLOCK + len(B) // BLOCK
+
+
+def test_two_workers_load_what_both_have_stored(model, node, expected):
+    """Tensor parallel: each worker stores and loads its part of every block; a hit is a block of which both are there."""
+    said = alone(model, node, tensor_parallel_size=2)
+    assert [tokens[:TOKENS] for tokens in said["cold"]] == expected(A, B) and said["warm"] == said["cold"]
+    assert said["loaded"] == [0, 2 * (loadable(len(A)) + loadable(len(B)))] and said["failed"] == 0
+    assert said["saved"] == 2 * ((len(A) + 63) // BLOCK + (len(B) + 63) // BLOCK)
 
 
 def test_preempted_requests_keep_their_tokens(model, node, expected):
@@ -239,13 +269,13 @@ def test_an_abort_during_a_load_gives_every_block_back(model, node, expected):
             "doomed", {"prompt_token_ids": A}, SamplingParams(temperature=0, max_tokens=4, detokenize=False)
         )
         until = time.monotonic() + 20
-        while not engine.halves[1].loads:
+        while not engine.halves[1].hauls.loading:
             assert time.monotonic() < until
             client.step()
         client.abort_request(["doomed"])
         threading.Timer(0.5, lambda: node.signal(signal.SIGCONT)).start()
         engine.settle(30)
-        assert not engine.halves[0].requests and not engine.halves[0].gone
+        assert not engine.halves[0].planner.tracked
         assert engine.free_blocks() == engine.scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
         engine.ready(30)
         assert engine.generate(A) == expected(A)

@@ -72,22 +72,14 @@ impl Cache {
         Ok(())
     }
 
-    /// Starts to load blocks `first`, `first + 1`, … into `block_ids`. `false`: the queue is full.
+    /// Starts to load `blocks` under a lease (0: none). `false`: the queue is full.
     ///
     /// # Errors
     /// For blocks that are not there, or hashes that do not reach so far.
-    pub fn load(
-        &self,
-        job: u64,
-        lease: u64,
-        hashes: &[u8],
-        width: usize,
-        first: usize,
-        block_ids: Vec<u32>,
-    ) -> Result<bool, Error> {
-        let hashes = reaching(hashes, width, first, block_ids.len())?;
-        let claim = self.memory()?.write(&block_ids);
-        self.submit(job, JobKind::Load, block_ids, claim, |claim| {
+    pub fn load(&self, job: u64, lease: u64, blocks: Blocks<'_>) -> Result<bool, Error> {
+        let (hashes, first) = (blocks.chain()?, blocks.first);
+        let claim = self.memory()?.write(&blocks.ids);
+        self.submit(job, JobKind::Load, blocks.ids, claim, |claim| {
             Work::Load(Load {
                 lease,
                 hashes,
@@ -97,21 +89,14 @@ impl Cache {
         })
     }
 
-    /// Starts to store `block_ids` as blocks `first`, `first + 1`, …. `false`: the queue is full.
+    /// Starts to store `blocks`. `false`: the queue is full.
     ///
     /// # Errors
     /// As [`Cache::load`].
-    pub fn save(
-        &self,
-        job: u64,
-        hashes: &[u8],
-        width: usize,
-        first: usize,
-        block_ids: Vec<u32>,
-    ) -> Result<bool, Error> {
-        let hashes = reaching(hashes, width, first, block_ids.len())?;
-        let claim = self.memory()?.read(&block_ids);
-        self.submit(job, JobKind::Save, block_ids, claim, |claim| {
+    pub fn save(&self, job: u64, blocks: Blocks<'_>) -> Result<bool, Error> {
+        let (hashes, first) = (blocks.chain()?, blocks.first);
+        let claim = self.memory()?.read(&blocks.ids);
+        self.submit(job, JobKind::Save, blocks.ids, claim, |claim| {
             Work::Save(Save {
                 hashes,
                 first,
@@ -156,16 +141,35 @@ impl Cache {
     }
 }
 
-/// Hashes that reach to the last of `count` blocks from `first` on.
-fn reaching(bytes: &[u8], width: usize, first: usize, count: usize) -> Result<EngineHashes, Error> {
-    let known = hashes::count(bytes, width)?;
-    match first.checked_add(count) {
-        Some(end) if end <= known => Ok(EngineHashes::new(&bytes[..end * width], width)?),
-        _ => Err(kvproto::FieldError::new(
-            "hashes",
-            format!("has {known} blocks; {count} from {first} on are wanted"),
-        )
-        .into()),
+/// Blocks `first`, `first + 1`, … of a chain, and where the engine has them.
+#[derive(Clone, Debug)]
+pub struct Blocks<'h> {
+    /// The engine's hashes from the root on, joined; they reach to the last of the blocks at least.
+    pub hashes: &'h [u8],
+    /// Bytes of each.
+    pub width: usize,
+    /// The first block.
+    pub first: usize,
+    /// The engine's blocks.
+    pub ids: Vec<u32>,
+}
+
+impl Blocks<'_> {
+    /// The chain up to the last of them.
+    fn chain(&self) -> Result<EngineHashes, Error> {
+        let known = hashes::count(self.hashes, self.width)?;
+        let (first, count) = (self.first, self.ids.len());
+        match first.checked_add(count) {
+            Some(end) if end <= known => Ok(EngineHashes::new(
+                &self.hashes[..end * self.width],
+                self.width,
+            )?),
+            _ => Err(kvproto::FieldError::new(
+                "hashes",
+                format!("has {known} blocks; {count} from {first} on are wanted"),
+            )
+            .into()),
+        }
     }
 }
 

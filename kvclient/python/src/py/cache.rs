@@ -4,9 +4,9 @@ use std::{collections::HashMap, time::Duration};
 
 use pyo3::{exceptions::PyConnectionError, prelude::*, types::PyDict};
 
-use super::convert::{self, wrong};
+use super::convert::{self, BlockIds, wrong};
 use crate::{
-    cache::{self, CacheSettings},
+    cache::{self, Blocks, CacheSettings},
     jobs,
     layout::Layer,
     node::NodeSettings,
@@ -22,6 +22,15 @@ pub(super) struct Finished(jobs::Finished);
 
 fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
+}
+
+fn blocks(hashes: &[u8], width: usize, first: usize, BlockIds(ids): BlockIds) -> Blocks<'_> {
+    Blocks {
+        hashes,
+        width,
+        first,
+        ids,
+    }
 }
 
 #[pymethods]
@@ -90,6 +99,10 @@ impl Cache {
         self.0.difference()
     }
 
+    fn news(&self) -> Option<(bool, String)> {
+        self.0.news().map(|news| (news.good, news.line))
+    }
+
     fn path<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         super::client::path(py, self.0.path())
     }
@@ -153,10 +166,10 @@ impl Cache {
         hashes: &[u8],
         width: usize,
         first: usize,
-        block_ids: Vec<u32>,
+        block_ids: BlockIds,
     ) -> PyResult<bool> {
         self.0
-            .load(job, lease, hashes, width, first, block_ids)
+            .load(job, lease, blocks(hashes, width, first, block_ids))
             .map_err(wrong)
     }
 
@@ -166,10 +179,10 @@ impl Cache {
         hashes: &[u8],
         width: usize,
         first: usize,
-        block_ids: Vec<u32>,
+        block_ids: BlockIds,
     ) -> PyResult<bool> {
         self.0
-            .save(job, hashes, width, first, block_ids)
+            .save(job, blocks(hashes, width, first, block_ids))
             .map_err(wrong)
     }
 

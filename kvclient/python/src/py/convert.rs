@@ -4,10 +4,13 @@ use kvclient::{Namespace, OwnerId, Part};
 use pyo3::{
     exceptions::{PyTypeError, PyValueError},
     prelude::*,
-    types::{PyBool, PyDict, PyInt, PyMapping, PyString},
+    types::{PyBool, PyBytes, PyDict, PyInt, PyMapping, PyString},
 };
 
-use crate::spec::{self, Value};
+use crate::{
+    connector::{batches::Ended, counts::Counts},
+    spec::{self, Value},
+};
 
 /// The namespace of a mapping of fields.
 pub(super) fn namespace(fields: &Bound<'_, PyAny>) -> PyResult<Namespace> {
@@ -61,4 +64,66 @@ pub(super) fn part((rank, layer_group): (u16, u16)) -> Part {
 /// A call that can never work.
 pub(super) fn wrong(error: impl std::fmt::Display) -> PyErr {
     PyValueError::new_err(error.to_string())
+}
+
+/// The engine's blocks: numbers, or their bytes, four each in this machine's order.
+pub(super) struct BlockIds(pub(super) Vec<u32>);
+
+impl<'py> FromPyObject<'_, 'py> for BlockIds {
+    type Error = PyErr;
+
+    fn extract(given: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        if let Ok(bytes) = given.cast::<PyBytes>() {
+            let (ids, rest) = bytes.as_bytes().as_chunks();
+            if !rest.is_empty() {
+                return Err(wrong("block_ids: four bytes each are wanted"));
+            }
+            return Ok(Self(ids.iter().copied().map(u32::from_ne_bytes).collect()));
+        }
+        let ids = given.try_iter()?.map(|id| id?.extract());
+        ids.collect::<PyResult<_>>().map(Self)
+    }
+}
+
+/// Block ids as bytes: one object, however many there are.
+pub(super) fn ids<'py>(py: Python<'py>, ids: &[u32]) -> Bound<'py, PyBytes> {
+    let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_ne_bytes()).collect();
+    PyBytes::new(py, &bytes)
+}
+
+/// As much of a `Finished`, or of what stands for one, as the connectors need.
+#[derive(FromPyObject)]
+pub(super) struct Done {
+    job: u64,
+    blocks: usize,
+    bytes: u64,
+    failed_block_ids: Vec<u32>,
+    seconds: f64,
+    reason: Option<String>,
+}
+
+impl From<Done> for Ended {
+    fn from(done: Done) -> Self {
+        Self {
+            job: done.job,
+            blocks: done.blocks,
+            bytes: done.bytes,
+            failed_block_ids: done.failed_block_ids,
+            seconds: done.seconds,
+            reason: done.reason,
+        }
+    }
+}
+
+/// What was counted since the last time: whole numbers, but for seconds.
+pub(super) fn counts<'py>(py: Python<'py>, counts: &mut Counts) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    for (name, count) in counts.take() {
+        if name.ends_with("_seconds") {
+            dict.set_item(name, count)?;
+        } else {
+            dict.set_item(name, count as u64)?;
+        }
+    }
+    Ok(dict)
 }

@@ -31,7 +31,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sglang.srt.mem_cache.hicache_storage import (
     HiCacheStorage,
@@ -44,9 +44,10 @@ from sglang.srt.mem_cache.hicache_storage import (
 )
 
 from terrace import Cache, Finished
-from terrace.sglang.leases import Leases
-from terrace.sglang.pages import WIDTH, Layer, Pool, layers, name, spans
+from terrace._terrace import Found, page_names
+from terrace.sglang.pages import WIDTH, Layer, Pool, layers, spans
 from terrace.sglang.space import namespace, rank, replicated
+from terrace.telling import Teller, answers
 
 if TYPE_CHECKING:
     import torch
@@ -55,32 +56,19 @@ if TYPE_CHECKING:
     Indices: TypeAlias = torch.Tensor | range | None
     Extra: TypeAlias = HiCacheStorageExtraInfo | None
 
-logger = logging.getLogger("sglang.terrace")
-
 FLAT_PAGES = 128
 """Pages of the scratch of the older interface; SGLang's own limit of a batch."""
 GRACE_MS = 2000
 """How much later than its own deadline a copy may be before its memory is taken from it."""
 CACHE_SETTINGS = ("token", "local", "strict", "lease_ms", "miss_ms", "threads", "max_jobs", "max_lookups")
 
-F = TypeVar("F", bound=Callable[..., Any])
+
+def no_pages(keys: list[str], *_: Any) -> list[bool]:
+    return [False] * len(keys)
 
 
-def answers(otherwise: Callable[..., Any]) -> Callable[[F], F]:
-    """A failure is an answer, `otherwise(*args)`, and one line in the log; SGLang's threads would die of it."""
-
-    def wrap(method: F) -> F:
-        @functools.wraps(method)
-        def call(self: TerraceHiCache, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return method(self, *args, **kwargs)
-            except Exception as error:
-                self.say(f"{method.__name__}: {error!r}")
-                return otherwise(*args, *kwargs.values())
-
-        return call  # type: ignore[return-value]
-
-    return wrap
+def no_transfers(transfers: list[PoolTransfer], *_: Any) -> dict[str, list[bool]]:
+    return {transfer.name: no_pages(transfer.keys or []) for transfer in transfers}
 
 
 class TerraceHiCache(HiCacheStorage):
@@ -94,7 +82,8 @@ class TerraceHiCache(HiCacheStorage):
         self.zero_copy = bool(settings.get("interface_v1", 0))  # which of its interfaces SGLang uses for KV
         self.lookup_ms = int(settings.get("lookup_timeout_ms", 200))
         self.transfer_ms = int(settings.get("transfer_timeout_ms", 5000))
-        self.leases = Leases(int(settings.get("hold_ms", 30_000)) / 1000)
+        self.hold = int(settings.get("hold_ms", 30_000)) / 1000
+        self.found, self.closed = Found(self.hold), threading.Event()
         self.settings = {key: settings[key] for key in CACHE_SETTINGS if key in settings}
         self.settings.update(lookup_timeout_ms=self.lookup_ms, transfer_timeout_ms=self.transfer_ms)
         self.settings.setdefault("token", os.environ.get("TERRACE_TOKEN"))
@@ -102,8 +91,10 @@ class TerraceHiCache(HiCacheStorage):
         self.pools: dict[str, Pool] = {}
         self.lock, self.scratch = threading.Lock(), threading.Lock()
         self.numbers = itertools.count(1)
-        self.said: set[str] = set()
-        self.moved: dict[str, list[tuple[int, float]]] = {"load": [], "save": []}
+        self.teller = Teller(logging.getLogger("sglang.terrace"), f"Terrace at {self.endpoint}")
+        self.moved: list[Finished] = []
+        self.sweeper = threading.Thread(target=self._sweep, name="terrace-leases", daemon=True)
+        self.sweeper.start()
 
     # Which memory there is.
 
@@ -112,7 +103,7 @@ class TerraceHiCache(HiCacheStorage):
         if self.zero_copy:
             self._register(mem_pool_host, PoolName.KV)
         else:
-            self._flat(spans([mem_pool_host.get_dummy_flat_data_page()], [None], 1))
+            self._flat(spans([mem_pool_host.get_dummy_flat_data_page()], None, 1))
 
     def register_mem_host_pool_v2(self, host_pool: HostKVCache, host_pool_name: Any) -> None:
         super().register_mem_host_pool_v2(host_pool, host_pool_name)
@@ -125,7 +116,7 @@ class TerraceHiCache(HiCacheStorage):
         try:
             where = layers(pool)
         except Exception as error:
-            self.say(f"pool {pool_name} is not stored: {error!r}")
+            self.teller.trouble(f"pool {pool_name} is not stored: {error!r}")
             return
         size = int(getattr(pool, "page_size", 1) or 1)
         self.pools[str(pool_name)] = self._open(pool, str(pool_name), where, size)
@@ -135,7 +126,7 @@ class TerraceHiCache(HiCacheStorage):
         spec = namespace(self.config, pool, packing, [layer[3] for layer in where], page_size, self.label)
         part = (rank(self.config, shared), 0)
         cache = Cache(self.endpoint, spec, owner=self.owner, part=part, **self.settings)
-        return Pool(cache, where, page_size)
+        return Pool(packing, cache, where, page_size)
 
     # v1: pages of the KV pool, from and to where they lie.
 
@@ -146,12 +137,12 @@ class TerraceHiCache(HiCacheStorage):
             return len(keys) if self._anchor() else 0
         return self._exists(pool, keys, extra_info)
 
-    @answers(lambda keys, *_: [False] * len(keys))
+    @answers(no_pages)
     def batch_get_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: Extra = None) -> list[bool]:
         pool = self.pools.get(PoolName.KV.value)
         return self._load(pool, keys, host_indices, extra_info) if pool else [self._anchor()] * len(keys)
 
-    @answers(lambda keys, *_: [False] * len(keys))
+    @answers(no_pages)
     def batch_set_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: Extra = None) -> list[bool]:
         pool = self.pools.get(PoolName.KV.value)
         return self._save(pool, keys, host_indices, extra_info) if pool else [self._anchor()] * len(keys)
@@ -183,26 +174,24 @@ class TerraceHiCache(HiCacheStorage):
             usable &= ends
         return PoolTransferResult(max(usable, default=0), hits, sorted(usable))
 
-    @answers(lambda transfers, *_: {transfer.name: [False] * len(transfer.keys or []) for transfer in transfers})
+    @answers(no_transfers)
     def batch_get_v2(self, transfers: list[PoolTransfer], extra_info: Extra = None) -> dict[str, list[bool]]:
         return self._each(transfers, extra_info, self._load)
 
-    @answers(lambda transfers, *_: {transfer.name: [False] * len(transfer.keys or []) for transfer in transfers})
+    @answers(no_transfers)
     def batch_set_v2(self, transfers: list[PoolTransfer], extra_info: Extra = None) -> dict[str, list[bool]]:
         return self._each(transfers, extra_info, self._save)
 
     def _each(
         self, transfers: list[PoolTransfer], extra_info: Extra, move: Callable[..., list[bool]]
     ) -> dict[str, list[bool]]:
-        moved: dict[str, list[bool]] = {}
+        moved = no_transfers(transfers)
         for transfer in transfers:
-            keys, pool = transfer.keys or [], self.pools.get(str(transfer.name))
-            try:
-                done = move(pool, keys, transfer.host_indices, extra_info) if pool else [False] * len(keys)
-            except Exception as error:
-                self.say(f"{transfer.name}: {error!r}")
-                done = [False] * len(keys)
-            moved[transfer.name] = done
+            if pool := self.pools.get(str(transfer.name)):
+                try:
+                    moved[transfer.name] = move(pool, transfer.keys or [], transfer.host_indices, extra_info)
+                except Exception as error:
+                    self.teller.trouble(f"{transfer.name}: {error!r}")
         return moved
 
     def _windows(self, pool: Pool, keys: list[str], window: int) -> set[int]:
@@ -218,7 +207,7 @@ class TerraceHiCache(HiCacheStorage):
             pages = range(max(0, end - window), end)
             for page in pages:
                 if page not in there and time.monotonic() < until:
-                    there[page] = pool.cache.exists(name(keys[page]), WIDTH, self.lookup_ms) == 1
+                    there[page] = pool.cache.exists(page_names([keys[page]]), WIDTH, self.lookup_ms) == 1
             if all(there.get(page) for page in pages) and (
                 ends or all(self._exists(pool, [keys[page]], None) for page in pages)
             ):
@@ -230,10 +219,10 @@ class TerraceHiCache(HiCacheStorage):
     def _chain(self, keys: Sequence[str], extra_info: Extra) -> tuple[bytes, int]:
         before = extra_info.prefix_keys if extra_info is not None else None
         if extra_info is not None and before is None:
-            self.say(
+            self.teller.trouble(
                 "add hicache_storage_pass_prefix_keys: without it the node cannot tell a prompt's head from its tail"
             )
-        return b"".join(map(name, itertools.chain(before or (), keys))), len(before or ())
+        return page_names([*(before or ()), *keys]), len(before or ())
 
     def _exists(self, pool: Pool, keys: list[str], extra_info: Extra) -> int:
         if not keys or not self._ready(pool):
@@ -244,17 +233,27 @@ class TerraceHiCache(HiCacheStorage):
         if not count:
             pool.cache.forget(request)
             return 0
-        self.leases.keep(request, pool, hashes[first * WIDTH : (first + count) * WIDTH])
+        names = hashes[first * WIDTH : (first + count) * WIDTH]
+        self._let_go(self.found.keep(pool.name, request, names, time.monotonic()))
         return count
 
     def _load(self, pool: Pool, keys: list[str], indices: Indices, extra_info: Extra) -> list[bool]:
         if not keys:
             return []
-        request = self.leases.of(pool, name(keys[0]))
+        request = self.found.of(pool.name, page_names(keys[:1]))
         lease = pool.cache.lease(request) if request else 0
         done = self._move(pool, keys, indices, extra_info, functools.partial(pool.cache.load, lease=lease))
-        self.leases.read(request, name(keys[-1]))
+        if request and (read := self.found.read(request, page_names(keys[-1:]))):
+            self._let_go([read])
         return done
+
+    def _let_go(self, lookups: list[tuple[str, str]]) -> None:
+        for pool_name, request in lookups:
+            self.pools[pool_name].cache.forget(request)
+
+    def _sweep(self) -> None:
+        while not self.closed.wait(max(0.05, self.hold / 4)):
+            self._let_go(self.found.over(time.monotonic()))
 
     def _save(self, pool: Pool, keys: list[str], indices: Indices, extra_info: Extra) -> list[bool]:
         return self._move(pool, keys, indices, extra_info, pool.cache.save)  # what the node has is not sent again
@@ -275,7 +274,7 @@ class TerraceHiCache(HiCacheStorage):
         """Waits for a job; afterwards nothing reads or writes its pages."""
         finished: Finished | None = pool.cache.wait(job, self.transfer_ms + GRACE_MS)
         if finished is None:
-            self.say("a copy is late beyond its own deadline")
+            self.teller.trouble("a copy is late beyond its own deadline")
             pool.cache.layout([])  # returns when no copy touches the pool any more
             finished = pool.cache.wait(job, 0)
             pool.cache.layout(pool.layers)
@@ -284,20 +283,14 @@ class TerraceHiCache(HiCacheStorage):
         bad = set(finished.failed_block_ids)
         if self.config.enable_storage_metrics and finished.blocks:
             with self.lock:
-                self.moved[finished.kind].append(
-                    (finished.blocks, finished.bytes / 2**30 / max(finished.seconds, 1e-9))
-                )
+                self.moved.append(finished)
         if bad:
-            self.say(f"{len(bad)} of {len(rows)} pages were not {finished.kind}ed: {finished.reason}")
+            self.teller.trouble(f"{len(bad)} of {len(rows)} pages were not {finished.kind}ed: {finished.reason}")
         return [row not in bad for row in rows]
 
     def _ready(self, pool: Pool) -> bool:
-        state = pool.cache.state()
-        now = f"{state} ({pool.cache.path()['in_use']})"
-        if now != pool.was:
-            pool.was, differs = now, pool.cache.difference()
-            logger.info("Terrace at %s is %s%s", self.endpoint, now, f"; {differs}" if differs else "")
-        return state == "ready"
+        self.teller.news(pool.cache)
+        return pool.cache.state() == "ready"
 
     # The older interface: pages that SGLang copies into tensors of their own.
 
@@ -307,17 +300,17 @@ class TerraceHiCache(HiCacheStorage):
 
     @answers(lambda keys, *_: [None] * len(keys))
     def batch_get(self, keys: list[str], target_locations: Any = None, target_sizes: Any = None) -> list[Any]:
-        targets, sizes = list(target_locations or []), list(target_sizes or [None] * len(keys))
+        targets = list(target_locations or [])
+        where = spans(targets, target_sizes, len(keys))
         good: list[bool] = []
         with self.scratch:
-            flat = self._flat(spans(targets, sizes, len(keys)))
+            flat = self._flat(where)
             for at in range(0, len(keys), FLAT_PAGES):
                 part = keys[at : at + FLAT_PAGES]
-                here = self._load(flat, part, range(len(part)), None)
-                for i, there in enumerate(here):
-                    if there:
-                        ctypes.memmove(spans(targets, sizes, len(keys))[at + i][0], *flat.span(i))
-                good += here
+                good += self._load(flat, part, range(len(part)), None)
+                for i in range(len(part)):
+                    if good[at + i]:
+                        ctypes.memmove(where[at + i][0], *flat.span(i))
         found = [True if isinstance(target, int) else target for target in targets]
         return [target if there else None for target, there in zip(found, good, strict=True)]
 
@@ -329,8 +322,7 @@ class TerraceHiCache(HiCacheStorage):
     def batch_set(
         self, keys: list[str], values: Any = None, target_locations: Any = None, target_sizes: Any = None
     ) -> bool:
-        sources = list(target_locations if values is None else values)
-        found = spans(sources, list(target_sizes or [None] * len(keys)), len(keys))
+        found = spans(list(target_locations if values is None else values), target_sizes, len(keys))
         with self.scratch:
             flat = self._flat(found)
             for at in range(0, len(keys), FLAT_PAGES):
@@ -344,7 +336,7 @@ class TerraceHiCache(HiCacheStorage):
     @answers(lambda *_: False)
     def exists(self, key: str) -> bool:
         pool = self.pools.get("flat", self.pools.get(PoolName.KV.value))
-        return pool is not None and pool.cache.exists(name(key), WIDTH, self.lookup_ms) == 1
+        return pool is not None and pool.cache.exists(page_names([key]), WIDTH, self.lookup_ms) == 1
 
     def _flat(self, found: list[tuple[int, int]]) -> Pool:
         """The pool of pages that lie anywhere: copied through a scratch, all of one length."""
@@ -373,29 +365,22 @@ class TerraceHiCache(HiCacheStorage):
         from sglang.srt.observability.metrics_collector import StorageMetrics
 
         with self.lock:
-            reads, writes = self.moved["load"], self.moved["save"]
-            self.moved = {"load": [], "save": []}
-        return StorageMetrics(
-            [pages for pages, _ in reads],
-            [pages for pages, _ in writes],
-            [rate for _, rate in reads],
-            [rate for _, rate in writes],
-        )
+            moved, self.moved = self.moved, []
+        pages, rates = ({"load": [], "save": []} for _ in range(2))
+        for done in moved:
+            pages[done.kind].append(done.blocks)
+            rates[done.kind].append(done.bytes / 2**30 / max(done.seconds, 1e-9))
+        return StorageMetrics(pages["load"], pages["save"], rates["load"], rates["save"])
 
     def stats(self) -> dict[str, dict[str, int]]:
         """Counters of each pool's cache since the start."""
         return {pool_name: pool.cache.stats() for pool_name, pool in self.pools.items()}
 
     def close(self) -> None:
-        self.leases.close()
+        self.closed.set()
+        self.sweeper.join(timeout=5)
         for pool in self.pools.values():
             pool.cache.close()
-
-    def say(self, what: str) -> None:
-        """One line for each kind of trouble, not one per page."""
-        if what not in self.said and len(self.said) < 1000:
-            self.said.add(what)
-            logger.warning("terrace: %s", what)
 
     def _anchor(self) -> bool:
         return getattr(getattr(self, "mem_pool_host", None), "kv_buffer", self) is None

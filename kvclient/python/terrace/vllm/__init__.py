@@ -123,15 +123,16 @@ class TerraceConnector(KVConnectorBase_V1):
         return sent or None, received or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        return self._half(Worker).take_failed()
+        return self._half(Worker).failed()
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        return self._half(Worker).take_done()
+        return self._half(Worker).done()
 
     # ---- in both
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        return self._side.stats.take()
+        counts = self._side.counts()
+        return TerraceStats(data=counts) if any(counts.values()) else None
 
     def shutdown(self) -> None:
         self._side.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vllm.logger import init_logger
 
@@ -28,8 +28,12 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def setup(config: VllmConfig, caches: KVCacheConfig, worker: bool) -> Callable[[str], Cache]:
-    """Checks everything; the answer makes a `Cache` for a generation of the weights ("" is the first)."""
+Connect: TypeAlias = Callable[[str], Cache]
+"""Makes a `Cache` for a generation of the engine's weights; "" is the first."""
+
+
+def setup(config: VllmConfig, caches: KVCacheConfig, worker: bool) -> Connect:
+    """Checks everything, before anything can go wrong."""
     check(config, caches.kv_cache_groups)
     settings = settings_of(config)
     spec = identity.vllm(config, caches, label=settings.pop("label", None))

@@ -1,8 +1,6 @@
 """What the scheduler's half and the workers' halves tell each other, once per engine step.
 
-    scheduler ──Step──► workers ──Saved──► scheduler
-
-Both are pickled by vLLM when the halves are in different processes.
+scheduler ──Step──► workers ──Saved──► scheduler          pickled when they are different processes
 """
 
 from __future__ import annotations
@@ -11,28 +9,18 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
-
-@dataclass
-class Transfer:
-    """Blocks of one request on their way: `block_ids` are blocks `first`, `first + 1`, … of the chain `hashes`."""
-
-    job: int
-    request: str
-    hashes: bytes
-    first: int
-    block_ids: list[int]
-    lease: int = 0
+from terrace._terrace import Order
 
 
 @dataclass
 class Step(KVConnectorMetadata):
-    """What the workers do in one engine step."""
+    """What the workers do in one engine step; as `Planner.take` has it."""
 
-    loads: list[Transfer] = field(default_factory=list)
-    saves: list[Transfer] = field(default_factory=list)
-    held: set[str] = field(default_factory=set)  # finished requests whose blocks wait for their saves
-    preempted: bool = False  # this step may reuse blocks that a save still reads
-    generation: str = ""  # of the engine's weights, see Scheduler.reset
+    loads: list[Order]
+    saves: list[Order]
+    held: list[str]  # finished requests whose blocks wait for their saves
+    preempted: bool  # this step may reuse blocks that a save still reads
+    generation: str  # of the engine's weights, see Scheduler.reset
 
 
 @dataclass
