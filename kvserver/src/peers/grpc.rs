@@ -4,6 +4,7 @@
 //! peer ─► quick connection   lookup, release, open          never behind a block
 //!      └► bulk connection    get, put                       messages of at most 1 MiB of payload
 //! every call: breaker? ─► one of `peer_calls`? ─► deadline on the wire, and here by the clock
+//!      with the digest of this node's view; members that an answer brings go to [`Views`]
 //! ```
 //!
 //! A connection is made by the first call that needs it, and made anew when it breaks; HTTP/2 pings find out about
@@ -22,7 +23,7 @@ use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream};
 use kvproto::{
     BlockKey, Chain, GetOutcome, LeaseId, OwnerId, Reason,
-    convert::{self, HeaderRules, answer, request},
+    convert::{self, AnswerContext, HeaderRules, answer, request},
     v1::{self, blocks_client::BlocksClient},
     view::MemberId,
 };
@@ -39,7 +40,7 @@ use tonic::{
 
 use super::{
     Asked, Breaker, Carried, Fetched, Fetching, Given, PEER_HEADER, Peer, PeerError, Seen, Space,
-    TENANT_HEADER, Transport,
+    TENANT_HEADER, Transport, Views,
 };
 use crate::clock::{Clock, Tick};
 
@@ -75,6 +76,7 @@ pub struct GrpcConfig {
 /// The transport of a real node.
 pub struct Grpc {
     clock: Arc<dyn Clock>,
+    views: Arc<dyn Views>,
     runtime: Handle,
     me: MetadataValue<Ascii>,
     authorization: Option<MetadataValue<Ascii>>,
@@ -96,7 +98,12 @@ struct Line {
 impl Grpc {
     /// A transport whose connections live on `runtime`.
     #[must_use]
-    pub fn new(config: &GrpcConfig, clock: Arc<dyn Clock>, runtime: Handle) -> Self {
+    pub fn new(
+        config: &GrpcConfig,
+        views: Arc<dyn Views>,
+        clock: Arc<dyn Clock>,
+        runtime: Handle,
+    ) -> Self {
         // Names and tokens are words; what no header takes is left out, and refused there as unauthenticated.
         let header = |text: &str| MetadataValue::try_from(text).ok();
         let authorization = config.token.as_ref().and_then(|token| {
@@ -114,6 +121,7 @@ impl Grpc {
             calls: config.calls,
             permits: Arc::new(Semaphore::new(config.calls)),
             lines: Mutex::default(),
+            views,
             clock,
             runtime,
         }
@@ -166,6 +174,7 @@ impl Grpc {
         Ok(Call {
             line,
             clock: Arc::clone(&self.clock),
+            views: Arc::clone(&self.views),
             due: now.after(deadline),
             deadline,
             me: self.me.clone(),
@@ -177,6 +186,7 @@ impl Grpc {
 
     fn context(&self, no_forward: bool) -> request::Context {
         request::Context {
+            view_digest: Some(self.views.digest()),
             no_forward,
             owner_id: Some(self.owner),
             ..request::Context::default()
@@ -188,6 +198,7 @@ impl Grpc {
 struct Call {
     line: Arc<Line>,
     clock: Arc<dyn Clock>,
+    views: Arc<dyn Views>,
     due: Tick,
     deadline: Duration,
     me: MetadataValue<Ascii>,
@@ -225,6 +236,17 @@ impl Call {
             _ => self.line.breaker.success(),
         }
         answered
+    }
+
+    /// Takes note of what an answer says of its node's view.
+    fn heard(&self, context: Option<v1::ResponseContext>) {
+        let Some(context) = context.filter(|context| !context.members.is_empty()) else {
+            return;
+        };
+        match AnswerContext::try_from(context) {
+            Ok(context) => self.views.heard(context.members),
+            Err(error) => tracing::debug!(%error, "members that make no sense are left aside"),
+        }
     }
 
     fn quick(&self) -> BlocksClient<Channel> {
@@ -286,7 +308,9 @@ impl Transport for Grpc {
         async move {
             let mut client = call.quick();
             let found = call.answer(client.lookup(call.request(message))).await?;
-            let found = answer::Lookup::from_wire(found.get_ref(), blocks).map_err(nonsense)?;
+            let mut found = found.into_inner();
+            call.heard(found.context.take());
+            let found = answer::Lookup::from_wire(&found, blocks).map_err(nonsense)?;
             Ok(Seen {
                 blocks: found.present_blocks,
                 lease: found.lease.map(|lease| (lease.id, lease.blocks)),
@@ -358,7 +382,9 @@ impl Transport for Grpc {
             let messages = std::iter::once(first).chain(given.blocks.into_iter().flat_map(cut));
             let mut client = call.bulk();
             let put = client.put(call.request(tokio_stream::iter(messages)));
-            let results = call.answer(put).await?.into_inner().results;
+            let put = call.answer(put).await?.into_inner();
+            call.heard(put.context);
+            let results = put.results;
             if results.len() != count {
                 return Err(nonsense(format!(
                     "{} results for {count} blocks",
@@ -393,6 +419,7 @@ impl Transport for Grpc {
             let mut client = call.quick();
             let opened = client.open_namespace(call.request(message));
             let opened = call.answer(opened).await?.into_inner();
+            call.heard(opened.context);
             match opened.namespace_id == id.0[..] {
                 true => Ok(()),
                 // It took us for another tenant.
@@ -423,8 +450,9 @@ impl Transport for Grpc {
         };
         async move {
             let mut client = call.quick();
-            let released = call.answer(client.release(call.request(message))).await;
-            released.map(drop)
+            let released = call.answer(client.release(call.request(message))).await?;
+            call.heard(released.into_inner().context);
+            Ok(())
         }
         .boxed()
     }
@@ -484,6 +512,7 @@ impl Answer {
                     false => Err(nonsense("the answer ended early")),
                 };
             };
+            self.call.heard(wire.context.take());
             let data = std::mem::take(&mut wire.data);
             let piece = answer::GetPiece::from_wire(&wire, rules, count).map_err(nonsense)?;
             if piece.block != self.next {

@@ -3,6 +3,7 @@
 //! ```text
 //! blocks::motion ──► Transport ◄── Grpc   the ordinary Blocks service: connections, breaker, bounds   grpc.rs
 //!                              ◄── Net    nodes of one process, with faults by hand                   net.rs
+//!                    Views     the digest that goes with every call, the members that answers bring
 //!                    Pace      bytes per second that moves may use                                    pace.rs
 //! ```
 //!
@@ -26,7 +27,8 @@ use bytes::Bytes;
 use futures_util::{future::BoxFuture, stream::BoxStream};
 use kvproto::{
     Ack, BlockHeader, Chain, GetOutcome, Kind, LeaseId, Namespace, NamespaceId, Part, Reason,
-    convert::answer::PutResult, view::MemberId,
+    convert::answer::PutResult,
+    view::{Member, MemberId, ViewDigest},
 };
 
 pub use self::{breaker::Breaker, grpc::Grpc, pace::Pace};
@@ -36,6 +38,15 @@ pub const PEER_HEADER: &str = "terrace-peer";
 
 /// Header that names the tenant a peer acts for; believed only beside the peers' token.
 pub const TENANT_HEADER: &str = "terrace-tenant";
+
+/// Who is here, as far as calls have to know it: two nodes whose views differ learn so from any call between them.
+pub trait Views: Send + Sync + 'static {
+    /// Of the view, for the next request.
+    fn digest(&self) -> ViewDigest;
+
+    /// Members that came with an answer, because its node has another view.
+    fn heard(&self, members: Vec<Member>);
+}
 
 /// Whom to call.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -11,7 +11,7 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use kvgpu::{Arena, ArenaConfig, HugePages};
-use kvproto::{BootId, Kind, TierKind};
+use kvproto::{BootId, Kind, Member, TierKind, ViewDigest};
 use tokio::runtime::Handle;
 
 use super::{
@@ -34,7 +34,7 @@ use crate::{
     data_dir::DataDir,
     engine::{Demotion, Engine, EngineConfig, KindBudget, policy},
     local::Local,
-    peers::{Grpc, Pace, grpc::GrpcConfig},
+    peers::{Grpc, Pace, Views, grpc::GrpcConfig},
     rpc::Rpc,
     telemetry::Metrics,
     tier::{
@@ -185,6 +185,17 @@ pub(super) async fn build(
     })
 }
 
+/// Calls between nodes carry this node's view, and bring it what others know.
+impl Views for Cluster {
+    fn digest(&self) -> ViewDigest {
+        Self::digest(self)
+    }
+
+    fn heard(&self, members: Vec<Member>) {
+        self.merge(members);
+    }
+}
+
 /// What goes between this node and others.
 fn motion(
     config: &Config,
@@ -213,7 +224,12 @@ fn motion(
         settings,
         MotionParts {
             cluster: Arc::clone(cluster),
-            transport: Arc::new(Grpc::new(&peers, Arc::clone(clock), Handle::current())),
+            transport: Arc::new(Grpc::new(
+                &peers,
+                Arc::<Cluster>::clone(cluster),
+                Arc::clone(clock),
+                Handle::current(),
+            )),
             holdings: Arc::new(holdings),
             clock: Arc::clone(clock),
             pace: Arc::new(Pace::new(Arc::clone(clock), config.peer_bytes_per_second)),
