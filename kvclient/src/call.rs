@@ -34,6 +34,7 @@ use crate::{
     local::Local,
     open::Opened,
     pool::{Checkout, Pool},
+    queue::Queue,
     retry::{BreakerState, RetryBudget, RetryPolicy},
     wire::{self, Method},
 };
@@ -62,6 +63,8 @@ pub(crate) struct Inner {
     pub(crate) views: Arc<Views>,
     /// Namespaces that this client has opened here.
     pub(crate) opened: Opened,
+    /// What it has to do.
+    pub(crate) queue: Queue,
 }
 
 impl Inner {
@@ -108,6 +111,9 @@ impl Inner {
     pub(crate) fn heard(&self, context: Option<&v1::ResponseContext>) -> BootId {
         if let Some(context) = context {
             self.views.heard(context, &*self.clock);
+            if self.views.is_cluster() {
+                self.queue.heard(context.queue, self.clock.now());
+            }
         }
         let Some(boot) = context.map(|context| context.boot_id).filter(|id| *id != 0) else {
             return BootId(self.boot.load(Ordering::Relaxed));

@@ -466,12 +466,14 @@ impl Client {
     ) -> Result<u64, Error> {
         let deadline = self.until();
         let nodes = self.fleet.everybody();
+        // One for all: the nodes see that they were told of the same.
+        let request = self.fleet.home().unique();
         if let [inner] = &nodes[..] {
-            return invalidate(inner, namespace, target, deadline).await;
+            return invalidate(inner, namespace, target, request, deadline).await;
         }
         let calls = nodes.iter().map(|inner| async move {
             open::ensure(inner, namespace, deadline).await?;
-            invalidate(inner, namespace, target, deadline).await
+            invalidate(inner, namespace, target, request, deadline).await
         });
         let answers = join_all(calls).await;
         answers.into_iter().sum()
@@ -531,6 +533,7 @@ async fn invalidate(
     inner: &Inner,
     namespace: &NamespaceHandle,
     target: Target,
+    request: [u8; 16],
     deadline: Deadline,
 ) -> Result<u64, Error> {
     use v1::invalidate_request::Target as Wire;
@@ -538,7 +541,10 @@ async fn invalidate(
     loop {
         let answer = call::unary(inner, Method::INVALIDATE, deadline, |context| {
             v1::InvalidateRequest {
-                context: Some(context),
+                context: Some(v1::RequestContext {
+                    request_id: Bytes::copy_from_slice(&request),
+                    ..context
+                }),
                 namespace_id: Bytes::copy_from_slice(&namespace.id().0),
                 target: Some(match target {
                     Target::Block(hash) => Wire::Hash(Bytes::copy_from_slice(&hash.0)),

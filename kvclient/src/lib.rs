@@ -53,6 +53,7 @@ mod open;
 mod path;
 mod pool;
 mod put;
+mod queue;
 pub mod retry;
 pub mod route;
 mod stats;

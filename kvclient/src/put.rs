@@ -316,6 +316,7 @@ impl<'a, 'h> Sending<'a, 'h> {
                 namespace_id: Bytes::copy_from_slice(&putting.namespace.id().0),
                 ack: putting.options.ack.to_wire().into(),
                 kind: putting.options.kind.to_wire().into(),
+                survived: Vec::new(), // what a client gives is new
             }),
             block: 0,
             length: 0,

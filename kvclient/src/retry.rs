@@ -145,6 +145,9 @@ enum State {
     HalfOpen { probing: bool, rounds: u32 },
 }
 
+/// No time opens what is held open until then.
+const NEVER: Tick = Tick(Duration::MAX);
+
 /// One endpoint's breaker.
 #[derive(Debug)]
 pub(crate) struct Breaker {
@@ -238,9 +241,14 @@ impl Breaker {
     /// The endpoint does not answer at all: no call needs to find that out; open until [`Self::alive`].
     pub(crate) fn hold_open(&self) {
         *self.state.lock() = State::Open {
-            until: Tick(Duration::MAX),
+            until: NEVER,
             rounds: 0,
         };
+    }
+
+    /// Whether the endpoint was found not to answer at all, and has not since.
+    pub(crate) fn is_silent(&self) -> bool {
+        matches!(*self.state.lock(), State::Open { until, .. } if until == NEVER)
     }
 
     pub(crate) fn state(&self) -> BreakerState {
@@ -346,13 +354,16 @@ mod tests {
     fn held_open_no_time_closes_it_but_a_sign_of_life_does() {
         let clock = ManualClock::new(0);
         let breaker = Breaker::new(BreakerPolicy::default());
+        assert!(!breaker.is_silent() && !opened(&clock).is_silent());
         breaker.hold_open();
+        assert!(breaker.is_silent());
         clock.advance(Duration::from_secs(3600));
         assert!(matches!(
             breaker.admit(clock.now()),
             Admission::Refused { .. }
         ));
         breaker.alive();
+        assert!(!breaker.is_silent());
         assert_eq!(breaker.admit(clock.now()), Admission::Probe);
     }
 

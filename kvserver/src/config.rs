@@ -284,6 +284,12 @@ settings! {
     motion_wait: Duration = Duration::from_millis(100), within(Duration::ZERO, Duration::from_secs(60));
     /// Nodes that hold each block of a namespace whose caller does not say.
     replicas: u32 = 1, within(1, 8);
+    /// Calls that gets find being served, on average, from which on runs that many read get a second owner for a while; 0: they never do.
+    hot_calls: u32 = 16, within(0, 1_000_000);
+    /// What of a node's gets must read a run before that, percent.
+    hot_share_percent: u32 = 10, within(1, 100);
+    /// For how long callers are told of a second owner; they are told anew while the run stays hot.
+    hot_time: Duration = Duration::from_secs(30), within(Duration::from_millis(100), Duration::from_secs(3600));
     /// In what time a joining node grows to its full weight.
     join_ramp: Duration = Duration::from_secs(30), within(Duration::ZERO, Duration::from_secs(3600));
     /// How long a node that was never a member tries to reach one of `join` before it gives up.

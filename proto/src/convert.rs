@@ -37,6 +37,9 @@ pub const MAX_PARTS: usize = 256;
 /// Most stored objects (blocks times parts) one request may name.
 pub const MAX_OBJECTS: usize = 1 << 18;
 
+/// Most invalidations that one node may say it was told of.
+pub const MAX_SURVIVED: usize = 65_536;
+
 /// Most members one answer may bring.
 pub const MAX_MEMBERS: usize = 65_536;
 
@@ -142,6 +145,18 @@ fn jumps(wire: &[v1::Jump], blocks: usize) -> Result<Vec<Jump>, FieldError> {
         })
     };
     wire.iter().map(jump).collect()
+}
+
+/// Ids of invalidations.
+fn survived(field: &'static str, ids: Vec<u64>) -> Result<Vec<u64>, FieldError> {
+    if ids.len() > MAX_SURVIVED {
+        let problem = format!(
+            "has {} entries; at most {MAX_SURVIVED} are allowed",
+            ids.len()
+        );
+        return Err(FieldError::new(field, problem));
+    }
+    Ok(ids)
 }
 
 /// The wire's chain.
@@ -494,6 +509,8 @@ pub struct AnswerContext {
     pub view_digest: ViewDigest,
     /// Its members, if the caller's digest was another.
     pub members: Vec<Member>,
+    /// Calls that it serves now; 0: it does not say.
+    pub queue: u32,
 }
 
 impl TryFrom<v1::ResponseContext> for AnswerContext {
@@ -512,6 +529,7 @@ impl TryFrom<v1::ResponseContext> for AnswerContext {
                 .into_iter()
                 .map(Member::try_from)
                 .collect::<Result<_, _>>()?,
+            queue: wire.queue,
         })
     }
 }
@@ -522,6 +540,7 @@ impl From<&AnswerContext> for v1::ResponseContext {
             boot_id: context.boot_id.0,
             view_digest: context.view_digest.0,
             members: context.members.iter().map(v1::Member::from).collect(),
+            queue: context.queue,
         }
     }
 }

@@ -335,10 +335,8 @@ impl Space {
     pub fn put(&self, blocks: &[(BlockHeader, u64)]) -> v1::LocalPut {
         v1::LocalPut {
             start: Some(v1::PutStart {
-                context: None,
                 namespace_id: Bytes::copy_from_slice(&self.id.0),
-                ack: 0,
-                kind: 0,
+                ..v1::PutStart::default()
             }),
             blocks: blocks
                 .iter()

@@ -215,10 +215,9 @@ impl Stock {
     pub fn start(&self, ack: v1::Ack) -> v1::PutRequest {
         v1::PutRequest {
             start: Some(v1::PutStart {
-                context: None,
                 namespace_id: Bytes::copy_from_slice(&self.namespace.0),
                 ack: ack as i32,
-                kind: 0,
+                ..v1::PutStart::default()
             }),
             ..v1::PutRequest::default()
         }

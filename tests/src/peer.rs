@@ -259,6 +259,7 @@ impl v1::blocks_server::Blocks for Handler {
                 blocks: present,
                 bytes: 0,
             }),
+            ..v1::LookupResponse::default()
         }))
     }
 

@@ -7,8 +7,9 @@
 //!                                            it when the lease was taken elsewhere, is asked for there, once
 //! ```
 //!
-//! Under a lease each block is asked of the node that leased it, whoever owns it by now. Where runs have several owners the
-//! first ones have three quarters of the call's time: one that is silent leaves the others time to answer.
+//! Under a lease each block is asked of the node that leased it, whoever owns it by now. A node that turns out not to
+//! answer at all costs its blocks, and not the call's time. Where runs lie with several, the first who are asked have
+//! three quarters of the call's time: one that is slow leaves the others time to answer.
 //!
 //! Units: blocks, bytes.
 //! Errors: [`Error`] when nobody answers and nobody else is well, or when the call is at fault; an owner that does not
@@ -19,7 +20,7 @@ use std::sync::Arc;
 use futures_util::future::join_all;
 use kvproto::{Chain, FieldError, GetOutcome, LeaseId, Part};
 
-use super::{Fleet, Roster};
+use super::{Fleet, Roster, attend::attended, choice::Choice};
 use crate::{
     call::{Deadline, Inner},
     error::Error,
@@ -29,6 +30,7 @@ use crate::{
     namespace::NamespaceHandle,
     open::{self, Reopening},
     route::Split,
+    wire::Method,
 };
 
 /// A destination of the caller's, lent to the call of its owner.
@@ -99,12 +101,9 @@ impl Getting<'_> {
         let mut verdict = Verdict::default();
         self.land(&first, destinations, &mut got, &mut verdict)
             .await?;
-        let missed = |at: usize| {
-            got[at * parts..][..parts]
-                .iter()
-                .any(|got| is_missed(got.outcome))
-        };
-        if let Some(second) = self.second_round(&first, missed) {
+        let outcomes = |at: usize| got[at * parts..][..parts].iter().map(|got| got.outcome);
+        let outcome = |at: usize| outcomes(at).find(|outcome| is_missed(*outcome));
+        if let Some(second) = self.second_round(&first, outcome) {
             self.land(&second, destinations, &mut got, &mut verdict)
                 .await?;
         }
@@ -123,12 +122,9 @@ impl Getting<'_> {
         let first = self.first_round(roster);
         let mut verdict = Verdict::default();
         self.take(&first, &mut got, &mut verdict).await?;
-        let missed = |at: usize| {
-            got[at * parts..][..parts]
-                .iter()
-                .any(|got| is_missed(got.outcome))
-        };
-        if let Some(second) = self.second_round(&first, missed) {
+        let outcomes = |at: usize| got[at * parts..][..parts].iter().map(|got| got.outcome);
+        let outcome = |at: usize| outcomes(at).find(|outcome| is_missed(*outcome));
+        if let Some(second) = self.second_round(&first, outcome) {
             self.take(&second, &mut got, &mut verdict).await?;
         }
         verdict.error(&first.roster).map_or(Ok(got), Err)
@@ -157,9 +153,14 @@ impl Getting<'_> {
         let roster = lease.and_then(Lease::roster).cloned().unwrap_or(roster);
         let holder = lease.and_then(|lease| lease.only_holder(&roster));
         let run_blocks = self.namespace.run_blocks();
-        let split = Split::new(self.chain, run_blocks, |run| {
-            let holder = holder.or_else(|| lease?.stand_in(run));
-            holder.unwrap_or_else(|| roster.owner(run))
+        // A lease holds its blocks where it was taken; without one, whoever has less to do is asked.
+        let mut choice = Choice::new(&roster, self.namespace.replicas());
+        let split = Split::new(self.chain, run_blocks, |run| match lease {
+            Some(lease) => {
+                let holder = holder.or_else(|| lease.stand_in(run));
+                holder.unwrap_or_else(|| roster.owner(run))
+            }
+            None => choice.reader(run),
         });
         let of_share = |member| {
             let inner = roster.node(member).ok()?;
@@ -170,9 +171,10 @@ impl Getting<'_> {
             .iter()
             .map(|share| of_share(share.member))
             .collect();
-        let deadline = match self.namespace.replicas() {
-            ..2 => self.deadline,
-            _ => {
+        let has_others = self.namespace.replicas() > 1 || roster.names_seconds();
+        let deadline = match has_others {
+            false => self.deadline,
+            true => {
                 let clock = &*self.fleet.recipe.clock;
                 Deadline::after(clock, self.deadline.left(clock.now()) * 3 / 4)
             }
@@ -187,10 +189,15 @@ impl Getting<'_> {
 
     /// What was missed, of whom owns it by the newest view if that is somebody else, or holds it as well; of whom owned
     /// it before, if a lease of another process's was not known.
-    fn second_round(&self, first: &Round, missed: impl Fn(usize) -> bool) -> Option<Round> {
+    fn second_round(
+        &self,
+        first: &Round,
+        outcome: impl Fn(usize) -> Option<GetOutcome>,
+    ) -> Option<Round> {
+        let missed = |at: usize| outcome(at).is_some();
         // A call without time would speak against whoever is asked.
         let now = self.fleet.recipe.clock.now();
-        if self.deadline.left(now).is_zero() || !(0..self.chain.len()).any(&missed) {
+        if self.deadline.left(now).is_zero() || !(0..self.chain.len()).any(missed) {
             return None;
         }
         let newest = self.fleet.roster()?;
@@ -200,19 +207,31 @@ impl Getting<'_> {
             newest.number_of(&first.roster, share.member)
         };
         let is_borrowed = self.options.lease.is_some_and(Lease::is_borrowed);
+        let is_expired = |at: usize| is_borrowed && outcome(at) == Some(GetOutcome::Expired);
         let run_blocks = self.namespace.run_blocks();
         let whom = |at: usize| {
             let run = self.chain.place(at, run_blocks).run;
-            let mut owners = newest.owners(&run, self.namespace.replicas()).into_iter();
-            let owner = owners.find(|owner| asked_of(at) != Some(*owner));
-            owner.or_else(|| newest.owner_before(&run).filter(|_| is_borrowed))
+            let asked = asked_of(at);
+            let mut readers = newest.readers(&run, self.namespace.replicas()).into_iter();
+            let other = readers.find(|reader| asked != Some(*reader));
+            let before = || newest.owner_before(&run).filter(|_| is_borrowed);
+            // Where many read a run, who took the lease may have taken it of whoever had less to do.
+            let next = || newest.next(&run, self.namespace.replicas());
+            let next = || next().filter(|_| is_expired(at));
+            other.or_else(before).or_else(next)
         };
         let wanted = |at: usize| missed(at).then(|| whom(at)).flatten();
         let split = Split::of((0..self.chain.len()).map(wanted));
         if split.shares.is_empty() {
             return None;
         }
-        let leases = vec![None; split.shares.len()];
+        // What its owner knows nothing of may be held there.
+        let lease = self.options.lease.map(Lease::id);
+        let leases = split.shares.iter().map(|share| {
+            let mut blocks = share.ranges.iter().cloned().flatten();
+            lease.filter(|_| blocks.all(is_expired))
+        });
+        let leases = leases.collect();
         Some(Round {
             roster: newest,
             split,
@@ -244,17 +263,20 @@ impl Getting<'_> {
                 let (inner, chain) = self.of_share(round, number)?;
                 let wanted = self.wanted(&chain, round.leases[number]);
                 let deadline = round.deadline;
-                open::ensure(inner, self.namespace, deadline).await?;
-                let mut reopening = Reopening::default();
-                loop {
-                    match get::into_destinations(inner, deadline, &wanted, &mut lent).await {
-                        Ok(got) => return Ok(got),
-                        Err(error) => {
-                            let again = reopening.after(inner, self.namespace, error, deadline);
-                            again.await?;
+                let call = async {
+                    open::ensure(inner, self.namespace, deadline).await?;
+                    let mut reopening = Reopening::default();
+                    loop {
+                        match get::into_destinations(inner, deadline, &wanted, &mut lent).await {
+                            Ok(got) => return Ok(got),
+                            Err(error) => {
+                                let again = reopening.after(inner, self.namespace, error, deadline);
+                                again.await?;
+                            }
                         }
                     }
-                }
+                };
+                attended(inner, Method::GET, call).await
             });
         let answers = join_all(calls).await;
         enter(round, parts, answers, got, verdict)
@@ -271,17 +293,20 @@ impl Getting<'_> {
             let (inner, chain) = self.of_share(round, number)?;
             let wanted = self.wanted(&chain, round.leases[number]);
             let deadline = round.deadline;
-            open::ensure(inner, self.namespace, deadline).await?;
-            let mut reopening = Reopening::default();
-            loop {
-                match get::fetch(inner, deadline, &wanted).await {
-                    Ok(got) => return Ok(got),
-                    Err(error) => {
-                        let again = reopening.after(inner, self.namespace, error, deadline);
-                        again.await?;
+            let call = async {
+                open::ensure(inner, self.namespace, deadline).await?;
+                let mut reopening = Reopening::default();
+                loop {
+                    match get::fetch(inner, deadline, &wanted).await {
+                        Ok(got) => return Ok(got),
+                        Err(error) => {
+                            let again = reopening.after(inner, self.namespace, error, deadline);
+                            again.await?;
+                        }
                     }
                 }
-            }
+            };
+            attended(inner, Method::GET, call).await
         });
         let answers = join_all(calls).await;
         enter(round, self.parts(), answers, got, verdict)

@@ -6,6 +6,9 @@
 //!        └─ owner of run 2 ────── (still out) ──► waited for in the background, its lease given back
 //! ```
 //!
+//! A run that lies with two is asked of the one that has less to do (see `choice`). Where the prefix ends in a run that
+//! somebody was asked for who only has it for a while (a guest there), the call is made again, of owners.
+//!
 //! Owners have three quarters of the call's time, so that a call by an outdated view can be made again. From the moment
 //! that the owner of the first runs has answered, the others have [`LATE_LEAST`] or [`LATE_TIMES`] times as long as it
 //! took, whichever is more: who is later counts as having nothing, and is looked at.
@@ -16,13 +19,14 @@
 //! Units: blocks, durations.
 //! Errors: [`Error`] when nobody answers and nobody else is well; who does not answer while others do has nothing.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use futures_util::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use kvproto::{BootId, Chain, LeaseId, TierKind, convert::answer, key::RunHash};
 
 use super::{
     Fleet, Roster,
+    choice::{Choice, Chosen},
     share::{Asking, OfShare, Question},
 };
 use crate::{
@@ -40,7 +44,8 @@ const LATE_LEAST: Duration = Duration::from_millis(250);
 /// And as multiple of what that owner took.
 const LATE_TIMES: u32 = 8;
 
-/// Asks all owners; once more where another view has come with the answers and moves what was missed.
+/// Asks all owners; once more where another view has come with the answers and moves what was missed, or where who was
+/// asked in an owner's place lacks it.
 pub(crate) async fn everywhere(
     fleet: &Fleet,
     roster: Arc<Roster>,
@@ -49,22 +54,36 @@ pub(crate) async fn everywhere(
     deadline: Deadline,
     budget: Duration,
 ) -> Result<Lookup, Error> {
-    let first = attempt(&roster, &question, chain, deadline, budget).await;
+    let mut guests = BTreeSet::new();
+    let first = attempt(&roster, &question, chain, deadline, budget, &mut guests).await;
     let gap = first
         .as_ref()
         .map_or(0, |found| found.present_blocks as usize);
     if gap == chain.len() || first.as_ref().is_err_and(Error::is_final) {
         return first;
     }
-    let Some(newest) = fleet.roster().filter(|newest| !newest.agrees(&roster)) else {
-        return first;
-    };
-    let run = chain.place(gap, question.namespace.run_blocks()).run;
-    if newest.number_of(&roster, roster.owner(&run)) == Some(newest.owner(&run)) {
+    let run_blocks = question.namespace.run_blocks();
+    let run = chain.place(gap, run_blocks).run;
+    let newest = fleet.roster().filter(|newest| !newest.agrees(&roster));
+    let has_moved = newest.as_ref().is_some_and(|newest| {
+        newest.number_of(&roster, roster.owner(&run)) != Some(newest.owner(&run))
+    });
+    let was_guest = guests.contains(&run);
+    if !has_moved && !was_guest {
         return first;
     }
-    tracing::debug!(gap, "the view was out of date; asking the owners of now");
-    let again = attempt(&newest, &question.again(), chain, deadline, budget).await;
+    if was_guest {
+        // Their owners are asked, now and until they say anew who else has them.
+        let behind = chain
+            .runs(run_blocks)
+            .filter(|(_, blocks)| blocks.end > gap);
+        let lacking = behind.filter(|(run, _)| guests.contains(run));
+        lacking.for_each(|(run, _)| roster.shun(&run));
+    }
+    tracing::debug!(gap, has_moved, was_guest, "asking those who own it now");
+    let newest = newest.unwrap_or(roster);
+    let question = question.again();
+    let again = attempt(&newest, &question, chain, deadline, budget, &mut guests).await;
     match (first, again) {
         (Err(_), again) => again,
         // What the other holds is given back as it is dropped.
@@ -79,11 +98,16 @@ async fn attempt(
     chain: &Chain,
     deadline: Deadline,
     budget: Duration,
+    guests: &mut BTreeSet<RunHash>,
 ) -> Result<Lookup, Error> {
     let recipe = &roster.recipe;
     let clock = &*recipe.clock;
     let run_blocks = question.namespace.run_blocks();
-    let split = Split::new(chain, run_blocks, |run| roster.owner(run));
+    let replicas = question.namespace.replicas();
+    let chosen = Choice::new(roster, replicas).split(chain, run_blocks);
+    let Chosen { split, strays, .. } = chosen;
+    *guests = chosen.guests;
+    let has_others = replicas > 1 || roster.names_seconds();
     let began = clock.now();
     let share = Deadline::after(clock, deadline.left(began) * 3 / 4);
     let lease_id = question.lease_id(&recipe.owner);
@@ -98,6 +122,8 @@ async fn attempt(
             chain: of_owner.chain(chain, run_blocks),
             lease_id,
             deadline: share,
+            strays,
+            has_others,
         };
         asked.push(Box::pin(async move { (number, asking.run().await) }));
     }

@@ -11,29 +11,35 @@
 //! All nodes of a client share owner, clock, credential and the budget for repeats; each has its own connections
 //! and its own standing.
 //!
+//! Where a run lies with two members, the one with less to do is asked (`choice`).
+//!
 //! Units: members.
 //! Errors: those of the calls.
 //! Why the view is apart from the nodes: every node's answers are news for it, and a node must not keep its fellows
 //! open.
 
+mod attend;
+pub(crate) mod choice;
 pub(crate) mod get;
 pub(crate) mod lookup;
 pub(crate) mod put;
 pub(crate) mod share;
+mod views;
 
 use std::{
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
 use http::HeaderValue;
-use kvproto::{Member, MemberId, OwnerId, convert::AnswerContext, key::RunHash, v1};
+use kvproto::{Member, MemberId, OwnerId, key::RunHash, v1};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
+pub(crate) use self::views::Views;
 use crate::{
     call::{self, Deadline, Inner},
     clock::{Clock, Tick},
@@ -46,8 +52,9 @@ use crate::{
     open::Opened,
     path::{LocalPath, MemberPath, PathReport},
     pool::Pool,
+    queue::Queue,
     retry::{Breaker, BreakerPolicy, BreakerState, RetryBudget, RetryPolicy},
-    route::{Known, Table},
+    route::Table,
     wire::Method,
 };
 
@@ -56,65 +63,6 @@ const MAX_ASKED: usize = 8;
 
 /// How often the cluster is told of one member that does not answer, and how long that may take.
 const REPORT_PAUSE: Duration = Duration::from_secs(1);
-
-/// What a client knows of its cluster, by all its nodes' answers.
-#[derive(Debug, Default)]
-pub(crate) struct Views {
-    known: Mutex<Known>,
-    /// Of the view, for every request.
-    digest: AtomicU64,
-    /// Changes so far.
-    version: AtomicU64,
-    /// A member is not where it was last heard to be, which no digest tells: the next request asks for the whole list.
-    is_in_doubt: AtomicBool,
-    /// Such requests so far.
-    doubts: AtomicU64,
-    /// More than one member was seen: from then on calls are routed.
-    is_cluster: AtomicBool,
-}
-
-impl Views {
-    /// What goes with every request.
-    pub(crate) fn digest(&self) -> u64 {
-        if self.is_in_doubt.load(Ordering::Relaxed)
-            && self.is_in_doubt.swap(false, Ordering::Relaxed)
-        {
-            // One that no view has: a node says the same thing over one connection only once in a while.
-            let doubts = self.doubts.fetch_add(1, Ordering::Relaxed) + 1;
-            return self
-                .digest
-                .load(Ordering::Relaxed)
-                .wrapping_add(doubts)
-                .max(1);
-        }
-        self.digest.load(Ordering::Relaxed)
-    }
-
-    /// Takes note of what an answer says of its node's view.
-    pub(crate) fn heard(&self, context: &v1::ResponseContext, clock: &dyn Clock) {
-        if context.members.is_empty() {
-            return;
-        }
-        match AnswerContext::try_from(context.clone()) {
-            Ok(context) => self.merge(context.members, clock.now()),
-            Err(error) => tracing::debug!(%error, "members that make no sense are left aside"),
-        }
-    }
-
-    fn merge(&self, members: Vec<Member>, now: Tick) {
-        let mut known = self.known.lock();
-        if !known.merge(members, now) {
-            return;
-        }
-        let (digest, members) = (known.digest(), known.table().members().len());
-        if members > 1 {
-            self.is_cluster.store(true, Ordering::Relaxed);
-        }
-        tracing::debug!(%digest, members, "another view of the cluster");
-        self.digest.store(digest.0, Ordering::Relaxed);
-        self.version.fetch_add(1, Ordering::Release);
-    }
-}
 
 /// What every node of a client is made from.
 pub(crate) struct Recipe {
@@ -163,6 +111,7 @@ impl Recipe {
             parallel: self.parallel,
             views: self.views.clone(),
             opened: Opened::default(),
+            queue: Queue::default(),
         });
         self.runtime
             .spawn(lease::release_dropped(Arc::downgrade(&inner), dropped));
@@ -201,6 +150,52 @@ impl Roster {
             return vec![self.owner(run)];
         }
         self.table.owners(run, replicas)
+    }
+
+    /// The numbers of all that may have `run`: its owners, and who has it for a while because many read it.
+    pub(crate) fn readers(&self, run: &RunHash, replicas: usize) -> Vec<usize> {
+        let mut readers = self.owners(run, replicas);
+        if let Some(second) = self.second(run, self.recipe.clock.now())
+            && !readers.contains(&second)
+        {
+            readers.push(second);
+        }
+        readers
+    }
+
+    /// Who comes after the owners of `run`: its second owner, if it has one for a while.
+    pub(crate) fn next(&self, run: &RunHash, replicas: usize) -> Option<usize> {
+        let owners = replicas.max(1);
+        self.table.owners(run, owners + 1).get(owners).copied()
+    }
+
+    /// Who is to be compared with the first owner of `run`: the next one, or its second owner for a while.
+    fn other(&self, run: &RunHash, first: usize, replicas: usize, now: Tick) -> Option<usize> {
+        let other = match replicas {
+            0 | 1 => self.second(run, now),
+            _ => self.table.owners(run, 2).get(1).copied(),
+        };
+        other.filter(|other| *other != first)
+    }
+
+    fn second(&self, run: &RunHash, now: Tick) -> Option<usize> {
+        self.table.number(&self.recipe.views.second(run, now)?)
+    }
+
+    /// Whether some run may have a second owner.
+    pub(crate) fn names_seconds(&self) -> bool {
+        self.recipe.views.names_seconds()
+    }
+
+    /// `member` lacked what it was said to have beside its owner.
+    pub(crate) fn shun(&self, run: &RunHash) {
+        self.recipe.views.shun(run);
+    }
+
+    /// A member that this client has asked before.
+    pub(crate) fn in_use(&self, member: usize) -> Option<&Inner> {
+        let inner = self.nodes[member].inner.get()?;
+        inner.as_ref().ok().map(|inner| &**inner)
     }
 
     /// The number of the member that owned `run` before the last change, if it is another and still here.
@@ -256,7 +251,7 @@ impl Roster {
     /// everybody is, because a digest covers who owns what and not where they are reached.
     pub(crate) fn hurt(&self, member: usize, error: &Error) {
         if error.is_endpoint_failure() {
-            self.recipe.views.is_in_doubt.store(true, Ordering::Relaxed);
+            self.recipe.views.doubt();
             self.report(member);
         }
     }
@@ -361,19 +356,15 @@ impl Fleet {
     /// Who owns what; `None` while one node is all there is.
     pub(crate) fn roster(&self) -> Option<Arc<Roster>> {
         let views = &self.recipe.views;
-        if !views.is_cluster.load(Ordering::Relaxed) {
+        if !views.is_cluster() {
             return None;
         }
-        let version = views.version.load(Ordering::Acquire);
+        let version = views.version();
         let mut roster = self.roster.lock();
         if let Some(roster) = roster.as_ref().filter(|roster| roster.version >= version) {
             return Some(roster.clone());
         }
-        let (table, before, version) = {
-            let known = views.known.lock();
-            let version = views.version.load(Ordering::Acquire);
-            (known.table().clone(), known.before().cloned(), version)
-        };
+        let (table, before, version) = views.tables();
         let old = roster.take();
         let nodes = table.members().iter();
         let nodes = nodes

@@ -14,13 +14,14 @@ use std::sync::Arc;
 use futures_util::future::join_all;
 use kvproto::{Chain, PutOutcome, Reason, convert::answer::PutResult};
 
-use super::{Fleet, Roster};
+use super::{Fleet, Roster, attend::attended};
 use crate::{
     call::Deadline,
     error::Error,
     namespace::NamespaceHandle,
     open::{self, Reopening},
     put::{self, PutBlock, PutOptions},
+    wire::Method,
 };
 
 /// A rejected block may be offered again after so long: by then another view may be here.
@@ -162,22 +163,25 @@ impl<'a> Spreading<'a> {
     async fn offer_one(&self, roster: &Roster, group: &Group<'a>) -> Result<Vec<PutResult>, Error> {
         let inner = roster.node(group.member)?;
         let (namespace, deadline) = (self.namespace, self.deadline);
-        open::ensure(inner, namespace, deadline).await?;
-        let mut reopening = Reopening::default();
-        loop {
-            let put = put::put(
-                inner,
-                deadline,
-                namespace,
-                self.chain,
-                &group.blocks,
-                self.options,
-            );
-            match put.await {
-                Ok(results) => return Ok(results),
-                Err(error) => reopening.after(inner, namespace, error, deadline).await?,
+        let call = async {
+            open::ensure(inner, namespace, deadline).await?;
+            let mut reopening = Reopening::default();
+            loop {
+                let put = put::put(
+                    inner,
+                    deadline,
+                    namespace,
+                    self.chain,
+                    &group.blocks,
+                    self.options,
+                );
+                match put.await {
+                    Ok(results) => return Ok(results),
+                    Err(error) => reopening.after(inner, namespace, error, deadline).await?,
+                }
             }
-        }
+        };
+        attended(inner, Method::PUT, call).await
     }
 }
 

@@ -19,7 +19,7 @@ use kvproto::{
     v1,
 };
 
-use super::Roster;
+use super::{Roster, attend::attended};
 use crate::{
     call::{Deadline, Inner},
     error::Error,
@@ -81,8 +81,10 @@ pub(crate) async fn ask(
         }
     };
     let boot = inner.heard(answer.context.as_ref());
-    let found = answer::Lookup::from_wire(&answer, chain.len())
+    let mut found = answer::Lookup::from_wire(&answer, chain.len())
         .map_err(|problem| wire::answer(Method::LOOKUP, problem))?;
+    let seconds = std::mem::take(&mut found.seconds);
+    inner.views.heard_of(seconds, inner.clock.now());
     Ok(Answered { found, boot })
 }
 
@@ -145,12 +147,15 @@ pub(super) struct Asking {
     pub(super) chain: Chain,
     pub(super) lease_id: u64,
     pub(super) deadline: Deadline,
+    /// The member may have been chosen before the first owner of some of the runs.
+    pub(super) strays: bool,
+    /// Somebody else may have some of the runs.
+    pub(super) has_others: bool,
 }
 
 impl Asking {
     pub(super) async fn run(self) -> Result<OfShare, Error> {
-        let replicas = self.question.namespace.replicas();
-        if replicas < 2 {
+        if !self.has_others {
             return self.of_owner().await;
         }
         let recipe = self.roster.recipe.clone();
@@ -160,7 +165,7 @@ impl Asking {
             answer = &mut owner => Some(answer),
             () = recipe.clock.sleep(HEDGE_AFTER) => None,
         };
-        let mut others = Box::pin(self.clone().of_others(replicas));
+        let mut others = Box::pin(self.clone().of_others());
         match early {
             Some(Err(error)) if !error.is_final() => others.await.ok_or(error),
             Some(answer) => answer,
@@ -206,22 +211,38 @@ impl Asking {
 
     async fn of_owner(self) -> Result<OfShare, Error> {
         let inner = self.roster.node(self.member)?;
-        open::ensure(inner, &self.question.namespace, self.deadline).await?;
-        let asked = ask(
-            inner,
-            &self.question,
-            &self.chain,
-            self.lease_id,
-            self.deadline,
-        );
-        Ok(OfShare::of_one(inner, asked.await?))
+        let call = async {
+            open::ensure(inner, &self.question.namespace, self.deadline).await?;
+            let asked = ask(
+                inner,
+                &self.question,
+                &self.chain,
+                self.lease_id,
+                self.deadline,
+            );
+            asked.await
+        };
+        let found = attended(inner, Method::LOOKUP, call).await?;
+        let mut found = OfShare::of_one(inner, found);
+        if self.strays {
+            found.stand_ins = self.strayed().collect();
+        }
+        Ok(found)
     }
 
-    /// The same of those that hold the owner's runs as well. `None`: nobody does, or nobody answers.
-    async fn of_others(self, replicas: usize) -> Option<OfShare> {
+    /// The runs that somebody else is the first owner of.
+    fn strayed(&self) -> impl Iterator<Item = (RunHash, usize)> {
+        let runs = self.chain.runs(self.question.namespace.run_blocks());
+        let strays = runs.filter(|(run, _)| self.roster.owner(run) != self.member);
+        strays.map(|(run, _)| (run, self.member))
+    }
+
+    /// The same of those that hold the member's runs as well. `None`: nobody does, or nobody answers.
+    async fn of_others(self) -> Option<OfShare> {
         let run_blocks = self.question.namespace.run_blocks();
+        let replicas = self.question.namespace.replicas();
         let other = |run: &RunHash| {
-            let mut owners = self.roster.owners(run, replicas).into_iter();
+            let mut owners = self.roster.readers(run, replicas).into_iter();
             owners.find(|owner| *owner != self.member)
         };
         // Up to the first run that nobody else holds.

@@ -63,6 +63,7 @@ impl Way<'_> {
                 namespace_id: Bytes::copy_from_slice(&putting.namespace.id().0),
                 ack: putting.options.ack.to_wire().into(),
                 kind: putting.options.kind.to_wire().into(),
+                survived: Vec::new(), // what a client gives is new
             }),
             blocks,
         });

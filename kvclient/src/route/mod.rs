@@ -5,6 +5,7 @@
 //!                                     │
 //! chain of runs  A A A B B C C A A ───┴─ split ─► Share{A: A A A … A A}  Share{B: B B}  Share{C: C C}
 //!                                                     │ asked at once        │              │
+//!                                                     └ or whoever has the run too and less to do (seconds.rs)
 //! prefix         A A A B ✗                            5 of 5                 1 of 2         silent
 //!                └──────┴─ Assembly: the chain ends where the first run lies that somebody misses or nobody answers for
 //! ```
@@ -17,10 +18,12 @@
 
 mod assembly;
 mod known;
+mod seconds;
 mod split;
 
 pub use assembly::Assembly;
 pub use known::{GHOST_AFTER, Known, MAX_KNOWN, Table};
+pub use seconds::{FRESH, MAX_SECONDS, Seconds, WORTH, goes_second, is_worth_leaving};
 pub use split::{Share, Split};
 
 #[cfg(test)]

@@ -70,6 +70,7 @@ pub struct GetPlan {
     chain: Chain,
     parts: Vec<Part>,
     replicas: usize,
+    run_blocks: u32,
     lease: Option<(LeaseId, Owner)>,
     /// What the lease holds, once a block below RAM made it matter.
     cover: Option<Cover>,
@@ -124,6 +125,7 @@ impl Blocks {
         Ok(GetPlan {
             tally: self.metrics.get(asked as u64),
             replicas: known.replicas as usize,
+            run_blocks: known.run_blocks,
             blocks: Arc::clone(self),
             namespace,
             chain,
@@ -154,10 +156,14 @@ impl GetPlan {
         self.tally
     }
 
-    /// What is missing here may come from other nodes, while there is a reason to ask them and until shortly before
-    /// `deadline`.
+    /// A caller who is no node: what is missing here may come from other nodes, while there is a reason to ask them and
+    /// until shortly before `deadline`; and its reads count for what is hot.
     pub fn asks_peers(&mut self, deadline: Tick) {
         self.asks_until = Some(deadline);
+        if let Some(motion) = self.blocks.motion() {
+            let calls = self.blocks.queue();
+            motion.note_get(self.namespace, &self.chain, self.run_blocks, calls);
+        }
     }
 
     /// The next block and what became of it; `None` after the last.

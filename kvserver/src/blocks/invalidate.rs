@@ -1,6 +1,7 @@
 //! Invalidate: forgotten in the index at once, and on disk before it is answered.
 
-use kvproto::{NamespaceId, convert::request::Target};
+use kvproto::{NamespaceId, RequestId, convert::request::Target};
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::{Blocks, BlocksError, mover::MAX_OWED};
 use crate::engine::{self, Invalidated, TenantId};
@@ -21,6 +22,21 @@ impl Blocks {
         namespace: NamespaceId,
         target: Target,
     ) -> Result<u64, BlocksError> {
+        self.invalidate_as(None, tenant, namespace, target).await
+    }
+
+    /// As [`Blocks::invalidate`]; `request` names it, at whatever node its caller tells of it. One without a name is the
+    /// same as another of the same target.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn invalidate_as(
+        &self,
+        request: Option<RequestId>,
+        tenant: TenantId,
+        namespace: NamespaceId,
+        target: Target,
+    ) -> Result<u64, BlocksError> {
         self.namespaces.get(tenant, namespace)?;
         if self.mover.owes_too_much() {
             return Err(BlocksError::Overloaded {
@@ -34,7 +50,8 @@ impl Blocks {
             Target::Prefix(hash) => engine::Target::Prefix(hash),
             Target::All => engine::Target::All,
         };
-        let forgotten = self.engine.invalidate(namespace, target);
+        let id = id(request, namespace, target);
+        let forgotten = self.engine.invalidate_as(id, namespace, target);
         // Every tier is told before anything is waited for: a caller that goes away, or a tier that fails, must
         // not leave another tier with what the index has forgotten already.
         let mut removals = Vec::new();
@@ -66,4 +83,19 @@ impl Blocks {
             .inc_by(forgotten.len() as u64);
         Ok(forgotten.len() as u64)
     }
+}
+
+/// A number that every node has for the same invalidation.
+fn id(request: Option<RequestId>, namespace: NamespaceId, target: engine::Target) -> u64 {
+    let (kind, hash) = match target {
+        engine::Target::Block(hash) => (1, hash.0),
+        engine::Target::Prefix(hash) => (2, hash.0),
+        engine::Target::All => (3, [0; 32]),
+    };
+    let mut bytes = [0; 65];
+    bytes[0] = kind;
+    bytes[1..17].copy_from_slice(&namespace.0);
+    bytes[17..49].copy_from_slice(&hash);
+    bytes[49..].copy_from_slice(&request.map_or([0; 16], |request| request.0));
+    xxh3_64(&bytes)
 }

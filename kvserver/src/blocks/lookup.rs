@@ -30,6 +30,11 @@ impl Blocks {
             idempotency: asked.idempotency_key,
             id: asked.lease,
         });
+        // Before it is looked: what this node is told of afterwards, the blocks may not have survived.
+        let survived = match asked.context.no_forward {
+            true => self.engine.survived(asked.namespace, &asked.chain.hashes),
+            false => Vec::new(),
+        };
         let found = self.engine.lookup(LookupQuery {
             namespace: asked.namespace,
             chain: &asked.chain,
@@ -41,6 +46,11 @@ impl Blocks {
             .lookup_present
             .inc_by(found.present_blocks.into());
         self.mover.prefetch(found.promote);
+        // A peer asks for what is here, and a probe looks at it.
+        let motion = self.motion().filter(|_| !asked.context.no_forward);
+        let seconds = motion.map_or_else(Vec::new, |motion| {
+            motion.seconds_of(asked.namespace, &asked.chain, known.run_blocks)
+        });
         Ok(answer::Lookup {
             present_blocks: found.present_blocks,
             tiers: found.tiers,
@@ -50,6 +60,8 @@ impl Blocks {
                 blocks: lease.blocks,
                 bytes: lease.bytes,
             }),
+            seconds,
+            survived,
         })
     }
 

@@ -274,7 +274,16 @@ impl Blocks {
             boot_id: self.boot_id,
             view_digest,
             members,
+            queue: self.queue(),
         }
+    }
+
+    /// Calls being served, watches aside. Those of the same-host path are not among them: they are over in
+    /// microseconds, and their callers copy.
+    #[must_use]
+    pub fn queue(&self) -> u32 {
+        let calls = self.metrics.calls_in_flight.get() - self.metrics.watchers.get();
+        u32::try_from(calls).unwrap_or(0)
     }
 
     /// From now on, what is missing here may come from other nodes.

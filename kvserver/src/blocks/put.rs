@@ -36,7 +36,7 @@ use super::{
     namespaces::Known,
 };
 use crate::{
-    engine::{Grant, Presence, Published, Reserve, TenantId, Whereabouts},
+    engine::{Grant, InvalidationId, Presence, Published, Reserve, TenantId, Whereabouts},
     tier::{BlockRef, WriteOutcome},
 };
 
@@ -55,6 +55,10 @@ pub struct PutSession {
     /// What goes on to the next owner; `None`: nothing does.
     passing: Option<Passing>,
     passed: Vec<oneshot::Receiver<Passed>>,
+    /// A node hands over what it holds, whoever owns it.
+    is_handed_over: bool,
+    /// Of a node's: the invalidations that its blocks have survived.
+    survived: Option<Vec<InvalidationId>>,
 }
 
 /// What is known of a block so far.
@@ -113,6 +117,8 @@ impl Blocks {
             filling: None,
             passing: None,
             passed: Vec::new(),
+            is_handed_over: false,
+            survived: None,
         })
     }
 
@@ -143,6 +149,16 @@ impl PutSession {
         if self.known.replicas > 1 && self.blocks.motion().is_some() {
             self.passing = Some(Passing::default());
         }
+    }
+
+    /// A node hands over what it holds: a move, or a copy of what many read.
+    pub fn is_handed_over(&mut self) {
+        self.is_handed_over = true;
+    }
+
+    /// The blocks come from a node, where they have survived these invalidations: what others cover is refused.
+    pub fn has_survived(&mut self, invalidations: Vec<InvalidationId>) {
+        self.survived = Some(invalidations);
     }
 
     /// Run length of the namespace.
@@ -198,7 +214,15 @@ impl PutSession {
             .blocks
             .engine
             .reserve(key, place, length_bytes, self.kind);
+        // After the reservation: what is invalidated from now on, its ticket knows.
+        let engine = &self.blocks.engine;
+        let survived = self.survived.as_ref();
         let into = match reserved {
+            Reserve::Granted(_) if survived.is_some_and(|told| engine.is_undone(&key, told)) => {
+                let refused = PutResult::rejected(Reason::Invalidated, 0);
+                self.answers.push(Answer::Done(refused));
+                Into::Nowhere
+            }
             Reserve::Granted(grant) => Into::Slot {
                 grant: Box::new(grant),
                 landing: Landing::new(length_bytes),
@@ -458,6 +482,10 @@ impl PutSession {
                 if let Some(passing) = &mut self.passing {
                     passing.bytes += block.len_bytes();
                     passing.blocks.push((self.answers.len(), block.clone()));
+                }
+                if let Some(motion) = self.blocks.motion().filter(|_| self.is_handed_over) {
+                    let replicas = self.known.replicas as usize;
+                    motion.hosts(block.key(), block.place().run, replicas);
                 }
                 self.acknowledge(block, PutOutcome::reached(self.ack))
             }

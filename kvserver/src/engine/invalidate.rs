@@ -13,7 +13,9 @@ use std::collections::{HashMap, HashSet};
 
 use kvproto::{BlockKey, Kind, NamespaceId, Reason, SequenceHash, TierKind};
 
-use super::{Change, Engine, TierSet, budget::slot_bytes, policy::BlockId};
+use super::{
+    Change, Engine, TierSet, budget::slot_bytes, forgotten::InvalidationId, policy::BlockId,
+};
 use crate::tier::BlockRef;
 
 /// What is to be forgotten, within a namespace.
@@ -40,6 +42,41 @@ impl Engine {
     /// Forgets what `target` names, and outlaws the puts under way that might bring it back. The answer says which
     /// tiers have to remove what.
     pub fn invalidate(&self, namespace: NamespaceId, target: Target) -> Vec<Invalidated> {
+        self.invalidate_as(self.clock.random_u64(), namespace, target)
+    }
+
+    /// As [`Engine::invalidate`]; `id` is that of the same invalidation at every node of a cluster.
+    pub fn invalidate_as(
+        &self,
+        id: InvalidationId,
+        namespace: NamespaceId,
+        target: Target,
+    ) -> Vec<Invalidated> {
+        let hash = match target {
+            Target::Block(hash) => Some(hash),
+            Target::Prefix(_) | Target::All => None,
+        };
+        // Before the fence: a peer's block that is taken in meanwhile meets one of the two.
+        let now = self.clock.now();
+        self.forgotten.note(id, namespace, hash, now);
+        let forgotten = self.forget(namespace, target);
+        self.forgotten.done(id, namespace, hash);
+        forgotten
+    }
+
+    /// Invalidations of late that blocks of these which are here now have survived.
+    #[must_use]
+    pub fn survived(&self, namespace: NamespaceId, hashes: &[SequenceHash]) -> Vec<InvalidationId> {
+        self.forgotten.told(namespace, hashes, self.clock.now())
+    }
+
+    /// Whether a block that a peer hands over, and that has `survived` these, was invalidated here lately by another.
+    #[must_use]
+    pub fn is_undone(&self, key: &BlockKey, survived: &[InvalidationId]) -> bool {
+        self.forgotten.is_undone(key, survived, self.clock.now())
+    }
+
+    fn forget(&self, namespace: NamespaceId, target: Target) -> Vec<Invalidated> {
         match target {
             Target::Block(hash) => {
                 self.fences.raise_for(&namespace, &hash);

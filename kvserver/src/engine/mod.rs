@@ -9,14 +9,14 @@
 //!   index.rs  key ─► Entry     ram.rs  handle ─► block, policies     lease.rs  who pins what
 //!   walk.rs   along a chain, pinning
 //!   budget.rs bytes by kind    fence.rs what an invalidation outlaws  losses.rs why it is gone
-//!   held.rs   what lies here, by run
+//!   held.rs   what lies here, by run    forgotten.rs which invalidations, for what peers hand over
 //! ```
 //!
 //! Invariants:
 //! * a block is visible only after its bytes are whole and checked (only a `SealedBlock` is published);
 //! * a block that a living lease covers is never a victim, and [`ReclaimGuard::keep`](crate::tier::ReclaimGuard::keep) holds it below;
 //! * what was invalidated is not brought back by work that began before: puts are fenced by their [`Ticket`],
-//!   promotions and tier writes by finding no entry;
+//!   promotions and tier writes by finding no entry; nor by a peer that was not told of it yet;
 //! * bytes in RAM are charged before they are written and given back exactly once.
 //!
 //! Locks, outermost first: RAM (handles and policies), one shard, events or budget. The lease table's lock is
@@ -28,6 +28,7 @@ mod config;
 mod domains;
 mod events;
 mod fence;
+mod forgotten;
 mod held;
 mod hold;
 mod index;
@@ -61,6 +62,7 @@ pub use budget::{KindBudget, slot_bytes};
 pub use config::{Demotion, EngineConfig, EngineConfigError};
 pub use domains::Domains;
 pub use events::{BlockEvent, Change};
+pub use forgotten::InvalidationId;
 pub use held::{HeldBlock, HeldRun, RunKey};
 pub use hold::Hold;
 pub use index::TierSet;
@@ -73,6 +75,7 @@ use self::{
     budget::{Budget, Charge},
     events::Events,
     fence::Fences,
+    forgotten::Forgotten,
     index::{Entry, InRam, Index, Shard},
     lease::{LeaseTable, Limits},
     overflow::Overflow,
@@ -164,6 +167,7 @@ pub struct Engine {
     leases: Mutex<LeaseTable>,
     budget: Arc<Budget>,
     fences: Fences,
+    forgotten: Forgotten,
     events: Events,
     overflow: Overflow,
     /// Bytes pinned by leases, each block once. Changed under the block's shard lock.
@@ -200,6 +204,7 @@ impl Engine {
             leases: Mutex::new(LeaseTable::new(limits)),
             budget: Budget::new(config.capacity_bytes, config.kv, config.checkpoint),
             fences: Fences::new(seed),
+            forgotten: Forgotten::default(),
             events: Events::new(config.event_ring),
             overflow: Overflow::new(config.overflow_bytes),
             pinned_bytes: AtomicU64::new(0),

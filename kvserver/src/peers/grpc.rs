@@ -314,6 +314,7 @@ impl Transport for Grpc {
             Ok(Seen {
                 blocks: found.present_blocks,
                 lease: found.lease.map(|lease| (lease.id, lease.blocks)),
+                survived: found.survived,
             })
         }
         .boxed()
@@ -372,6 +373,7 @@ impl Transport for Grpc {
             namespace: given.space.id,
             ack: given.ack,
             kind: given.kind,
+            survived: given.survived,
         };
         async move {
             let count = given.blocks.len();

@@ -90,12 +90,14 @@ pub struct Asked {
 }
 
 /// What a peer has of a chain.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Seen {
     /// Leading blocks present in all parts.
     pub blocks: u32,
     /// The lease on the first so many of them; none for a probe.
     pub lease: Option<(LeaseId, u32)>,
+    /// Invalidations that they have survived there.
+    pub survived: Vec<u64>,
 }
 
 /// A block on its way between nodes.
@@ -135,6 +137,8 @@ pub struct Given {
     pub kind: Kind,
     /// Whether who takes them passes them on to the next owner.
     pub passes_on: bool,
+    /// Invalidations that they have survived here.
+    pub survived: Vec<u64>,
     /// The blocks.
     pub blocks: Vec<Carried>,
 }

@@ -134,7 +134,12 @@ impl BlocksService for BlocksRpc {
         let asked: request::Invalidate = decode(request.into_inner())?;
         let blocks = &caller.shared.blocks;
         let forgotten = blocks
-            .invalidate(caller.tenant, asked.namespace, asked.target)
+            .invalidate_as(
+                asked.context.request_id,
+                caller.tenant,
+                asked.namespace,
+                asked.target,
+            )
             .await;
         let forgotten = forgotten.map_err(|e| status::blocks(&e))?;
         Ok(Response::new(v1::InvalidateResponse {

@@ -29,6 +29,8 @@ pub(crate) struct StreamTime(pub(crate) Duration);
 #[derive(Clone)]
 pub(crate) struct Caller {
     pub(crate) tenant: TenantId,
+    /// Another node does.
+    pub(crate) is_peer: bool,
     pub(crate) connection: Arc<Connection>,
     pub(crate) shared: Arc<Shared>,
 }
@@ -57,6 +59,7 @@ pub(crate) fn admit(
         Ok(admitted) => {
             let caller = Caller {
                 tenant: admitted.tenant,
+                is_peer: admitted.is_peer(),
                 connection: Arc::clone(connection),
                 shared: Arc::clone(shared),
             };

@@ -155,7 +155,7 @@ pub(crate) struct Admitted {
     pub(crate) tenant: TenantId,
     /// How long it may take.
     pub(crate) time: Duration,
-    _peer: Option<PeerSeat>,
+    peer: Option<PeerSeat>,
 }
 
 impl Shared {
@@ -221,7 +221,7 @@ impl Shared {
             shared: Arc::clone(self),
             tenant,
             time,
-            _peer: peer,
+            peer,
         })
     }
 }
@@ -246,6 +246,13 @@ impl Drop for PeerSeat {
     fn drop(&mut self) {
         self.0.peer_calls.fetch_sub(1, Ordering::Relaxed);
         self.0.metrics.motion.peer_calls.dec();
+    }
+}
+
+impl Admitted {
+    /// Whether another node calls.
+    fn is_peer(&self) -> bool {
+        self.peer.is_some()
     }
 }
 

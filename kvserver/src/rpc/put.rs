@@ -207,8 +207,12 @@ impl<'a> Receiving<'a> {
                     shared
                         .blocks
                         .put(owner.tenant, start.namespace, start.ack, start.kind)?;
-                if !start.context.no_forward {
-                    session.passes_on();
+                match start.context.no_forward {
+                    true => session.is_handed_over(),
+                    false => session.passes_on(),
+                }
+                if self.caller.is_peer {
+                    session.has_survived(start.survived);
                 }
                 let rules = HeaderRules {
                     namespace: start.namespace,

@@ -21,7 +21,7 @@ use super::{
 use crate::{
     blocks::{
         BlockLimits, Blocks, Tiers,
-        motion::{Motion, MotionConfig, MotionParts, NodeHoldings},
+        motion::{HotRules, Motion, MotionConfig, MotionParts, NodeHoldings},
         mover::{Mover, ReadLimits},
         namespaces::{Bounds, Namespaces},
         owners::Owners,
@@ -218,6 +218,11 @@ fn motion(
     );
     let settings = MotionConfig {
         wait: config.motion_wait,
+        hot: HotRules {
+            calls: config.hot_calls,
+            share_percent: config.hot_share_percent,
+        },
+        hot_time: config.hot_time,
         ..MotionConfig::default()
     };
     Motion::new(

@@ -6,13 +6,14 @@
 
 use super::{
     AnswerContext, FieldError, HeaderRules, copied, copied_or_empty, fixed, header, member_of,
-    namespace_id, parent, part, request::MAX_REPLICAS,
+    namespace_id, parent, part, request::MAX_REPLICAS, survived,
 };
 use crate::checksum::BlockHeader;
 use crate::hash::NamespaceKey;
-use crate::key::{BlockKey, LeaseId, NamespaceId, SequenceHash};
+use crate::key::{BlockKey, LeaseId, NamespaceId, RunHash, SequenceHash};
 use crate::reason::{GetOutcome, PutOutcome, Reason, TierKind};
 use crate::v1;
+use crate::view::MemberId;
 
 /// A namespace that is open.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,6 +76,17 @@ pub struct Lease {
     pub bytes: u64,
 }
 
+/// A member that holds a copy of a run for a while, because many read it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Second {
+    /// Which run.
+    pub run: RunHash,
+    /// Who.
+    pub member: MemberId,
+    /// For how long, from the answer on.
+    pub ttl_ms: u32,
+}
+
 /// The longest prefix present.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Lookup {
@@ -84,6 +96,10 @@ pub struct Lookup {
     pub tiers: Vec<(u32, TierKind)>,
     /// The lease on them; none for a probe and when nothing is present.
     pub lease: Option<Lease>,
+    /// Who else has runs that were asked for.
+    pub seconds: Vec<Second>,
+    /// To a node: invalidations that these blocks have survived, by their ids.
+    pub survived: Vec<u64>,
 }
 
 impl Lookup {
@@ -103,6 +119,8 @@ impl Lookup {
                 blocks: lease.blocks,
                 bytes: lease.bytes,
             }),
+            seconds: self.seconds.into_iter().map(Into::into).collect(),
+            survived: self.survived,
         }
     }
 
@@ -110,7 +128,8 @@ impl Lookup {
     ///
     /// # Errors
     ///
-    /// When it promises more than was asked, its tiers do not add up, or one is unknown.
+    /// When it promises more than was asked, its tiers do not add up, or one is unknown; when more runs have a second
+    /// owner than blocks were asked for.
     pub fn from_wire(wire: &v1::LookupResponse, asked_blocks: usize) -> Result<Self, FieldError> {
         if wire.present_blocks as usize > asked_blocks {
             let problem = format!(
@@ -147,11 +166,43 @@ impl Lookup {
             );
             return Err(FieldError::new("lease", problem));
         }
+        if wire.seconds.len() > asked_blocks {
+            let problem = format!("has {} for {asked_blocks} blocks", wire.seconds.len());
+            return Err(FieldError::new("seconds", problem));
+        }
         Ok(Self {
             present_blocks: wire.present_blocks,
             tiers,
             lease,
+            seconds: wire
+                .seconds
+                .iter()
+                .map(Second::try_from)
+                .collect::<Result<_, _>>()?,
+            survived: survived("survived", wire.survived.clone())?,
         })
+    }
+}
+
+impl TryFrom<&v1::SecondOwner> for Second {
+    type Error = FieldError;
+
+    fn try_from(wire: &v1::SecondOwner) -> Result<Self, FieldError> {
+        Ok(Self {
+            run: fixed("seconds.run_hash", &wire.run_hash).map(RunHash)?,
+            member: MemberId(wire.member.clone()),
+            ttl_ms: wire.ttl_ms,
+        })
+    }
+}
+
+impl From<Second> for v1::SecondOwner {
+    fn from(second: Second) -> Self {
+        Self {
+            run_hash: copied(&second.run.0),
+            member: second.member.0,
+            ttl_ms: second.ttl_ms,
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use super::{
     FieldError, chain, chain_to_wire, copied, fixed, member_or, namespace_id, optional, parts,
-    parts_to_wire, spec,
+    parts_to_wire, spec, survived,
 };
 use crate::hash::Chain;
 use crate::key::{BootId, LeaseId, NamespaceId, OwnerId, Part, RequestId, SequenceHash};
@@ -221,7 +221,7 @@ impl From<Get> for v1::GetRequest {
 }
 
 /// Begins a put; blocks follow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PutStart {
     /// Who asks.
     pub context: Context,
@@ -231,6 +231,8 @@ pub struct PutStart {
     pub ack: Ack,
     /// Whose budget the blocks draw on.
     pub kind: Kind,
+    /// Of a node: invalidations that what it gives has survived, by their ids.
+    pub survived: Vec<u64>,
 }
 
 impl TryFrom<v1::PutStart> for PutStart {
@@ -247,6 +249,7 @@ impl TryFrom<v1::PutStart> for PutStart {
                 Kind::from_wire(wire.kind),
                 Kind::Kv,
             )?,
+            survived: survived("start.survived", wire.survived)?,
         })
     }
 }
@@ -258,6 +261,7 @@ impl From<PutStart> for v1::PutStart {
             namespace_id: copied(&start.namespace.0),
             ack: start.ack.to_wire() as i32,
             kind: start.kind.to_wire() as i32,
+            survived: start.survived,
         }
     }
 }

@@ -7,12 +7,12 @@ use proptest::prelude::{Strategy, any, prop_assert, prop_assert_eq, proptest};
 use prost::Message;
 
 use super::answer::{
-    BlockEvent, GetPiece, Lease, Lookup as Found, OpenedNamespace, PutResult, WatchEvent,
+    BlockEvent, GetPiece, Lease, Lookup as Found, OpenedNamespace, PutResult, Second, WatchEvent,
 };
 use super::request::{
     Context, Get, Invalidate, Lookup, OpenNamespace, PutStart, Release, Renew, Target, Watch,
 };
-use super::{AnswerContext, FieldError, HeaderRules, MAX_OBJECTS, MAX_PARTS, header};
+use super::{AnswerContext, FieldError, HeaderRules, MAX_OBJECTS, MAX_PARTS, MAX_SURVIVED, header};
 use crate::chain::Jump;
 use crate::checksum::BlockHeader;
 use crate::hash::{Chain, MAX_CHAIN_BLOCKS, NamespaceKey};
@@ -102,8 +102,8 @@ proptest! {
         };
         prop_assert_eq!(Get::try_from(sent::<v1::GetRequest>(get.clone().into())), Ok(get));
         for &ack in Ack::ALL {
-            let start = PutStart { context, namespace, ack, kind: Kind::Checkpoint };
-            prop_assert_eq!(PutStart::try_from(sent::<v1::PutStart>(start.into())), Ok(start));
+            let start = PutStart { context, namespace, ack, kind: Kind::Checkpoint, survived: vec![lease.0] };
+            prop_assert_eq!(PutStart::try_from(sent::<v1::PutStart>(start.clone().into())), Ok(start));
         }
         let renew = Renew { context, lease, ttl_ms: ttl };
         prop_assert_eq!(Renew::try_from(sent::<v1::RenewRequest>(renew.into())), Ok(renew));
@@ -320,6 +320,15 @@ fn other_requests_name_their_wrong_fields() {
         PutStart::try_from(start).unwrap_err().to_string(),
         "start.ack: 9 is not a known value"
     );
+    let start = v1::PutStart {
+        namespace_id: vec![9; 16].into(),
+        survived: vec![1; MAX_SURVIVED + 1],
+        ..Default::default()
+    };
+    assert_eq!(
+        PutStart::try_from(start).unwrap_err().field,
+        "start.survived"
+    );
     assert_eq!(
         Renew::try_from(v1::RenewRequest::default())
             .unwrap_err()
@@ -367,6 +376,7 @@ fn answers_read_back_equal() {
         boot_id: BootId(5),
         view_digest: ViewDigest(6),
         members: vec![member],
+        queue: 17,
     };
     assert_eq!(
         AnswerContext::try_from(sent(v1::ResponseContext::from(&context))),
@@ -396,6 +406,12 @@ fn answers_read_back_equal() {
         present_blocks: 3,
         tiers: vec![(2, TierKind::Ram), (1, TierKind::Nvme)],
         lease: Some(lease),
+        seconds: vec![Second {
+            run: RunHash([8; 32]),
+            member: "b".into(),
+            ttl_ms: 30_000,
+        }],
+        survived: vec![4, 5],
     };
     assert_eq!(
         Found::from_wire(&sent(found.clone().into_wire(&context)), 3),
@@ -453,6 +469,8 @@ fn a_node_that_promises_too_much_is_not_believed() {
             blocks: lease_blocks,
             bytes: 1,
         }),
+        seconds: Vec::new(),
+        survived: Vec::new(),
     };
     assert!(Found::from_wire(&wire(4, 4, 4), 4).is_ok());
     assert_eq!(
@@ -466,6 +484,28 @@ fn a_node_that_promises_too_much_is_not_believed() {
     assert_eq!(
         Found::from_wire(&wire(4, 4, 3), 4).unwrap_err().field,
         "tiers"
+    );
+    let second = v1::SecondOwner {
+        run_hash: vec![1; 32].into(),
+        member: "b".into(),
+        ttl_ms: 1,
+    };
+    let named = |seconds| v1::LookupResponse {
+        seconds,
+        ..wire(4, 4, 4)
+    };
+    assert!(Found::from_wire(&named(vec![second.clone(); 4]), 4).is_ok());
+    assert_eq!(
+        Found::from_wire(&named(vec![second; 5]), 4)
+            .unwrap_err()
+            .field,
+        "seconds"
+    );
+    assert_eq!(
+        Found::from_wire(&named(vec![v1::SecondOwner::default()]), 4)
+            .unwrap_err()
+            .field,
+        "seconds.run_hash"
     );
     let piece = v1::GetResponse {
         block: 3,

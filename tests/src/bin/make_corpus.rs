@@ -60,6 +60,7 @@ fn main() -> std::io::Result<()> {
             namespace_id: namespace_id.clone(),
             ack: 2,
             kind: 1,
+            survived: vec![7],
         }),
         header: Some(wire.clone()),
         sums: None,

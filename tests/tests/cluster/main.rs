@@ -5,7 +5,10 @@
     reason = "measured times are shown with --nocapture"
 )]
 
+mod frozen;
 mod gossip_turmoil;
+mod hot;
 mod joins;
 mod motion;
 mod routing;
+mod views;

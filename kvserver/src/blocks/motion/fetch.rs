@@ -30,7 +30,7 @@ use super::{
 use crate::{
     clock::Tick,
     engine::RunKey,
-    peers::{Asked, Fetched, Peer, PeerError, Space},
+    peers::{Asked, Carried, Fetched, Peer, PeerError, Space},
 };
 
 /// Runs that one lookup fetches; the prefix ends there for now.
@@ -331,7 +331,7 @@ impl Motion {
             .transport
             .lookup(peer, &asked, Some(LEASE), time)
             .await?;
-        let lease = seen.lease;
+        let (lease, survived) = (seen.lease, seen.survived);
         let blocks = lease.map_or(seen.blocks, |(_, blocks)| blocks);
         if blocks == 0 {
             return Ok(());
@@ -344,7 +344,9 @@ impl Motion {
         let mut failed = Ok(());
         while let Some(answer) = answers.next().await {
             match answer {
-                Ok((_, Fetched::Hit(block))) => self.take(peer, block, began, brought),
+                Ok((_, Fetched::Hit(block))) => {
+                    self.take(peer, block, began, &survived, brought);
+                }
                 Ok((_, Fetched::Gone(_))) => {}
                 Err(error) => {
                     failed = Err(error);
@@ -360,10 +362,17 @@ impl Motion {
         failed
     }
 
-    fn take(&self, peer: &Peer, block: crate::peers::Carried, began: u64, brought: &mut Brought) {
+    fn take(
+        &self,
+        peer: &Peer,
+        block: Carried,
+        began: u64,
+        survived: &[u64],
+        brought: &mut Brought,
+    ) {
         let (key, bytes) = (block.header.key, block.len_bytes());
         self.pace.spend(bytes);
-        let kept = self.holdings.keep(block, Kind::Kv, began);
+        let kept = self.holdings.keep(block, Kind::Kv, began, survived);
         self.metrics.fetched(kept, bytes);
         match kept {
             Kept::New => {

@@ -4,6 +4,7 @@
 //!   lookup, get ── a miss, while a change is young ──► fetch.rs    candidates once, under a lease there, kept here
 //!   a change of roster ─────────────────────────────► moves.rs    runs that changed owner, hottest first, paced
 //!   put, where runs have several owners ────────────► replicas.rs  on to the next owner
+//!   gets of one run, many at once ──────────────────► hot.rs      a second owner for a while, by the count in heat.rs
 //!
 //!                 Cluster (who owns what)   Transport (peers)   Holdings (what lies here)   Clock
 //! ```
@@ -13,6 +14,8 @@
 //!
 //! * whatever goes wrong costs the miss that it was, never an error and never more time than [`MotionConfig::wait`];
 //! * peers are asked with no-forward: they answer from what they hold, so nothing can bounce;
+//! * an invalidation reaches one node sooner and another later: what the later one hands over meanwhile is refused by the
+//!   sooner one ([`Holdings::survived`]);
 //! * what is leased stays where it is leased; a run that has moved is merely the first to go here afterwards.
 //!
 //! This room decides and waits; it knows neither sockets nor the engine, so that a simulator drives the same code with
@@ -22,6 +25,8 @@
 //! belong afterwards.
 
 mod fetch;
+mod heat;
+mod hot;
 mod moves;
 mod node;
 mod replicas;
@@ -49,12 +54,14 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use self::{
     fetch::Brought,
+    heat::{Heat, HotRules, MAX_COUNTED},
+    hot::{MAX_GUESTS, MAX_HOT},
     moves::{Move, Progress, plan},
     node::NodeHoldings,
     replicas::{Passed, Passing},
     shelf::Shelf,
 };
-use self::{fetch::Flight, moves::Handed};
+use self::{fetch::Flight, hot::Hot, moves::Handed};
 use crate::{
     clock::{Clock, Tick},
     cluster::{Cluster, Roster, Standing},
@@ -80,8 +87,15 @@ pub trait Holdings: Send + Sync + 'static {
     /// The moment at which work begins that [`Holdings::keep`] will end.
     fn moment(&self) -> u64;
 
-    /// Takes in a block that was on its way since `began`, if its bytes are what its header says.
-    fn keep(&self, block: Carried, kind: Kind, began: u64) -> Kept;
+    /// Takes in a block that was on its way since `began`, if its bytes are what its header says and it was not
+    /// invalidated here lately, but for what it has `survived` where it comes from.
+    fn keep(&self, block: Carried, kind: Kind, began: u64, survived: &[u64]) -> Kept;
+
+    /// Invalidations, by their ids, that blocks of these which are here now have survived.
+    fn survived(&self, namespace: &NamespaceId, hashes: &[SequenceHash]) -> Vec<u64>;
+
+    /// Whether a block is not here because it was invalidated.
+    fn was_invalidated(&self, key: &BlockKey) -> bool;
 
     /// The bytes of a block that lies here; `None` when it has left.
     fn read(&self, block: &HeldBlock) -> BoxFuture<'static, Option<Carried>>;
@@ -121,6 +135,12 @@ pub struct MotionConfig {
     pub again: Duration,
     /// Deadline of one call that moves blocks.
     pub move_time: Duration,
+    /// From when on a run gets a second owner for a while. Default: never; a node's settings say.
+    pub hot: HotRules,
+    /// For how long a second owner is named; named anew while the run stays hot.
+    pub hot_time: Duration,
+    /// How often it is looked at what is hot.
+    pub hot_look: Duration,
 }
 
 impl Default for MotionConfig {
@@ -133,6 +153,12 @@ impl Default for MotionConfig {
             settle: Duration::from_millis(500),
             again: Duration::from_secs(5),
             move_time: Duration::from_secs(10),
+            hot: HotRules {
+                calls: 0,
+                share_percent: 10,
+            },
+            hot_time: Duration::from_secs(30),
+            hot_look: Duration::from_secs(1),
         }
     }
 }
@@ -160,6 +186,7 @@ pub struct Motion {
     progress: watch::Sender<Progress>,
     /// Bytes on their way to further owners.
     passing_bytes: AtomicU64,
+    hot: Hot,
 }
 
 /// Everything that motion works with.
@@ -211,12 +238,16 @@ impl Motion {
             handed: Mutex::default(),
             progress: watch::Sender::new(Progress::default()),
             passing_bytes: AtomicU64::new(0),
+            hot: Hot::default(),
         })
     }
 
     /// Moves what changes its owner, from now on.
     pub fn start(self: &Arc<Self>) {
         self.spawn(Arc::clone(self).work());
+        if self.config.hot.calls > 0 {
+            self.spawn(Arc::clone(self).watch_heat());
+        }
     }
 
     /// Ends all of it and waits for that.

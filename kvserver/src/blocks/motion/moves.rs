@@ -22,7 +22,9 @@ use std::{
 };
 
 use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
-use kvproto::{Ack, BlockKey, Kind, MemberId, MemberState, Reason, RunHash, ViewDigest};
+use kvproto::{
+    Ack, BlockKey, Kind, MemberId, MemberState, Reason, RunHash, SequenceHash, ViewDigest,
+};
 
 use super::{
     Motion, peer,
@@ -157,11 +159,11 @@ fn destination(
 
 /// What became of one run.
 #[derive(Default)]
-struct Pushed {
+pub(super) struct Pushed {
     sent_bytes: u64,
     /// Blocks that the destination has now.
-    there: Vec<BlockKey>,
-    left_blocks: u64,
+    pub(super) there: Vec<BlockKey>,
+    pub(super) left_blocks: u64,
     left_bytes: u64,
 }
 
@@ -430,7 +432,7 @@ impl Motion {
     }
 
     /// One run to its destination.
-    async fn push(
+    pub(super) async fn push(
         self: &Arc<Self>,
         one: &Move,
         blocks: &[HeldBlock],
@@ -480,6 +482,9 @@ impl Motion {
         batch: Vec<HeldBlock>,
         pushed: &mut Pushed,
     ) -> Result<(), PeerError> {
+        // Before they are read: what this node is told of from now on, they may not have survived.
+        let hashes: Vec<SequenceHash> = batch.iter().map(|block| block.key.hash).collect();
+        let survived = self.holdings.survived(&space.id, &hashes);
         let mut carried: Vec<Carried> = Vec::with_capacity(batch.len());
         for block in &batch {
             match self.holdings.read(block).await {
@@ -502,6 +507,7 @@ impl Motion {
             ack: Ack::Cached,
             kind,
             passes_on: false,
+            survived,
             blocks: carried,
         };
         let results = self.transport.put(to, given, self.config.move_time).await?;

@@ -11,7 +11,7 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use futures_util::{FutureExt, future::BoxFuture};
 use kvgpu::SlotMut;
-use kvproto::{BlockKey, Kind, NamespaceId, Reason, checksum::Landing};
+use kvproto::{BlockKey, Kind, NamespaceId, Reason, SequenceHash, checksum::Landing};
 
 use super::{Holdings, Kept};
 use crate::{
@@ -70,7 +70,7 @@ impl Holdings for NodeHoldings {
         self.engine.moment()
     }
 
-    fn keep(&self, block: Carried, kind: Kind, began: u64) -> Kept {
+    fn keep(&self, block: Carried, kind: Kind, began: u64, survived: &[u64]) -> Kept {
         let Carried { header, pieces } = block;
         let bytes: u64 = pieces.iter().map(|piece| piece.len() as u64).sum();
         if bytes != header.length_bytes || bytes == 0 {
@@ -87,6 +87,10 @@ impl Holdings for NodeHoldings {
             Reserve::Present(_) => return Kept::Present,
             Reserve::Rejected { reason, .. } => return Kept::Refused(reason),
         };
+        // After the reservation: what is invalidated from now on, its ticket knows.
+        if self.engine.is_undone(&header.key, survived) {
+            return Kept::Refused(Reason::Invalidated);
+        }
         let mut landing = Landing::new(bytes);
         for piece in &pieces {
             landing.land(piece, grant.block.bytes_mut());
@@ -103,6 +107,14 @@ impl Holdings for NodeHoldings {
             Published::Twin(_) => Kept::Present,
             Published::Invalidated => Kept::Refused(Reason::Invalidated),
         }
+    }
+
+    fn survived(&self, namespace: &NamespaceId, hashes: &[SequenceHash]) -> Vec<u64> {
+        self.engine.survived(*namespace, hashes)
+    }
+
+    fn was_invalidated(&self, key: &BlockKey) -> bool {
+        self.engine.why_gone(key) == Some(Reason::Invalidated)
     }
 
     fn read(&self, block: &HeldBlock) -> BoxFuture<'static, Option<Carried>> {

@@ -72,8 +72,22 @@ impl Motion {
         let (me, space) = (Arc::clone(self), Arc::clone(space));
         self.spawn(async move {
             let mut failed = Passed::new();
-            for (peer, blocks) in queues.into_values() {
+            for (peer, mut blocks) in queues.into_values() {
+                let hashes: Vec<_> = blocks.iter().map(|(_, block)| block.key().hash).collect();
+                let survived = me.holdings.survived(&space.id, &hashes);
+                // What was put before one of these is not among those that have survived it.
+                blocks.retain(|(number, block)| {
+                    let is_gone = me.holdings.was_invalidated(block.key());
+                    if is_gone {
+                        failed.push((*number, Reason::Invalidated));
+                    }
+                    !is_gone
+                });
+                if blocks.is_empty() {
+                    continue;
+                }
                 let given = Given {
+                    survived,
                     space: Arc::clone(&space),
                     ack,
                     kind,

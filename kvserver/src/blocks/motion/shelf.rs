@@ -16,8 +16,8 @@ use std::{
 
 use futures_util::{FutureExt, future::BoxFuture};
 use kvproto::{
-    BlockKey, GetOutcome, Kind, LeaseId, NamespaceId, PutOutcome, Reason, checksum::page_sums,
-    convert::answer::PutResult,
+    BlockKey, GetOutcome, Kind, LeaseId, NamespaceId, PutOutcome, Reason, SequenceHash,
+    checksum::page_sums, convert::answer::PutResult,
 };
 use parking_lot::Mutex;
 
@@ -45,8 +45,8 @@ struct State {
     first_to_go: BTreeSet<BlockKey>,
     gone: BTreeSet<BlockKey>,
     moment: u64,
-    /// What was invalidated, and when.
-    fences: BTreeMap<BlockKey, u64>,
+    /// What was invalidated, when, and by which invalidation.
+    fences: BTreeMap<BlockKey, (u64, u64)>,
     arrivals: u64,
 }
 
@@ -78,7 +78,7 @@ impl Shelf {
     /// Puts a block, as a client does.
     pub fn put(&self, block: Carried, kind: Kind) -> Kept {
         let moment = self.moment();
-        self.keep(block, kind, moment)
+        self.store(block, kind, moment, None)
     }
 
     /// A block, as a client reads it; counts as a use.
@@ -116,12 +116,12 @@ impl Shelf {
         self.state.lock().bytes
     }
 
-    /// Forgets a block on purpose.
-    pub fn invalidate(&self, key: &BlockKey) {
+    /// Forgets a block on purpose; `id` is that of the invalidation, at whatever node.
+    pub fn invalidate(&self, key: &BlockKey, id: u64) {
         let mut state = self.state.lock();
         state.moment += 1;
         let moment = state.moment;
-        state.fences.insert(*key, moment);
+        state.fences.insert(*key, (moment, id));
         state.drop_block(key);
         state.gone.insert(*key);
     }
@@ -173,6 +173,7 @@ impl Shelf {
         Seen {
             blocks: present as u32,
             lease: Some((LeaseId(id), present as u32)),
+            survived: Vec::new(),
         }
     }
 }
@@ -287,7 +288,41 @@ impl Holdings for Shelf {
         self.state.lock().moment
     }
 
-    fn keep(&self, block: Carried, kind: Kind, began: u64) -> Kept {
+    fn keep(&self, block: Carried, kind: Kind, began: u64, survived: &[u64]) -> Kept {
+        self.store(block, kind, began, Some(survived))
+    }
+
+    fn survived(&self, namespace: &NamespaceId, hashes: &[SequenceHash]) -> Vec<u64> {
+        let state = self.state.lock();
+        let of = |key: &BlockKey| key.namespace == *namespace && hashes.contains(&key.hash);
+        let fences = state.fences.iter().filter(|(key, _)| of(key));
+        fences.map(|(_, (_, id))| *id).collect()
+    }
+
+    fn was_invalidated(&self, key: &BlockKey) -> bool {
+        self.state.lock().gone.contains(key)
+    }
+
+    fn read(&self, block: &HeldBlock) -> BoxFuture<'static, Option<Carried>> {
+        let state = self.state.lock();
+        let found = state.blocks.get(&block.key).map(|s| s.block.clone());
+        std::future::ready(found).boxed()
+    }
+
+    fn first_to_go(&self, keys: &[BlockKey]) {
+        let mut state = self.state.lock();
+        let State {
+            blocks,
+            first_to_go,
+            ..
+        } = &mut *state;
+        first_to_go.extend(keys.iter().filter(|key| blocks.contains_key(*key)));
+    }
+}
+
+impl Shelf {
+    /// Takes in a block: a client's, or a peer's that has `survived` what that one was told of.
+    fn store(&self, block: Carried, kind: Kind, began: u64, survived: Option<&[u64]>) -> Kept {
         let key = block.header.key;
         let bytes: Vec<u8> = block.pieces.concat();
         let is_right = bytes.len() as u64 == block.header.length_bytes
@@ -297,7 +332,9 @@ impl Holdings for Shelf {
         }
         let now = self.clock.now();
         let mut state = self.state.lock();
-        if state.fences.get(&key).is_some_and(|fence| *fence > began) {
+        if let Some((moment, id)) = state.fences.get(&key)
+            && (*moment > began || survived.is_some_and(|survived| !survived.contains(id)))
+        {
             return Kept::Refused(Reason::Invalidated);
         }
         if state.blocks.contains_key(&key) {
@@ -319,22 +356,6 @@ impl Holdings for Shelf {
         state.blocks.insert(key, stored);
         Kept::New
     }
-
-    fn read(&self, block: &HeldBlock) -> BoxFuture<'static, Option<Carried>> {
-        let state = self.state.lock();
-        let found = state.blocks.get(&block.key).map(|s| s.block.clone());
-        std::future::ready(found).boxed()
-    }
-
-    fn first_to_go(&self, keys: &[BlockKey]) {
-        let mut state = self.state.lock();
-        let State {
-            blocks,
-            first_to_go,
-            ..
-        } = &mut *state;
-        first_to_go.extend(keys.iter().filter(|key| blocks.contains_key(*key)));
-    }
 }
 
 impl Service for Shelf {
@@ -347,11 +368,14 @@ impl Service for Shelf {
             if lease.is_none() {
                 return Ok(Seen {
                     blocks: state.prefix(asked) as u32,
-                    lease: None,
+                    ..Seen::default()
                 });
             }
         }
-        Ok(self.lease(asked, lease.unwrap_or_default()))
+        Ok(Seen {
+            survived: self.survived(&asked.space.id, &asked.chain.hashes),
+            ..self.lease(asked, lease.unwrap_or_default())
+        })
     }
 
     fn get(&self, key: &BlockKey, lease: Option<LeaseId>) -> Fetched {
@@ -374,7 +398,8 @@ impl Service for Shelf {
         if !self.state.lock().spaces.contains_key(&given.space.id) {
             return Err(PeerError::UnknownNamespace);
         }
-        let result = |block| match Shelf::put(self, block, given.kind) {
+        let moment = self.moment();
+        let result = |block| match self.keep(block, given.kind, moment, &given.survived) {
             Kept::New => PutResult::kept(PutOutcome::Cached),
             Kept::Present => PutResult::kept(PutOutcome::Present),
             Kept::Refused(reason) => PutResult::rejected(reason, 50),

@@ -11,12 +11,14 @@ use bytes::Bytes;
 use futures_util::{FutureExt, future::BoxFuture};
 use kvproto::{
     BlockHeader, BlockKey, Chain, Kind, Member, MemberId, MemberState, Namespace, NamespaceId,
-    NamespaceKey, Part, View, hash,
+    NamespaceKey, Part, SequenceHash, View, hash,
 };
 use parking_lot::Mutex;
 use tokio::{runtime::Handle, task::yield_now};
 
-use super::{Holdings, Kept, Motion, MotionConfig, MotionParts, Shelf, plan};
+mod hot;
+
+use super::{Holdings, HotRules, Kept, Motion, MotionConfig, MotionParts, Shelf, plan};
 use crate::{
     clock::{Clock, ManualClock},
     cluster::{Cluster, Members, Times},
@@ -65,8 +67,16 @@ impl Holdings for Tiered {
         self.shelf.moment()
     }
 
-    fn keep(&self, block: Carried, kind: Kind, began: u64) -> Kept {
-        self.shelf.keep(block, kind, began)
+    fn keep(&self, block: Carried, kind: Kind, began: u64, survived: &[u64]) -> Kept {
+        self.shelf.keep(block, kind, began, survived)
+    }
+
+    fn survived(&self, namespace: &NamespaceId, hashes: &[SequenceHash]) -> Vec<u64> {
+        self.shelf.survived(namespace, hashes)
+    }
+
+    fn was_invalidated(&self, key: &BlockKey) -> bool {
+        self.shelf.was_invalidated(key)
     }
 
     fn read(&self, block: &HeldBlock) -> BoxFuture<'static, Option<Carried>> {
@@ -94,6 +104,7 @@ struct Town {
     space: Arc<Space>,
     key: NamespaceKey,
     rate: u64,
+    hot: HotRules,
     nodes: BTreeMap<&'static str, Node>,
 }
 
@@ -131,6 +142,7 @@ impl Town {
             space,
             key,
             rate,
+            hot: MotionConfig::default().hot,
             nodes: BTreeMap::new(),
         };
         for id in ids {
@@ -160,6 +172,8 @@ impl Town {
         self.net.attach(MemberId::from(id), shelf.clone());
         let config = MotionConfig {
             settle: Duration::from_millis(100),
+            hot: self.hot,
+            hot_time: Duration::from_secs(4),
             ..MotionConfig::default()
         };
         let motion = Motion::new(
@@ -471,7 +485,7 @@ async fn what_was_invalidated_while_it_was_on_its_way_does_not_come_back() {
     let lookup = tokio::spawn(town.lookup("c", &chain));
     settle().await; // it has been asked for, and is not here yet
     let keys = town.keys(&chain);
-    town.shelf("c").invalidate(&keys[0]);
+    town.shelf("c").invalidate(&keys[0], 1);
     town.pass(Duration::from_millis(20)).await;
     assert!(lookup.is_finished());
     assert!(!town.shelf("c").has(&keys[0]));

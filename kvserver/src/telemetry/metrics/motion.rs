@@ -23,6 +23,10 @@ pub struct MotionMetrics {
     refused: IntCounterVec,
     /// Blocks passed on to a run's next owner.
     pub replica_blocks: IntCounter,
+    /// Runs of this node that have a second owner now, because many read them.
+    pub hot_runs: IntGauge,
+    /// Second owners given.
+    pub hot_copies: IntCounter,
     /// Calls of peers being served.
     pub peer_calls: IntGauge,
 }
@@ -64,6 +68,14 @@ impl MotionMetrics {
             replica_blocks: r.counter(
                 names::MOTION_REPLICA_BLOCKS,
                 "Blocks passed on to a further owner.",
+            ),
+            hot_runs: r.gauge(
+                names::MOTION_HOT_RUNS,
+                "Runs that have a second owner for a while.",
+            ),
+            hot_copies: r.counter(
+                names::MOTION_HOT_COPIES,
+                "Runs given to a second owner, because many read them.",
             ),
             peer_calls: r.gauge(names::PEER_CALLS, "Calls of other nodes being served."),
         }

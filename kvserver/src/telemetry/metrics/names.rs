@@ -62,6 +62,8 @@ pub const NAMES: &[&str] = &[
     MOTION_WAITING_BYTES,
     MOTION_REFUSED,
     MOTION_REPLICA_BLOCKS,
+    MOTION_HOT_RUNS,
+    MOTION_HOT_COPIES,
     PEER_CALLS,
 ];
 /// Always 1; the version is the label.
@@ -180,5 +182,9 @@ pub const MOTION_WAITING_BYTES: &str = "terrace_motion_waiting_bytes";
 pub const MOTION_REFUSED: &str = "terrace_motion_refused_blocks_total";
 /// Blocks passed on to a further owner of their run.
 pub const MOTION_REPLICA_BLOCKS: &str = "terrace_motion_replica_blocks_total";
+/// Runs that have a second owner for a while, because many read them.
+pub const MOTION_HOT_RUNS: &str = "terrace_motion_hot_runs";
+/// Runs that were given to a second owner.
+pub const MOTION_HOT_COPIES: &str = "terrace_motion_hot_copies_total";
 /// Calls of other nodes being served.
 pub const PEER_CALLS: &str = "terrace_peer_calls";
