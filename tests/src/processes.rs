@@ -24,7 +24,7 @@ use std::{
 };
 
 use futures_util::future::join_all;
-use kvproto::v1::{self, cluster_client::ClusterClient};
+use kvproto::v1::{self, blocks_client::BlocksClient, cluster_client::ClusterClient};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tonic::{
@@ -363,6 +363,43 @@ impl Fleet {
             .await
             .into_iter()
             .collect()
+    }
+
+    /// Blocks that a node has in memory; `None`: it does not say.
+    pub async fn held(&self, node: usize) -> Option<u64> {
+        let channel = self.seats[node].node.as_ref()?.channel.clone();
+        let mut request = Request::new(v1::StatsRequest::default());
+        request.set_timeout(ANSWER);
+        let mut client = BlocksClient::new(channel);
+        let stats = within_awake(ANSWER, client.stats(request)).await?;
+        let tiers = stats.ok()?.into_inner().tiers;
+        let ram = tiers.iter().find(|tier| tier.tier() == v1::Tier::Ram)?;
+        Some(ram.blocks)
+    }
+
+    /// Waits until each of these has so many blocks in memory. Answers how long that took.
+    ///
+    /// # Panics
+    /// When one does not within `limit`, less what the machine has kept this process from running.
+    pub async fn hold(
+        &self,
+        what: &str,
+        limit: Duration,
+        nodes: &[usize],
+        blocks: u64,
+    ) -> Duration {
+        let began = now();
+        let counts = async || join_all(nodes.iter().map(|node| self.held(*node))).await;
+        let all = until(what, async || {
+            counts().await.iter().all(|held| *held == Some(blocks))
+        });
+        if within_awake(limit, all).await.is_none() {
+            let counts = counts().await;
+            panic!("not within {limit:?}: {what}: {counts:?} of {blocks}");
+        }
+        let took = began.elapsed();
+        println!("  {what}: {:.2} s", took.as_secs_f64());
+        took
     }
 
     /// Waits until these see something. Answers how long that took.

@@ -166,6 +166,57 @@ fn where_runs_have_two_owners_a_frozen_node_costs_no_block() {
 }
 
 #[test]
+fn what_had_owners_enough_survives_each_of_them_one_after_the_other() {
+    let test = "losing::what_had_owners_enough_survives_each_of_them_one_after_the_other";
+    scenario(test, async {
+        let mut fleet = Fleet::start(PROGRAMS, 3, SETTINGS).await;
+        let plan = Plan {
+            replicas: 3,
+            ..Plan::default()
+        };
+        let blocks = u64::from(plan.prompts * plan.blocks);
+        let mut load = fleet.load(&plan);
+        load.fill(true).await;
+        fleet
+            .hold("all have everything", BACK, &[0, 1, 2], blocks)
+            .await;
+        load.go(false);
+        let level = load.level().await;
+        println!("  level before: {level:.4}");
+        assert!(level > 0.99, "all that was put is there");
+
+        let from = load.tally();
+        fleet.kill(1);
+        fleet.wipe(1);
+        load.returns_to("hits are back without it", level - SHORT, NOTICED)
+            .await;
+        fleet.start_node(1);
+        fleet.is_one(3, HANG).await;
+        fleet
+            .hold("and it has everything again", BACK, &[1], blocks)
+            .await;
+        show("one died and came back empty", &load, &from);
+
+        let from = load.tally();
+        for node in [0, 2] {
+            fleet.kill(node);
+            fleet.wipe(node);
+        }
+        let limit = NOTICED + GRACE + AGREED;
+        fleet
+            .see("the others are known lost", limit, &[1], |s| agree(s, 1))
+            .await;
+        load.returns_to("hits are back from it alone", level - SHORT, BACK)
+            .await;
+        show("the other two died", &load, &from);
+        load.stop().await;
+        let all = load.audit().await;
+        assert_eq!(all.readable, all.blocks, "nothing is lost");
+        load.assert_clean();
+    });
+}
+
+#[test]
 fn a_load_notices_other_bytes_and_calls_that_nobody_answers() {
     let test = "losing::a_load_notices_other_bytes_and_calls_that_nobody_answers";
     scenario(test, async {

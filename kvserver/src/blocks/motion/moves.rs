@@ -7,6 +7,9 @@
 //! draining: the same, until nothing is left that nobody else has          Progress tells how far it is
 //! ```
 //!
+//! A member that was restarted keeps its place, and may have come back with nothing: those who share runs with it look
+//! through what it has.
+//!
 //! A plan is a pure function of roster and holdings, so a node that was stopped in between goes on where it was: what
 //! the new owner has already is seen by the probe. Sums travel with the blocks and are checked where they arrive.
 //! A node that is not an owner hands a run to its first owner. One that is, where runs have several owners, sees to the
@@ -95,6 +98,8 @@ impl Progress {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Handed {
     to: MemberId,
+    /// In which life of its: in another one it may have come back with nothing.
+    life: u64,
     /// Blocks that it has.
     there: BTreeSet<BlockKey>,
     is_whole: bool,
@@ -157,6 +162,14 @@ fn destination(
     }
 }
 
+impl Handed {
+    /// Whether whoever took it still lives the life in which it did.
+    fn holds(&self, roster: &Roster) -> bool {
+        let taker = roster.view.get(&self.to);
+        taker.is_some_and(|to| to.state != MemberState::Gone && to.generation == self.life)
+    }
+}
+
 /// What became of one run.
 #[derive(Default)]
 pub(super) struct Pushed {
@@ -196,14 +209,18 @@ impl Motion {
         let is_draining = self.is_draining(&roster);
         let runs: BTreeSet<RunKey> = match is_draining {
             true => self.holdings.held().iter().map(|run| run.key).collect(),
-            false => self.to_do(&roster).iter().map(|one| one.run.key).collect(),
+            false => self
+                .to_do(&roster, None)
+                .iter()
+                .map(|one| one.run.key)
+                .collect(),
         };
         let blocks = self.holdings.blocks_of(&runs);
         let handed = self.handed.lock();
         let is_there = |key: &RunKey, block: &BlockKey| {
             handed
                 .get(key)
-                .is_some_and(|handed| handed.there.contains(block))
+                .is_some_and(|handed| handed.holds(&roster) && handed.there.contains(block))
         };
         let mut waiting: BTreeSet<RunKey> = BTreeSet::new();
         let mut now = self.progress.borrow().clone();
@@ -226,15 +243,21 @@ impl Motion {
 
     pub(super) async fn work(self: Arc<Self>) {
         let mut changes = self.cluster.changes();
+        let mut lives: BTreeMap<MemberId, u64> = BTreeMap::new();
+        // Members whose copies have to be looked through, though no change is young.
+        let mut reborn: BTreeSet<MemberId> = BTreeSet::new();
         loop {
             let roster = changes.borrow_and_update().clone();
-            let is_young = roster.is_young(self.clock.now()) || self.is_draining(&roster);
-            // Those who have departed are asked for a while yet.
+            reborn.extend(reborn_since(&mut lives, &roster));
+            let is_young = self.is_in_motion(&roster);
             if !is_young {
+                // Those who have departed are asked for a while yet.
                 let here: Vec<MemberId> = roster.present().map(|m| m.id.clone()).collect();
                 self.transport.keep(&here);
+                reborn.retain(|id| here.contains(id));
+                self.handed.lock().clear();
             }
-            if is_young {
+            if is_young || !reborn.is_empty() {
                 tokio::select! {
                     biased;
                     () = self.stopping.cancelled() => return,
@@ -242,15 +265,19 @@ impl Motion {
                 }
                 // What came in meanwhile belongs to the same plan.
                 let roster = changes.borrow_and_update().clone();
+                reborn.extend(reborn_since(&mut lives, &roster));
+                let only = (!self.is_in_motion(&roster)).then_some(&reborn);
                 tokio::select! {
                     biased;
                     () = self.stopping.cancelled() => return,
-                    () = self.carry_out(&roster) => {}
+                    () = self.carry_out(&roster, only) => {}
                 }
-            } else {
-                self.handed.lock().clear();
+                if self.progress.borrow().left_blocks == 0 {
+                    reborn.clear();
+                }
             }
-            let again = is_young.then(|| self.clock.sleep(self.config.again));
+            let again = is_young || !reborn.is_empty();
+            let again = again.then(|| self.clock.sleep(self.config.again));
             tokio::select! {
                 biased;
                 () = self.stopping.cancelled() => return,
@@ -265,13 +292,18 @@ impl Motion {
         }
     }
 
+    /// Whether runs may have to go from here: a change is young, or this node drains.
+    fn is_in_motion(&self, roster: &Roster) -> bool {
+        roster.is_young(self.clock.now()) || self.is_draining(roster)
+    }
+
     fn is_draining(&self, roster: &Roster) -> bool {
         let me = roster.view.get(self.cluster.me());
         me.is_some_and(|me| me.state == MemberState::Draining)
     }
 
-    /// What has to go, and was not handed over already.
-    fn to_do(&self, roster: &Roster) -> Vec<Move> {
+    /// What has to go, to anybody or to some alone, and was not handed over already.
+    fn to_do(&self, roster: &Roster, only: Option<&BTreeSet<MemberId>>) -> Vec<Move> {
         let held = self.holdings.held();
         let mut spaces: BTreeMap<kvproto::NamespaceId, usize> = BTreeMap::new();
         for run in &held {
@@ -284,16 +316,20 @@ impl Motion {
         let mut moves = plan(roster, self.cluster.me(), &held, replicas, self.clock.now());
         let handed = self.handed.lock();
         moves.retain(|one| {
-            handed.get(&one.run.key).is_none_or(|handed| {
-                handed.to != one.to.id || !handed.is_whole || handed.blocks < one.run.blocks
-            })
+            let is_there = handed.get(&one.run.key).is_some_and(|handed| {
+                handed.to == one.to.id
+                    && handed.holds(roster)
+                    && handed.is_whole
+                    && handed.blocks >= one.run.blocks
+            });
+            !is_there && only.is_none_or(|only| only.contains(&one.to.id))
         });
         moves
     }
 
     /// One plan, as far as it can be carried out before the next change.
-    async fn carry_out(self: &Arc<Self>, roster: &Arc<Roster>) {
-        let moves = self.to_do(roster);
+    async fn carry_out(self: &Arc<Self>, roster: &Arc<Roster>, only: Option<&BTreeSet<MemberId>>) {
+        let moves = self.to_do(roster, only);
         let bytes = moves.iter().map(|one| one.run.bytes).sum();
         self.progress.send_modify(|progress| {
             progress.plans += 1;
@@ -370,6 +406,8 @@ impl Motion {
                 return None;
             }
             let began = self.clock.now();
+            // Before anything is sent: what a life takes that ends meanwhile is not there in the next.
+            let life = self.cluster.roster().view.get(&to).map(|to| to.generation);
             let mut pushed = Pushed::default();
             if is_gone || self.is_suspect(&to) {
                 pushed.left(&blocks);
@@ -390,18 +428,26 @@ impl Motion {
                     }
                 }
             }
-            self.account_for(&one, &blocks, &pushed, began);
+            self.account_for(&one, life.unwrap_or_default(), &blocks, &pushed, began);
         }
         is_gone.then_some(to)
     }
 
-    fn account_for(&self, one: &Move, blocks: &[HeldBlock], pushed: &Pushed, began: Tick) {
+    fn account_for(
+        &self,
+        one: &Move,
+        life: u64,
+        blocks: &[HeldBlock],
+        pushed: &Pushed,
+        began: Tick,
+    ) {
         if one.leaves {
             self.holdings.first_to_go(&pushed.there);
         }
         let is_whole = pushed.left_blocks == 0;
         let handed = Handed {
             to: one.to.id.clone(),
+            life,
             there: pushed.there.iter().copied().collect(),
             is_whole,
             blocks: blocks.len() as u64,
@@ -524,6 +570,18 @@ impl Motion {
         }
         Ok(())
     }
+}
+
+/// Who lives another life than when it was last looked at, and may have come back with nothing.
+fn reborn_since(lives: &mut BTreeMap<MemberId, u64>, roster: &Roster) -> BTreeSet<MemberId> {
+    let now: BTreeMap<MemberId, u64> = roster
+        .present()
+        .map(|member| (member.id.clone(), member.generation))
+        .collect();
+    let before = std::mem::replace(lives, now);
+    let is_reborn = |(id, life): &(&MemberId, &u64)| before.get(*id).is_some_and(|b| b < *life);
+    let reborn = lives.iter().filter(is_reborn);
+    reborn.map(|(id, _)| id.clone()).collect()
 }
 
 /// Blocks in portions of one kind, none of more than [`BATCH_BYTES`] unless it is one block.

@@ -733,6 +733,43 @@ async fn a_lost_owner_is_replaced_by_the_next_and_every_run_has_two_again() {
 }
 
 #[tokio::test]
+async fn an_owner_that_came_back_with_nothing_is_given_its_copies_again() {
+    let mut town = Town::new(&["a", "b", "c"], 2);
+    let chains: Vec<Chain> = (0..20).map(|seed| town.chain(seed)).collect();
+    let owners = |town: &Town, chain: &Chain| -> Vec<MemberId> {
+        let roster = town.node("a").cluster.roster();
+        let owners = roster.owners(&chain.hashes[0].into(), 2);
+        owners.iter().map(|owner| owner.id.clone()).collect()
+    };
+    for chain in &chains {
+        for owner in owners(&town, chain) {
+            town.put_at(chain, &owner.0);
+        }
+    }
+    town.nodes.values().for_each(|node| node.motion.start());
+    town.pass(Duration::from_secs(1)).await;
+    assert_eq!(town.net.called(), [], "nothing has changed");
+
+    // Its place is its own, and no change is young.
+    town.build("b");
+    town.node("b").cluster.merge(["a", "c"].map(member));
+    for id in ["a", "c"] {
+        let again = Member {
+            generation: 2,
+            ..member("b")
+        };
+        town.node(id).cluster.merge([again]);
+    }
+    town.pass(Duration::from_secs(1)).await;
+    for chain in &chains {
+        let owners = owners(&town, chain);
+        assert!(owners.iter().all(|id| town.has_all(&id.0, chain)));
+    }
+    let is_to_b = town.net.called().iter().all(|call| call.peer.0 == "b");
+    assert!(is_to_b, "nobody else is asked");
+}
+
+#[tokio::test]
 async fn the_same_town_has_the_same_history() {
     let history = || async {
         let mut town = Town::paced(&["a", "b"], 1, 1 << 12);
