@@ -1,11 +1,29 @@
 //! Two nodes whose views differ learn from any call between them, gossip or no gossip.
 
+use std::net::UdpSocket;
+
 use kvproto::{MemberId, key::RunHash};
 use kvtests::{
     circle::{Circle, pretended},
     node::RUN_BLOCKS,
     patience::{eventually, until},
 };
+use parking_lot::Mutex;
+
+/// Two nodes without gossip: somebody else has their UDP ports. What goes between them is what they call each other for.
+async fn two_without_gossip() -> (Circle, Vec<UdpSocket>) {
+    let taken = Mutex::new(Vec::new());
+    let circle = Circle::start_strangers(2, |config| {
+        let udp = UdpSocket::bind("127.0.0.1:0").expect("a free port");
+        config.listen = udp.local_addr().expect("a bound socket has an address");
+        taken.lock().push(udp);
+    })
+    .await;
+    for node in &circle.nodes {
+        assert!(node.node.cluster().alone().is_some(), "it cannot gossip");
+    }
+    (circle, taken.into_inner())
+}
 
 fn knows(circle: &Circle, number: usize, id: &str) -> bool {
     let roster = circle.nodes[number].node.cluster().roster();
@@ -14,15 +32,14 @@ fn knows(circle: &Circle, number: usize, id: &str) -> bool {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_whose_gossip_is_cut_learns_from_a_call_to_a_peer() {
-    // Introduced by hand: nothing but calls goes between them.
-    let circle = Circle::start_strangers(2, |_| {}).await;
+    let (circle, _taken) = two_without_gossip().await;
     circle.acquaint(0..2);
     circle.tell(1, [pretended("n9", "http://127.0.0.1:9")]);
     let mut client = circle.nodes[0].client().await;
     circle.nodes[1].client().await; // opens the namespace there
     assert!(!knows(&circle, 0, "n9"));
     // Prompts that are nowhere: while the change is young, node 0 asks node 1 for those that are its own.
-    let mut seeds = 0..;
+    let mut seeds = 0..1000;
     until("a peer was asked, and has told", async || {
         let chain = client.chain(seeds.next().expect("another"), RUN_BLOCKS);
         assert_eq!(client.present(&chain).await, 0);
@@ -44,7 +61,7 @@ async fn a_node_whose_gossip_is_cut_learns_from_a_call_to_a_peer() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_hands_over_blocks_learns_from_who_takes_them() {
-    let circle = Circle::start_strangers(2, |_| {}).await;
+    let (circle, _taken) = two_without_gossip().await;
     let mut client = circle.nodes[0].client().await;
     let block = [kvtests::node::filled(1, 1000)];
     for seed in 0..16 {
