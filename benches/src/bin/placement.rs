@@ -219,32 +219,38 @@ fn proof_table(found: &[Proof]) -> String {
     let _ = writeln!(text, "\nShares over seeds, 10,000 runs per member");
     let _ = writeln!(
         text,
-        "{:>8} {:>6} {:>12} {:>11} {:>11} {:>12} {:>18}",
+        "{:>8} {:>6} {:>12} {:>11} {:>11} {:>12} {:>18} {:>12} {:>10} {:>7}",
         "members",
         "seeds",
         "mean off",
         "max median",
         "max worst",
         "seeds >1.05",
-        "spread over fair"
+        "spread over fair",
+        "compared",
+        "moved",
+        "stray"
     );
     for p in found {
         let _ = writeln!(
             text,
-            "{:>8} {:>6} {:>11.3}% {:>11.4} {:>11.4} {:>12} {:>18.3}",
+            "{:>8} {:>6} {:>11.3}% {:>11.4} {:>11.4} {:>12} {:>18.3} {:>12} {:>10} {:>7}",
             p.members,
             p.seeds,
             100.0 * p.mean_share_off,
             p.max_share,
             p.worst_share,
             p.seeds_above,
-            p.spread_over_fair
+            p.spread_over_fair,
+            p.compared,
+            p.moved,
+            p.strays
         );
     }
     text
 }
 
-fn proof_bars(proof: &Proof) -> [Bar; 2] {
+fn proof_bars(proof: &Proof) -> [Bar; 3] {
     let of = |what: &str| format!("{what}, {} members", proof.members);
     let note = format!("{} seeds", proof.seeds);
     let (off, share) = (Some(proof.mean_share_off), Some(proof.max_share));
@@ -264,6 +270,12 @@ fn proof_bars(proof: &Proof) -> [Bar; 2] {
             Bound::AtMost(1.05),
             share,
             worst,
+        ),
+        Bar::fact(
+            &of("runs that moved between two that stayed"),
+            Bound::AtMost(0.0),
+            Some(proof.strays as f64),
+            format!("{} moved of {} compared", proof.moved, proof.compared),
         ),
     ]
 }

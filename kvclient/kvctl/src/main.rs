@@ -96,7 +96,7 @@ async fn run(context: &Context, command: Command) -> anyhow::Result<ExitCode> {
         Command::Cluster(args) => cluster::run(context, args).await?,
         Command::Bench(args) => return bench::run(context, args).await,
         Command::Replay(args) => replay::run(context, args).await?,
-        Command::Simulate(args) => simulate::run(context, args).await?,
+        Command::Simulate(args) => return simulate::run(context, args).await,
         Command::Doctor(args) => return doctor::run(context, args).await,
     }
     Ok(ExitCode::SUCCESS)

@@ -303,6 +303,36 @@ async fn a_failure_says_what_to_do_next() {
 }
 
 #[test]
+fn a_wrong_scenario_is_refused_with_those_there_are() {
+    let simulate = |words: &str| {
+        let kvctl = env!("CARGO_BIN_EXE_kvctl");
+        let output = Command::new(kvctl).args(words.split(' ')).output();
+        output.unwrap()
+    };
+    let wrong = simulate("simulate --scenario tornado");
+    assert_eq!(wrong.status.code(), Some(2), "{wrong:?}");
+    let (error, help) = (wrong.stderr, simulate("simulate --help").stdout);
+    let scenarios = [
+        "calm",
+        "grow",
+        "drain",
+        "crash",
+        "churn",
+        "partition",
+        "replicas",
+        "evictions",
+        "slow",
+        "mixed",
+    ];
+    for text in [error, help] {
+        let text = String::from_utf8(text).unwrap();
+        for scenario in scenarios {
+            assert!(text.contains(scenario), "{scenario}: {text}");
+        }
+    }
+}
+
+#[test]
 fn a_simulation_says_what_moved_and_repeats_itself() {
     let run = || {
         let words = "simulate --nodes 12 --scenario grow --seconds 12 --clients 2 --share-runs 50 --seed 3 --json";

@@ -29,6 +29,9 @@ pub const MAX_KNOWN: usize = 16_384;
 /// Far longer than news take to reach every node.
 pub const GHOST_AFTER: Duration = Duration::from_secs(60);
 
+/// How often it is looked for ghosts where nothing is new.
+const HAUNT_AFTER: Duration = Duration::from_secs(1);
+
 /// Who owns a run, by one view.
 #[derive(Debug)]
 pub struct Table {
@@ -93,6 +96,8 @@ pub struct Known {
     view: View,
     /// When a list last named each of them.
     named: BTreeMap<MemberId, Tick>,
+    /// When it was last looked for ghosts.
+    haunted: Tick,
     table: Arc<Table>,
     /// Who owned what before the last change that moved owners.
     before: Option<Arc<Table>>,
@@ -103,6 +108,7 @@ impl Default for Known {
         Self {
             view: View::default(),
             named: BTreeMap::new(),
+            haunted: Tick::default(),
             table: Arc::new(Table::new(&View::default())),
             before: None,
         }
@@ -113,11 +119,19 @@ impl Known {
     /// Takes over what is news in a node's list, heard at `now`; true when anything was.
     pub fn merge(&mut self, list: impl IntoIterator<Item = Member>, now: Tick) -> bool {
         let before = self.view.clone();
-        for member in list {
-            self.named.insert(member.id.clone(), now);
-            self.view.merge_one(member);
+        let named = &mut self.named;
+        let list = list.into_iter().inspect(|member| {
+            match named.get_mut(&member.id) {
+                Some(last) => *last = now,
+                None => _ = named.insert(member.id.clone(), now),
+            };
+        });
+        let has_news = self.view.merge_all(list);
+        // While nodes disagree a list comes with every answer, and of a thousand members: only news make ghosts, and time.
+        if has_news || now.since(self.haunted) >= HAUNT_AFTER {
+            self.haunted = now;
+            self.forget_ghosts(now);
         }
-        self.forget_ghosts(now);
         if self.view == before {
             return false;
         }

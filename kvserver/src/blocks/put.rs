@@ -31,7 +31,7 @@ use tokio::sync::oneshot;
 
 use super::{
     Blocks, BlocksError,
-    motion::{Passed, Passing},
+    motion::{Passed, Passing, carried},
     mover::Urgency,
     namespaces::Known,
 };
@@ -480,8 +480,7 @@ impl PutSession {
             Published::New(block) => {
                 self.blocks.mover.look_for_work();
                 if let Some(passing) = &mut self.passing {
-                    passing.bytes += block.len_bytes();
-                    passing.blocks.push((self.answers.len(), block.clone()));
+                    passing.push(self.answers.len(), carried(&block));
                 }
                 if let Some(motion) = self.blocks.motion().filter(|_| self.is_handed_over) {
                     let replicas = self.known.replicas as usize;

@@ -16,9 +16,10 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use kvproto::{Member, MemberId, MemberState, View, placement::Placement};
+use kvproto::{Member, MemberId, MemberState, View, ViewDigest, placement::Placement};
 
 use super::{
+    placements::Placements,
     roster::Roster,
     standing::{Standing, Suspects},
 };
@@ -57,10 +58,13 @@ pub struct Members {
     /// When it began to join; `None`: it does not.
     joining: Option<Tick>,
     view: View,
+    /// Of the view.
+    digest: ViewDigest,
     suspects: Suspects,
     /// Tombstones, and since when they are known here.
     departed: BTreeMap<MemberId, Tick>,
     placement: Arc<Placement>,
+    placements: Arc<Placements>,
     past: Vec<(Tick, Arc<Placement>)>,
     changed: Tick,
 }
@@ -69,7 +73,19 @@ impl Members {
     /// A node that declares `me`, with what it knows already. It ramps up if there are others that take runs and it
     /// does not have a place among them.
     #[must_use]
-    pub fn new(times: Times, mut me: Member, known: &View, now: Tick) -> Self {
+    pub fn new(times: Times, me: Member, known: &View, now: Tick) -> Self {
+        Self::sharing(times, me, known, now, Arc::default())
+    }
+
+    /// The same; placements are those of all who share `placements`.
+    #[must_use]
+    pub fn sharing(
+        times: Times,
+        mut me: Member,
+        known: &View,
+        now: Tick,
+        placements: Arc<Placements>,
+    ) -> Self {
         let is_other = |member: &Member| member.id != me.id && member.state.takes_runs();
         let has_others = known.members().iter().any(is_other);
         let before = known.get(&me.id);
@@ -88,9 +104,11 @@ impl Members {
             weight,
             joining: ramps.then_some(now),
             view: known.clone(),
+            digest: ViewDigest::default(),
             suspects: Suspects::default(),
             departed: BTreeMap::new(),
             placement: Arc::default(),
+            placements,
             past: Vec::new(),
             changed: now,
             me,
@@ -105,9 +123,12 @@ impl Members {
         }
         members.view.merge_one(members.me.clone());
         members.departed.remove(&members.me.id);
-        members.placement = Arc::new(Placement::new(&members.view));
-        if has_others && members.view.digest() != known.digest() {
-            members.past.push((now, Arc::new(Placement::new(known))));
+        members.digest = members.view.digest();
+        members.placement = members.placements.of(&members.view, members.digest);
+        let before = known.digest();
+        if has_others && members.digest != before {
+            let placement = members.placements.of(known, before);
+            members.past.push((now, placement));
         }
         members
     }
@@ -254,7 +275,7 @@ impl Members {
     pub fn roster(&self) -> Roster {
         Roster {
             view: self.view.clone(),
-            digest: self.view.digest(),
+            digest: self.digest,
             placement: Arc::clone(&self.placement),
             changed: self.changed,
             window: self.times.motion_window,
@@ -265,13 +286,13 @@ impl Members {
 
     /// Makes a change; if it moves owners, the view before it is kept.
     fn change(&mut self, now: Tick, change: impl FnOnce(&mut Self) -> bool) -> bool {
-        let before = self.view.digest();
         if !change(self) {
             return false;
         }
-        if before != self.view.digest() {
-            self.changed = now;
-            let next = Arc::new(Placement::new(&self.view));
+        let digest = self.view.digest();
+        if self.digest != digest {
+            (self.digest, self.changed) = (digest, now);
+            let next = self.placements.of(&self.view, digest);
             let before = std::mem::replace(&mut self.placement, next);
             self.past.insert(0, (now, before));
             if self.past.len() > MOST_PAST {

@@ -19,6 +19,7 @@ mod kept;
 mod load;
 mod members;
 mod membership;
+mod placements;
 mod roster;
 mod standing;
 mod told;
@@ -45,6 +46,7 @@ pub use self::{
     load::Load,
     members::{MOST_PAST, Members, RAMP_STEPS, TOMBSTONES_KEPT, Times},
     membership::{Membership, MembershipParts},
+    placements::Placements,
     roster::{MOST_CANDIDATES, Roster},
     standing::Standing,
     told::{AGAIN, Told},

@@ -1,13 +1,18 @@
 //! What happens to the members, drawn from a seed before anything begins.
 //!
 //! ```text
-//! calm    nothing                         grow    a tenth joins, one after the other
-//! shrink  a tenth is drained and leaves   crash   a twentieth is killed, a twentieth restarts
-//! churn   all of it at once: joins, drains, kills, quick restarts, freezes
+//! calm       nothing                             grow       a tenth joins, one after the other
+//! drain      a tenth is drained and leaves       crash      some are killed, three of them at once; some restart
+//! churn      joins, drains, kills, quick restarts, freezes
+//! partition  two sides that do not hear each other, for longer than the grace, and once more for shorter
+//! replicas   two owners per run; deaths so far apart that copies are made in between, and joins, drains, restarts
+//! evictions  churn where nobody has room for all of its share
+//! slow       churn over links of which some are slow and some lose messages
+//! mixed      all of it at once, and some who answer other bytes than they were given
 //! ```
 //!
-//! Units: milliseconds of simulated time. Errors: none. The end is quiet, so that what moves can
-//! arrive and views can converge.
+//! Units: milliseconds of simulated time. Errors: none. The end is quiet, so that what moves can arrive and views
+//! can converge.
 
 use std::time::Duration;
 
@@ -16,21 +21,44 @@ use kvserver::clock::Tick;
 use super::clock::mix;
 
 /// How the members fare.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub(super) enum Scenario {
     /// Nothing happens
     Calm,
-    /// Members join
+    /// Members join, one after the other
     Grow,
     /// Members are drained and leave
-    Shrink,
-    /// Members are killed, some come back
+    #[value(alias = "shrink")]
+    Drain,
+    /// Members are killed, some at once; some come back
     Crash,
-    /// All of it
+    /// Joins, drains, kills, restarts, freezes
     Churn,
+    /// Two sides do not hear each other for a while
+    Partition,
+    /// Two owners per run; a death loses nothing
+    Replicas,
+    /// Churn with too little room
+    Evictions,
+    /// Churn over slow and lossy links
+    Slow,
+    /// All of it at once
+    Mixed,
 }
 
-/// Something that happens to one member.
+/// What a scenario has besides its events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Setting {
+    /// Owners per run.
+    pub(super) replicas: usize,
+    /// Whether nodes have less room than their share needs.
+    pub(super) is_tight: bool,
+    /// Whether the bytes moved are held to what had to move: where two sides each take the other for dead, they move
+    /// what nobody who sees all of it would.
+    pub(super) is_bill_judged: bool,
+}
+
+/// Something that happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Event {
     /// A new one comes.
@@ -43,6 +71,41 @@ pub(super) enum Event {
     Freeze { nth: u64, down: Duration },
     /// It hands over what it has and leaves.
     Drain { nth: u64 },
+    /// It sends other bytes than it should to other nodes.
+    Lie { nth: u64, down: Duration },
+    /// Two sides do not hear each other.
+    Cut { salt: u64, down: Duration },
+    /// Some links are slow, some lose what they carry.
+    Slow { salt: u64, down: Duration },
+}
+
+impl Scenario {
+    /// What it has besides its events.
+    pub(super) fn setting(self, seed: u64) -> Setting {
+        let is_mixed = self == Self::Mixed;
+        Setting {
+            replicas: match self == Self::Replicas || (is_mixed && seed % 2 == 1) {
+                true => 2,
+                false => 1,
+            },
+            is_tight: self == Self::Evictions || (is_mixed && seed % 3 == 2),
+            is_bill_judged: !is_mixed && self != Self::Partition,
+        }
+    }
+
+    /// One member's fate after the other, over and over.
+    fn kinds(self) -> &'static [u64] {
+        match self {
+            Self::Calm | Self::Partition => &[],
+            Self::Grow => &[0],
+            Self::Drain => &[4],
+            Self::Crash => &[1, 2],
+            // Deaths have moments of their own.
+            Self::Replicas => &[0, 2, 4, 3],
+            Self::Churn | Self::Evictions | Self::Slow => &[0, 1, 2, 3, 4, 0],
+            Self::Mixed => &[0, 1, 2, 3, 4, 0, 5],
+        }
+    }
 }
 
 /// Events in order.
@@ -54,17 +117,11 @@ pub(super) fn events(
 ) -> Vec<(Tick, Event)> {
     let mut chance = seed ^ 0xfeed;
     let tenth = (nodes / 10).clamp(1, 8);
-    let kinds: &[u64] = match scenario {
-        Scenario::Calm => &[],
-        Scenario::Grow => &[0],
-        Scenario::Shrink => &[4],
-        Scenario::Crash => &[1, 2],
-        Scenario::Churn => &[0, 1, 2, 3, 4, 0],
-    };
+    let kinds = scenario.kinds();
     let count = match scenario {
-        Scenario::Calm => 0,
-        Scenario::Churn => (tenth * 3 / 2).max(kinds.len()),
-        _ => tenth,
+        Scenario::Calm | Scenario::Partition => 0,
+        Scenario::Grow | Scenario::Drain | Scenario::Crash => tenth,
+        _ => (tenth * 3 / 2).max(kinds.len()),
     };
     // From a tenth of the time to six tenths of it.
     let (from, to) = (seconds * 100, seconds * 600);
@@ -80,33 +137,97 @@ pub(super) fn events(
                 1 => Event::Kill { nth },
                 2 => Event::Restart { nth, down },
                 3 => Event::Freeze { nth, down },
+                5 => Event::Lie { nth, down },
                 _ => Event::Drain { nth },
             };
-            (Tick(Duration::from_millis(at)), event)
+            (tick(at), event)
         })
         .collect();
+    drawn.extend(of_all(scenario, seconds, &mut chance));
     drawn.sort_by_key(|(at, _)| *at);
     drawn
 }
 
+/// What befalls several at once.
+fn of_all(scenario: Scenario, seconds: u64, chance: &mut u64) -> Vec<(Tick, Event)> {
+    let mut jitter = |least: u64, most: u64| least + mix(chance) % (most - least).max(1);
+    // In thousandths of the time.
+    let at = |part: u64| seconds * part;
+    let of_time = |part: u64| Duration::from_millis(seconds * part);
+    match scenario {
+        Scenario::Crash => {
+            let together = at(jitter(150, 550));
+            let kill = |nth| (tick(together), Event::Kill { nth });
+            (0..3).map(|_| kill(jitter(0, u64::MAX))).collect()
+        }
+        Scenario::Partition => {
+            let cut = |at, salt, down| (tick(at), Event::Cut { salt, down });
+            let (long, short) = (of_time(jitter(280, 340)), of_time(jitter(20, 80)));
+            vec![
+                cut(at(jitter(100, 150)), jitter(0, u64::MAX), long),
+                cut(at(jitter(550, 600)), jitter(0, u64::MAX), short),
+            ]
+        }
+        Scenario::Replicas => {
+            let mut kill = |least, most| {
+                let nth = jitter(0, u64::MAX);
+                (tick(at(jitter(least, most))), Event::Kill { nth })
+            };
+            vec![kill(80, 130), kill(530, 600)]
+        }
+        Scenario::Slow => {
+            let (salt, down) = (jitter(0, u64::MAX), of_time(jitter(450, 550)));
+            vec![(tick(at(jitter(80, 120))), Event::Slow { salt, down })]
+        }
+        Scenario::Mixed => {
+            let (salt, down) = (jitter(0, u64::MAX), of_time(jitter(30, 350)));
+            let cut = (tick(at(jitter(100, 300))), Event::Cut { salt, down });
+            let (salt, down) = (jitter(0, u64::MAX), of_time(jitter(50, 400)));
+            let slow = (tick(at(jitter(80, 250))), Event::Slow { salt, down });
+            vec![cut, slow]
+        }
+        _ => Vec::new(),
+    }
+}
+
+fn tick(ms: u64) -> Tick {
+    Tick(Duration::from_millis(ms))
+}
+
 #[cfg(test)]
 mod tests {
+    use clap::ValueEnum;
+
     use super::{Event, Scenario, events};
 
     #[test]
-    fn a_seed_gives_one_feed_and_churn_has_everything() {
+    fn a_seed_gives_one_feed_and_every_end_is_quiet() {
+        for scenario in Scenario::value_variants() {
+            let feed = events(*scenario, 1000, 60, 7);
+            assert_eq!(feed, events(*scenario, 1000, 60, 7));
+            let is_calm = *scenario == Scenario::Calm;
+            assert_eq!(feed.is_empty(), is_calm);
+            assert!(is_calm || feed != events(*scenario, 1000, 60, 8));
+            assert!(feed.iter().all(|(at, event)| {
+                let down = match event {
+                    Event::Cut { down, .. } | Event::Slow { down, .. } => *down,
+                    _ => std::time::Duration::ZERO,
+                };
+                at.after(down).as_millis() <= 42_000
+            }));
+        }
+    }
+
+    #[test]
+    fn churn_has_everything_that_befalls_one() {
         let feed = events(Scenario::Churn, 1000, 60, 7);
-        assert_eq!(feed, events(Scenario::Churn, 1000, 60, 7));
-        assert_ne!(feed, events(Scenario::Churn, 1000, 60, 8));
-        assert!(
-            feed.iter()
-                .any(|(_, event)| matches!(event, Event::Join { .. }))
-        );
-        assert!(
-            feed.iter()
-                .any(|(_, event)| matches!(event, Event::Drain { .. }))
-        );
-        assert!(feed.iter().all(|(at, _)| at.as_millis() < 36_000));
-        assert!(events(Scenario::Calm, 1000, 60, 7).is_empty());
+        let kinds = [
+            feed.iter().any(|(_, e)| matches!(e, Event::Join { .. })),
+            feed.iter().any(|(_, e)| matches!(e, Event::Kill { .. })),
+            feed.iter().any(|(_, e)| matches!(e, Event::Restart { .. })),
+            feed.iter().any(|(_, e)| matches!(e, Event::Freeze { .. })),
+            feed.iter().any(|(_, e)| matches!(e, Event::Drain { .. })),
+        ];
+        assert_eq!(kinds, [true; 5]);
     }
 }

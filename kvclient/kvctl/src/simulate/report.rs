@@ -3,36 +3,54 @@
 use std::{
     num::NonZeroUsize,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
+    time::Duration,
 };
 
 use kvproto::{MemberState, RunHash, View, placement::Placement};
+use kvserver::clock::Clock;
 use serde::Serialize;
 
 use super::{
-    Agreement, Args,
+    Args, Watched,
     client::Tally,
     town::{SETTLE, TIMES, Town},
 };
 use crate::context::{size, table};
 
+/// Bytes moved over those that had to, at most.
+const MOST_MOVED: f64 = 1.02;
+
+/// From the last change, or the end of a cut, until all agree: a tombstone of somebody who lives goes to him, and his
+/// answer to all.
+const LONGEST_CONVERGENCE: Duration = Duration::from_secs(6);
+
 /// The outcome of a run.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub(super) struct Report {
     pub(super) nodes: u32,
     pub(super) scenario: String,
     pub(super) seed: u64,
+    pub(super) replicas: usize,
     pub(super) simulated_s: u64,
     pub(super) wall_s: f64,
-    /// Things that befell members, and changes of the true view that came of them.
+    /// Promises that were broken, in words; how to see it again.
+    pub(super) broken: Vec<String>,
+    pub(super) again: String,
+    /// Things that befell members, changes of the true view that came of them, different views that anybody had.
     pub(super) events: u64,
     pub(super) view_changes: u64,
+    pub(super) views: u64,
     /// Bytes that moved between nodes (pushed and fetched), and those that had to.
     pub(super) moved_bytes: u64,
     pub(super) pushed_bytes: u64,
     pub(super) fetched_bytes: u64,
     pub(super) changed_owner_bytes: u64,
-    /// The first over the second; 0 when nothing moved.
+    /// Of the moved ones, those that a node had given up for want of room and got again.
+    pub(super) came_again_bytes: u64,
+    /// Moved, without what came again, over what had to; 0 when nothing moved.
     pub(super) moved_over_ideal: f64,
+    /// Bytes of new blocks that went on to further owners.
+    pub(super) copied_bytes: u64,
     /// The greatest share of runs, relative to its weight's, in the last view.
     pub(super) max_share: f64,
     pub(super) lookups: u64,
@@ -40,20 +58,31 @@ pub(super) struct Report {
     pub(super) hit_blocks: u64,
     pub(super) misses: u64,
     pub(super) misses_absent: u64,
+    pub(super) misses_evicted: u64,
     pub(super) misses_behind_silence: u64,
     pub(super) misses_moving: u64,
     pub(super) leased_blocks: u64,
     pub(super) read_blocks: u64,
-    /// Blocks under a lease at a node that was killed or frozen before they were read.
+    /// Blocks under a lease at a node that was killed, frozen, started anew or cut off before they were read.
     pub(super) stated_losses: u64,
     pub(super) unreadable_under_lease: u64,
     pub(super) wrong_blocks: u64,
     pub(super) late_calls: u64,
+    /// Calls to members that were silent for so long that all should have forgotten them.
+    pub(super) stale_calls: u64,
+    /// Refusals, and those without the reason that they gave.
+    pub(super) refused_puts: u64,
+    pub(super) dishonest_answers: u64,
     pub(super) slowest_lookup_ms: f64,
-    /// Blocks whose only copy was on a node that was killed; bytes that drains left behind.
+    /// Blocks whose only copy was on a node that was killed; those of them that had had two, with time for another.
     pub(super) lost_blocks: u64,
+    pub(super) lost_copied_blocks: u64,
+    /// Bytes that drains said they left behind, and that they did not say.
     pub(super) drain_lost_bytes: u64,
-    /// The longest time from a change to all seeing it; whether all see the same at the end.
+    pub(super) drain_unsaid_bytes: u64,
+    /// How often a node was seen to hold more than it has room for.
+    pub(super) overfull: u64,
+    /// The longest time from a change (or the end of a cut) to all seeing it; whether all see the same at the end.
     pub(super) convergence_ms: u64,
     pub(super) is_converged: bool,
     pub(super) peer_calls: u64,
@@ -64,42 +93,65 @@ pub(super) struct Report {
     pub(super) models: [&'static str; 4],
 }
 
+impl Args {
+    pub(super) fn scenario_name(&self) -> String {
+        format!("{:?}", self.scenario).to_lowercase()
+    }
+
+    /// The words that repeat this run.
+    fn again(&self) -> String {
+        format!(
+            "kvctl simulate --nodes {} --scenario {} --seed {} --seconds {} --clients {}",
+            self.nodes,
+            self.scenario_name(),
+            self.seed,
+            self.seconds,
+            self.clients
+        )
+    }
+}
+
 impl Report {
     pub(super) fn new(
         args: &Args,
         town: &Town,
         tally: &Tally,
-        agreement: &Agreement,
+        watched: &Watched,
         events: u64,
     ) -> Self {
         let (view, bill) = town.ledger.close();
         let of = |counter: &AtomicU64| counter.load(Relaxed);
-        let (pushed, fetched) = (
-            of(&town.traffic.pushed_bytes),
-            of(&town.traffic.fetched_bytes),
-        );
+        let traffic = town.traffic();
+        let (pushed, fetched) = (of(&traffic.pushed_bytes), of(&traffic.fetched_bytes));
         let (history_digest, history_lines) = town.history.digest();
         let (asked_blocks, hit_blocks) = (of(&tally.asked_blocks), of(&tally.hit_blocks));
-        let over = (pushed + fetched) as f64 / bill.changed_owner_bytes.max(1) as f64;
-        Self {
+        let moved = (pushed + fetched).saturating_sub(bill.came_again_bytes);
+        let mut report = Self {
             nodes: args.nodes,
-            scenario: format!("{:?}", args.scenario).to_lowercase(),
+            scenario: args.scenario_name(),
             seed: args.seed,
+            replicas: town.setting.replicas,
             simulated_s: args.seconds,
             wall_s: 0.0,
+            broken: Vec::new(),
+            again: args.again(),
             events,
             view_changes: town.ledger.changes(),
+            views: town.views() as u64,
             moved_bytes: pushed + fetched,
             pushed_bytes: pushed,
             fetched_bytes: fetched,
             changed_owner_bytes: bill.changed_owner_bytes,
-            moved_over_ideal: over,
+            came_again_bytes: bill.came_again_bytes,
+            moved_over_ideal: moved as f64 / bill.changed_owner_bytes.max(1) as f64,
+            copied_bytes: of(&traffic.copied_bytes),
             max_share: max_share(&view, args.share_runs),
             lookups: of(&tally.lookups),
             asked_blocks,
             hit_blocks,
             misses: asked_blocks - hit_blocks,
             misses_absent: of(&tally.absent_blocks),
+            misses_evicted: of(&tally.evicted_blocks),
             misses_behind_silence: of(&tally.behind_silence_blocks),
             misses_moving: of(&tally.moving_blocks),
             leased_blocks: of(&tally.leased_blocks),
@@ -108,28 +160,73 @@ impl Report {
             unreadable_under_lease: of(&tally.unreadable_under_lease),
             wrong_blocks: of(&tally.wrong_blocks),
             late_calls: of(&tally.late_calls),
+            stale_calls: of(&tally.stale_calls),
+            refused_puts: of(&town.refused_puts),
+            dishonest_answers: of(&town.dishonest_answers),
             slowest_lookup_ms: of(&tally.slowest_lookup_us) as f64 / 1e3,
             lost_blocks: bill.lost_blocks,
+            lost_copied_blocks: bill.lost_copied_blocks,
             drain_lost_bytes: bill.drain_lost_bytes,
-            convergence_ms: u64::try_from(agreement.longest.as_millis()).unwrap_or(u64::MAX),
-            is_converged: agreement.is_reached,
-            peer_calls: of(&town.traffic.calls),
+            drain_unsaid_bytes: bill.drain_unsaid_bytes,
+            overfull: watched.overfull,
+            convergence_ms: u64::try_from(watched.longest.as_millis()).unwrap_or(u64::MAX),
+            is_converged: watched.is_reached,
+            peer_calls: of(&traffic.calls),
             history_lines,
             history_digest,
             real: [
                 "kvproto::placement",
                 "kvproto::view (merging, digests)",
                 "kvserver::cluster (suspicion, grace, tombstones, ramp, drain)",
-                "kvserver::blocks::motion (reads during changes, moves, drains)",
+                "kvserver::blocks::motion (reads during changes, moves, drains, copies)",
                 "kvclient::route (what is known, split, assembly)",
             ],
             models: [
                 "gossip: news arrive after 0.2 to 1.4 s, silence is noticed after 1 to 2.5 s",
-                "engine: a map with leases, never full",
-                "network: 250 us each way, nothing is lost on it",
-                "client: the loop around its routing, no breaker, no hedging",
+                "engine: a map with leases and a room",
+                "network: 250 us each way; cut, slow or lossy where the scenario says so",
+                "client: the loop around its routing, a second owner after 30 ms, no breaker",
             ],
+        };
+        let quiet = town.clock.now().since(town.ledger.changed());
+        report.broken = report.judge(town.setting.is_bill_judged, quiet >= LONGEST_CONVERGENCE);
+        report
+    }
+
+    /// Which promises were broken.
+    fn judge(&self, is_bill_judged: bool, was_quiet: bool) -> Vec<String> {
+        let counts = [
+            (
+                self.unreadable_under_lease,
+                "blocks unreadable under a lease",
+            ),
+            (self.wrong_blocks, "wrong blocks"),
+            (self.late_calls, "calls past their deadline"),
+            (self.stale_calls, "calls to members long gone"),
+            (self.dishonest_answers, "answers that were not true"),
+            (
+                self.lost_copied_blocks,
+                "blocks lost of which there were two",
+            ),
+            (
+                self.drain_unsaid_bytes,
+                "bytes that a drain lost and did not say",
+            ),
+            (self.overfull, "times that a node held more than its room"),
+        ];
+        let mut broken: Vec<String> = counts
+            .iter()
+            .filter(|(count, _)| *count > 0)
+            .map(|(count, what)| format!("{count} {what}"))
+            .collect();
+        if is_bill_judged && self.moved_over_ideal > MOST_MOVED {
+            let over = self.moved_over_ideal;
+            broken.push(format!("moved {over:.4} of what had to move"));
         }
+        if !self.is_converged && was_quiet {
+            broken.push("members do not agree at the end".to_owned());
+        }
+        broken
     }
 }
 
@@ -187,10 +284,11 @@ pub(super) fn text(report: &Report) -> String {
             "moved / had to move",
             format!("{:.4}", r.moved_over_ideal),
             format!(
-                "{} of {}; {} fetched by readers",
+                "{} of {}; {} fetched by readers, {} given up and got again",
                 size(r.moved_bytes),
                 size(r.changed_owner_bytes),
-                size(r.fetched_bytes)
+                size(r.fetched_bytes),
+                size(r.came_again_bytes)
             ),
         ),
         row(
@@ -212,6 +310,11 @@ pub(super) fn text(report: &Report) -> String {
             ),
         ),
         row(
+            "misses: given up",
+            format!("{:.3} %", share(r.misses_evicted)),
+            format!("for want of room; {} puts refused", r.refused_puts),
+        ),
+        row(
             "misses: owner silent",
             format!("{:.3} %", share(r.misses_behind_silence)),
             "until its grace is over or it is back".into(),
@@ -225,7 +328,7 @@ pub(super) fn text(report: &Report) -> String {
             "unreadable under lease",
             r.unreadable_under_lease.to_string(),
             format!(
-                "of {} leased; {} more at nodes that were killed or frozen",
+                "of {} leased; {} more at nodes that were killed, frozen or cut off",
                 r.leased_blocks, r.stated_losses
             ),
         ),
@@ -242,7 +345,7 @@ pub(super) fn text(report: &Report) -> String {
         row(
             "left behind by drains",
             size(r.drain_lost_bytes),
-            String::new(),
+            format!("and said so; {} unsaid", size(r.drain_unsaid_bytes)),
         ),
         row(
             "convergence",
@@ -254,9 +357,10 @@ pub(super) fn text(report: &Report) -> String {
         ),
     ];
     let mut text = format!(
-        "{} nodes, {}, seed {}: {} simulated seconds in {:.1} s, {} events, {} views, {} calls between nodes\n\n",
+        "{} nodes, {}, {} owners per run, seed {}: {} simulated seconds in {:.1} s, {} events, {} views, {} calls between nodes\n\n",
         r.nodes,
         r.scenario,
+        r.replicas,
         r.seed,
         r.simulated_s,
         r.wall_s,
@@ -278,5 +382,43 @@ pub(super) fn text(report: &Report) -> String {
         TIMES.motion_window,
         SETTLE
     );
+    if !r.broken.is_empty() {
+        text += &format!("\nbroken: {}\nagain: {}\n", r.broken.join("; "), r.again);
+    }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::simulate::{Args, feed::Scenario, simulate, tests::args};
+
+    #[test]
+    fn each_broken_promise_is_said() {
+        let args = Args {
+            seconds: 4,
+            ..args(Scenario::Calm, 1)
+        };
+        let report = simulate(&args).unwrap();
+        assert_eq!(report.broken, [""; 0]);
+        let spoilt = |spoil: fn(&mut super::Report)| {
+            let mut report = report.clone();
+            spoil(&mut report);
+            report.judge(true, true).len()
+        };
+        assert_eq!(spoilt(|_| ()), 0);
+        assert_eq!(spoilt(|r| r.unreadable_under_lease = 1), 1);
+        assert_eq!(spoilt(|r| r.wrong_blocks = 1), 1);
+        assert_eq!(spoilt(|r| r.late_calls = 1), 1);
+        assert_eq!(spoilt(|r| r.stale_calls = 1), 1);
+        assert_eq!(spoilt(|r| r.dishonest_answers = 1), 1);
+        assert_eq!(spoilt(|r| r.lost_copied_blocks = 1), 1);
+        assert_eq!(spoilt(|r| r.drain_unsaid_bytes = 1), 1);
+        assert_eq!(spoilt(|r| r.overfull = 1), 1);
+        assert_eq!(spoilt(|r| r.moved_over_ideal = 1.03), 1);
+        assert_eq!(spoilt(|r| r.is_converged = false), 1);
+        assert_eq!(
+            report.again,
+            "kvctl simulate --nodes 24 --scenario calm --seed 1 --seconds 4 --clients 6"
+        );
+    }
 }

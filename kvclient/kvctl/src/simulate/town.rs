@@ -1,33 +1,27 @@
-//! The simulated nodes: the server's own membership and motion, over maps for blocks and a model for gossip.
+//! The simulated cluster: its nodes, what they share, and what is stored in them.
 //!
 //! ```text
 //! real    cluster::Members (merge, suspicion, grace, tombstones, ramp, drain)   blocks::motion   kvproto::placement
-//! model   gossip: news reach each node 0.2 to 1.4 s after they were made, silence is seen after 1 to 2.5 s
-//!         engine: a map with leases (blocks::motion::Shelf); disks survive a restart, not a kill
+//! model   gossip (`gossip.rs`)   links (`links.rs`)   engine: a map with leases that may be full (`motion::Shelf`)
 //! ```
 //!
-//! Every node has a round twice a second, each at its own moment: it ticks, hears what has arrived, suspects who is
-//! silent, and tells what it declares. Units: [`Tick`]. Errors: none.
+//! Units: [`Tick`], bytes. Errors: none.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
+    sync::{Arc, atomic::AtomicU64, atomic::Ordering::Relaxed},
     time::Duration,
 };
 
 use bytes::Bytes;
 use kvproto::{
     BlockHeader, BlockKey, Chain, Kind, Member, MemberId, MemberState, Namespace, NamespaceKey,
-    Part, View, ViewDigest, hash,
+    Part, View, hash,
 };
 use kvserver::{
-    blocks::motion::{Motion, MotionConfig, MotionParts, Shelf},
+    blocks::motion::{Kept, Motion, MotionConfig, MotionParts, Shelf},
     clock::{Clock, Tick},
-    cluster::{Cluster, Members, Times},
-    peers::{
-        Carried, Pace, Space,
-        net::{Fault, Net},
-    },
+    cluster::{Cluster, Members, Placements, Times},
+    peers::{Carried, Pace, Space, net::Net},
     telemetry::metrics::Metrics,
 };
 use parking_lot::{Mutex, RwLock};
@@ -35,10 +29,13 @@ use tokio::runtime::Handle;
 
 use super::{
     clock::SimClock,
-    feed::Event,
+    feed::Setting,
+    gossip::{ROUND, Talk},
     history::History,
     ledger::Ledger,
-    wire::{Traffic, Wire},
+    links::Links,
+    node::{Health, Life, Node, Served},
+    wire::{Lines, Traffic, Wire},
 };
 
 /// Blocks of a run, runs of a prompt, tokens of a block, bytes of a block.
@@ -46,16 +43,16 @@ pub(super) const RUN_BLOCKS: u32 = 4;
 pub(super) const PROMPT_RUNS: u32 = 8;
 const BLOCK_TOKENS: u32 = 16;
 const BLOCK_BYTES: usize = 64;
-/// Room of a node: nothing is evicted, so that every miss has one of the reasons that are looked for.
-const CAPACITY_BYTES: u64 = 1 << 20;
+/// Prompts per node: with eight runs each, sixteen runs lie on a node.
+pub(super) const PROMPTS_PER_NODE: u32 = 2;
+/// Room of a node where it is not short: nothing is given up, so that every miss has another reason.
+const AMPLE_BYTES: u64 = 1 << 20;
+/// Room where it is short, of the bytes that would lie on the node.
+const TIGHT_PERCENT: u64 = 60;
 /// Weight of the lighter half of the nodes: enough for every step of a ramp.
-const UNIT: u32 = 4;
+pub(super) const UNIT: u32 = 4;
 /// Zones of the cluster.
 const ZONES: usize = 5;
-/// From one round of a node to its next.
-const ROUND: Duration = Duration::from_millis(500);
-/// The longest that news are on their way to a node.
-const LONGEST_WAY: Duration = Duration::from_millis(2000);
 /// One way through the network.
 pub(super) const LATENCY: Duration = Duration::from_micros(250);
 pub(super) const PARTS: [Part; 1] = [Part {
@@ -73,79 +70,61 @@ pub(super) const TIMES: Times = Times {
 /// From a change to the moves that come of it: longer than the default, so that readers overtake them.
 pub(super) const SETTLE: Duration = Duration::from_secs(3);
 
-/// Whether a node answers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Health {
-    Up,
-    Frozen,
-    Down,
-}
-
-/// One node.
-pub(super) struct Node {
-    pub(super) id: MemberId,
-    pub(super) shelf: Arc<Shelf>,
-    pub(super) life: Mutex<Life>,
-}
-
-/// What of a node begins anew with a restart.
-pub(super) struct Life {
-    pub(super) cluster: Arc<Cluster>,
-    pub(super) motion: Arc<Motion>,
-    pub(super) health: Health,
-    /// News that are still on their way here, and up to which all have been sent off.
-    coming: Vec<usize>,
-    sent_off: usize,
-    told: (u64, u64),
-    digest: ViewDigest,
-}
-
-struct News {
-    member: Member,
-    born: Tick,
-}
-
 /// All nodes.
 pub(super) struct Town {
     pub(super) clock: SimClock,
+    pub(super) setting: Setting,
     pub(super) net: Arc<Net>,
+    pub(super) links: Arc<Links>,
     pub(super) space: Arc<Space>,
     pub(super) history: Arc<History>,
-    pub(super) traffic: Arc<Traffic>,
-    pub(super) ledger: Ledger,
+    pub(super) ledger: Arc<Ledger>,
     pub(super) nodes: RwLock<Vec<Arc<Node>>>,
+    pub(super) talk: Talk,
+    /// Puts that were refused, and those of them for no good reason.
+    pub(super) refused_puts: AtomicU64,
+    pub(super) dishonest_answers: AtomicU64,
+    lines: Arc<Lines>,
+    placements: Arc<Placements>,
     key: NamespaceKey,
     metrics: Arc<Metrics>,
-    news: Mutex<Vec<News>>,
-    /// Who answers nobody, and since when; who answers again, and since when.
-    silent: Mutex<BTreeMap<usize, Tick>>,
-    back: Mutex<BTreeMap<usize, Tick>>,
-    seen: Mutex<BTreeSet<ViewDigest>>,
 }
 
 impl Town {
-    pub(super) fn new(clock: SimClock, history: Arc<History>) -> Arc<Self> {
+    pub(super) fn new(clock: SimClock, history: Arc<History>, setting: Setting) -> Arc<Self> {
         let shape = Namespace::opaque("simulation", BLOCK_TOKENS, RUN_BLOCKS);
         let space = Space {
             id: shape.id("default"),
             tenant: "default".into(),
             shape: Arc::new(shape),
-            replicas: 1,
+            replicas: setting.replicas,
         };
+        let net = Net::new(Arc::new(clock.clone()), LATENCY);
+        let links = Arc::new(Links::new(clock.clone()));
+        let ledger = Arc::new(Ledger::new(setting.replicas, setting.is_tight));
         Arc::new(Self {
-            net: Net::new(Arc::new(clock.clone()), LATENCY),
+            lines: Arc::new(Lines {
+                clock: clock.clone(),
+                net: Arc::clone(&net),
+                links: Arc::clone(&links),
+                traffic: Traffic::default(),
+                history: Arc::clone(&history),
+                ledger: Arc::clone(&ledger),
+            }),
             clock,
+            setting,
+            net,
+            links,
             space: Arc::new(space),
             history,
-            traffic: Arc::default(),
-            ledger: Ledger::default(),
+            ledger,
             nodes: RwLock::default(),
+            talk: Talk::default(),
+            refused_puts: AtomicU64::new(0),
+            dishonest_answers: AtomicU64::new(0),
+            placements: Arc::default(),
             key: NamespaceKey::from_bytes([3; 32]),
             metrics: Metrics::new(),
-            news: Mutex::default(),
-            silent: Mutex::default(),
-            back: Mutex::default(),
-            seen: Mutex::default(),
         })
     }
 
@@ -156,28 +135,28 @@ impl Town {
         for index in 0..count {
             self.build(index, member(index), &view);
         }
-        self.ledger
-            .learn(view.members().iter().cloned(), self.clock.now());
+        self.learn(view.members().iter().cloned(), self.clock.now());
     }
 
     /// A node that knows `view`, living from now on.
-    fn build(self: &Arc<Self>, index: usize, me: Member, view: &View) {
+    pub(super) fn build(self: &Arc<Self>, index: usize, me: Member, view: &View) {
         let clock: Arc<dyn Clock> = Arc::new(self.clock.clone());
         let known = self.nodes.read().get(index).cloned();
+        let (id, weight) = (me.id.clone(), me.weight);
         let shelf = match &known {
             Some(node) => Arc::clone(&node.shelf),
-            None => Shelf::new(Arc::clone(&clock), CAPACITY_BYTES),
+            None => Shelf::new(Arc::clone(&clock), self.room(weight)),
         };
         shelf.open(&self.space);
-        self.net.attach(me.id.clone(), shelf.clone());
-        let id = me.id.clone();
-        let members = Members::new(TIMES, me, view, clock.now());
+        let served = Served::new(Arc::clone(&shelf));
+        self.net.attach(id.clone(), served.clone());
+        let now = self.clock.now();
+        let members = Members::sharing(TIMES, me, view, now, Arc::clone(&self.placements));
         let cluster = Cluster::new(members, Arc::clone(&clock));
         let wire = Wire {
             from: id.clone(),
-            net: Arc::clone(&self.net),
-            traffic: Arc::clone(&self.traffic),
-            history: Arc::clone(&self.history),
+            index,
+            lines: Arc::clone(&self.lines),
         };
         let motion = Motion::new(
             MotionConfig {
@@ -194,268 +173,96 @@ impl Town {
                 runtime: Handle::current(),
             },
         );
+        served.moves_by(&motion);
         motion.start();
-        let now = self.clock.now();
-        let news = self.news.lock();
+        let declared = cluster.declared();
         let life = Life {
+            number: known.as_ref().map_or(0, |node| node.life.lock().number + 1),
+            born: now,
             digest: cluster.digest(),
             health: Health::Up,
             coming: Vec::new(),
-            // What is older was heard by whoever told it of the cluster.
-            sent_off: news.partition_point(|news| news.born.after(LONGEST_WAY) < now),
+            sent_off: self.talk.old(now),
             // A founder is known to all; whoever comes later tells of itself.
             told: match view.get(&id).is_some() && known.is_none() {
-                true => (cluster.declared().generation, cluster.declared().version),
+                true => (declared.generation, declared.version),
                 false => (0, 0),
             },
-            cluster,
+            looked: now,
+            cluster: Arc::clone(&cluster),
             motion,
         };
-        drop(news);
         match known {
             Some(node) => *node.life.lock() = life,
             None => self.nodes.write().push(Arc::new(Node {
                 id,
+                index,
+                weight,
                 shelf,
                 life: Mutex::new(life),
             })),
         }
         let (me, clock) = (Arc::clone(self), self.clock.clone());
-        let (cluster, nodes) = (
-            Arc::clone(&self.nodes.read()[index].life.lock().cluster),
-            index,
-        );
         tokio::spawn(async move {
             // Everybody at a moment of its own.
-            clock.sleep(ROUND * (nodes as u32 % 97) / 97).await;
-            while me.is_living(nodes, &cluster) {
-                me.round(nodes);
+            clock.sleep(ROUND * (index as u32 % 97) / 97).await;
+            while me.is_living(index, &cluster) {
+                me.round(index);
                 clock.sleep(ROUND).await;
             }
         });
     }
 
+    /// Bytes that a node of this weight has room for.
+    fn room(&self, weight: u32) -> u64 {
+        // Half of the nodes weigh a unit, the others two.
+        let runs = u64::from(PROMPTS_PER_NODE * PROMPT_RUNS) * self.setting.replicas as u64;
+        let mean = runs * u64::from(RUN_BLOCKS) * BLOCK_BYTES as u64;
+        let share = mean * 2 * u64::from(weight) / (3 * u64::from(UNIT));
+        match self.setting.is_tight {
+            true => share * TIGHT_PERCENT / 100,
+            false => AMPLE_BYTES,
+        }
+    }
+
     fn is_living(&self, index: usize, cluster: &Arc<Cluster>) -> bool {
-        let node = Arc::clone(&self.nodes.read()[index]);
+        let node = self.node(index);
         let life = node.life.lock();
-        life.health != Health::Down && Arc::ptr_eq(&life.cluster, cluster)
-    }
-
-    /// What a node does twice a second.
-    fn round(&self, index: usize) {
-        let node = Arc::clone(&self.nodes.read()[index]);
-        let mut life = node.life.lock();
-        if life.health != Health::Up {
-            return;
-        }
-        let now = self.clock.now();
-        life.cluster.tick();
-        self.hear(index, &mut life, now);
-        for (&other, &since) in &*self.silent.lock() {
-            let noticed = Duration::from_millis(1000 + spread(index, other) % 1500);
-            if other != index && now >= since.after(noticed) {
-                life.cluster.suspect(&id(other));
-            }
-        }
-        for (&other, &since) in &*self.back.lock() {
-            if life.cluster.suspects() > 0 {
-                life.cluster.hear(&id(other), since);
-            }
-        }
-        self.tell(&node, &mut life, now);
-    }
-
-    fn hear(&self, index: usize, life: &mut Life, now: Tick) {
-        let news = self.news.lock();
-        life.coming.extend(life.sent_off..news.len());
-        life.sent_off = news.len();
-        let mut heard = Vec::new();
-        life.coming.retain(|&at| {
-            let way = Duration::from_millis(200 + spread(index, at) % 1200);
-            let is_here = now >= news[at].born.after(way);
-            if is_here {
-                heard.push(news[at].member.clone());
-            }
-            !is_here
-        });
-        if !heard.is_empty() {
-            life.cluster.merge(heard);
-        }
-    }
-
-    /// What a node declares goes on its way, and what it sees is written down.
-    fn tell(&self, node: &Node, life: &mut Life, now: Tick) {
-        let me = life.cluster.declared();
-        if (me.generation, me.version) != life.told {
-            life.told = (me.generation, me.version);
-            self.history.note(format_args!(
-                "declares {} {} {} {} {}",
-                node.id, me.generation, me.version, me.weight, me.state as u8
-            ));
-            self.ledger.learn([me.clone()], now);
-            self.news.lock().push(News {
-                member: me,
-                born: now,
-            });
-        }
-        let digest = life.cluster.digest();
-        if digest != life.digest {
-            life.digest = digest;
-            self.history.note(format_args!("sees {} {digest}", node.id));
-            // A tombstone is written by whoever is first to give somebody up.
-            if digest != self.ledger.digest() && self.seen.lock().insert(digest) {
-                let view = life.cluster.roster().view.clone();
-                let buried = view
-                    .members()
-                    .iter()
-                    .filter(|member| member.state == MemberState::Gone);
-                self.ledger.learn(buried.cloned(), now);
-            }
-        }
-    }
-
-    /// Something happens.
-    pub(super) async fn befall(self: &Arc<Self>, event: Event) {
-        let index = match event {
-            Event::Join { .. } => self.nodes.read().len(),
-            Event::Kill { nth }
-            | Event::Restart { nth, .. }
-            | Event::Freeze { nth, .. }
-            | Event::Drain { nth } => match self.living(nth) {
-                Some(index) => index,
-                None => return,
-            },
-        };
-        self.history
-            .note(format_args!("befalls {} {event:?}", id(index)));
-        match event {
-            Event::Join { weight } => {
-                let asked = self.living(spread(index, 1)).unwrap_or(0);
-                let view = self.node(asked).life.lock().cluster.roster().view.clone();
-                self.build(index, declared(index, UNIT * weight, 1), &view);
-                self.round(index);
-            }
-            Event::Kill { .. } => {
-                self.stop(index, true).await;
-                self.ledger.lost(&self.node(index).shelf, &self.shelves());
-                self.node(index).shelf.clear();
-            }
-            Event::Restart { down, .. } => {
-                let (view, me) = {
-                    let node = self.node(index);
-                    let life = node.life.lock();
-                    (life.cluster.roster().view.clone(), life.cluster.declared())
-                };
-                self.stop(index, true).await;
-                self.clock.sleep(down).await;
-                let me = Member {
-                    generation: me.generation + 1,
-                    version: 1,
-                    ..me
-                };
-                self.silent.lock().remove(&index);
-                self.back.lock().insert(index, self.clock.now());
-                self.build(index, me, &view);
-                // Its first call to another brings what it has missed.
-                if let Some(asked) = self.living(spread(index, 1)) {
-                    let told = self.node(asked).life.lock().cluster.roster();
-                    let cluster = Arc::clone(&self.node(index).life.lock().cluster);
-                    cluster.merge(told.view.members().to_vec());
-                }
-                self.round(index);
-            }
-            Event::Freeze { down, .. } => {
-                self.fault(index, Health::Frozen, Fault::Frozen);
-                self.clock.sleep(down).await;
-                self.fault(index, Health::Up, Fault::None);
-            }
-            Event::Drain { .. } => self.drain(index).await,
-        }
-    }
-
-    fn fault(&self, index: usize, health: Health, fault: Fault) {
-        let now = self.clock.now();
-        let node = self.node(index);
-        self.net.fault(&node.id, fault);
-        node.life.lock().health = health;
-        if health == Health::Up {
-            self.silent.lock().remove(&index);
-            self.back.lock().insert(index, now);
-        } else {
-            self.back.lock().remove(&index);
-            self.silent.lock().insert(index, now);
-        }
-    }
-
-    async fn drain(self: &Arc<Self>, index: usize) {
-        let node = self.node(index);
-        let (cluster, motion) = {
-            let life = node.life.lock();
-            (Arc::clone(&life.cluster), Arc::clone(&life.motion))
-        };
-        cluster.drain();
-        self.round(index);
-        let until = self.clock.now().after(Duration::from_secs(12));
-        let progress = motion.drained(until).await;
-        self.history.note(format_args!(
-            "drained {} {} {}",
-            node.id,
-            progress.moved_runs,
-            progress.at_stake_bytes()
-        ));
-        self.ledger.drained(progress.at_stake_bytes());
-        cluster.leave();
-        self.round(index);
-        // Its last word is out; what it still holds may be fetched until it has been heard by all.
-        self.clock.sleep(Duration::from_secs(2)).await;
-        self.stop(index, false).await;
-    }
-
-    async fn stop(&self, index: usize, is_sudden: bool) {
-        let node = self.node(index);
-        let motion = {
-            let mut life = node.life.lock();
-            life.health = Health::Down;
-            Arc::clone(&life.motion)
-        };
-        self.net.detach(&node.id);
-        if is_sudden {
-            self.back.lock().remove(&index);
-            self.silent.lock().insert(index, self.clock.now());
-        }
-        motion.stop().await;
-    }
-
-    /// The nth of those who are up and take runs.
-    fn living(&self, nth: u64) -> Option<usize> {
-        let nodes = self.nodes.read();
-        let is_living = |index: &usize| {
-            let life = nodes[*index].life.lock();
-            life.health == Health::Up && life.cluster.declared().state == MemberState::Active
-        };
-        let living: Vec<usize> = (0..nodes.len()).filter(is_living).collect();
-        // Never the last few: somebody has to be there.
-        (living.len() > 3).then(|| living[(nth % living.len() as u64) as usize])
+        let is_here = matches!(life.health, Health::Up | Health::Frozen);
+        is_here && Arc::ptr_eq(&life.cluster, cluster)
     }
 
     pub(super) fn node(&self, index: usize) -> Arc<Node> {
         Arc::clone(&self.nodes.read()[index])
     }
 
-    /// The node of this name.
-    pub(super) fn named(&self, id: &MemberId) -> Option<Arc<Node>> {
-        let index: usize = id.0.strip_prefix("node-")?.parse().ok()?;
-        self.nodes.read().get(index).cloned()
+    /// How many nodes there have been.
+    pub(super) fn count(&self) -> usize {
+        self.nodes.read().len()
     }
 
-    fn shelves(&self) -> Vec<Arc<Shelf>> {
+    /// The node of this name.
+    pub(super) fn named(&self, id: &MemberId) -> Option<Arc<Node>> {
+        self.nodes.read().get(index_of(id)?).cloned()
+    }
+
+    /// What crossed the wires.
+    pub(super) fn traffic(&self) -> &Traffic {
+        &self.lines.traffic
+    }
+
+    /// Members as they really are from now on.
+    pub(super) fn learn(&self, news: impl IntoIterator<Item = Member>, now: Tick) {
+        self.ledger.learn(news, now, |key| self.is_anywhere(key));
+    }
+
+    /// Whether some node that is there has a block; where nothing is given up, whoever stored it knows.
+    pub(super) fn is_anywhere(&self, key: &BlockKey) -> bool {
+        if !self.setting.is_tight {
+            return true;
+        }
         let nodes = self.nodes.read();
-        let is_here = |node: &&Arc<Node>| node.life.lock().health != Health::Down;
-        nodes
-            .iter()
-            .filter(is_here)
-            .map(|node| Arc::clone(&node.shelf))
-            .collect()
+        nodes.iter().any(|node| node.shelf.has(key))
     }
 
     /// Whether all who are up see the same members, and those that there are.
@@ -466,6 +273,13 @@ impl Town {
             let life = node.life.lock();
             life.health != Health::Up || life.cluster.digest() == truth
         })
+    }
+
+    /// How many nodes hold more than they have room for.
+    pub(super) fn overfull(&self) -> u64 {
+        let nodes = self.nodes.read();
+        let is_over = |node: &&Arc<Node>| node.shelf.bytes() > self.room(node.weight);
+        nodes.iter().filter(is_over).count() as u64
     }
 
     /// A prompt of this number.
@@ -489,7 +303,7 @@ impl Town {
     }
 
     /// Block `i` of a chain, as whoever computed it brings it.
-    pub(super) fn block(&self, chain: &Chain, i: usize) -> Carried {
+    fn block(&self, chain: &Chain, i: usize) -> Carried {
         let key = self.key_of(chain, i);
         let bytes = Bytes::from(key.hash.0.repeat(BLOCK_BYTES / 32));
         Carried {
@@ -498,24 +312,85 @@ impl Town {
         }
     }
 
-    /// Puts a block at a node, as a client does.
-    pub(super) fn put(&self, node: &Node, chain: &Chain, i: usize) {
-        node.shelf.put(self.block(chain, i), Kind::Kv);
-        let place = chain.place(i, RUN_BLOCKS);
-        self.ledger.stored(
-            self.key_of(chain, i),
-            place.run,
-            BLOCK_BYTES as u64,
-            &node.id,
-        );
+    /// Every prompt at all owners of its runs, for a long time.
+    pub(super) fn fill(&self, prompts: u32) {
+        for number in 0..prompts {
+            let chain = self.prompt(number);
+            for (run, range) in chain.runs(RUN_BLOCKS) {
+                let owners = self.ledger.owners(&run);
+                for i in range {
+                    let block = self.block(&chain, i);
+                    let (key, bytes) = (block.header.key, block.len_bytes());
+                    for owner in owners.iter().filter_map(|owner| self.named(owner)) {
+                        owner.shelf.put(block.clone(), Kind::Kv);
+                        self.ledger.arrived(&owner.id, key, bytes);
+                    }
+                    self.ledger.stored(key, run, bytes, &owners, |_| true);
+                }
+            }
+        }
+        self.ledger.all_copied();
+    }
+
+    /// Puts a block at a node, as it does when a client asks.
+    pub(super) fn put(self: &Arc<Self>, node: &Node, chain: &Chain, i: usize) {
+        let block = self.block(chain, i);
+        let (header, bytes) = (block.header.clone(), block.len_bytes());
+        match node.shelf.put(block.clone(), Kind::Kv) {
+            Kept::New => {}
+            Kept::Present => return,
+            kept => {
+                self.refused_puts.fetch_add(1, Relaxed);
+                let is_honest =
+                    kept == Kept::Refused(kvproto::Reason::NoSlot) && self.has_no_room(node, bytes);
+                self.dishonest_answers
+                    .fetch_add(u64::from(!is_honest), Relaxed);
+                return;
+            }
+        }
+        let (key, run) = (header.key, header.place.run);
+        self.ledger.arrived(&node.id, key, bytes);
+        let mut at = vec![node.id.clone()];
+        if self.setting.replicas > 1 {
+            // Only an owner passes on, to the one behind it.
+            let roster = node.life.lock().cluster.roster();
+            let owners = roster.owners(&run, self.setting.replicas);
+            let own = owners.iter().position(|owner| owner.id == node.id);
+            let next = own.and_then(|own| owners.get(own + 1));
+            at.extend(next.map(|next| next.id.clone()));
+        }
+        let has = |id: &MemberId| self.named(id).is_some_and(|node| node.shelf.has(&key));
+        self.ledger.stored(key, run, bytes, &at, has);
+        if self.setting.replicas < 2 {
+            return;
+        }
+        if let Some(passed) = node.pass_on(&self.space, block) {
+            let ledger = Arc::clone(&self.ledger);
+            tokio::spawn(async move {
+                let is_there = passed.await.is_ok_and(|failed| failed.is_empty());
+                ledger.copied(&key, is_there);
+            });
+        }
+    }
+
+    /// Whether all that a node could give up for a block is leased.
+    fn has_no_room(&self, node: &Node, bytes: u64) -> bool {
+        let leased = node.shelf.leased().len() as u64 * BLOCK_BYTES as u64;
+        leased + bytes > self.room(node.weight)
     }
 }
 
-fn id(index: usize) -> MemberId {
+/// The name of a node.
+pub(super) fn id(index: usize) -> MemberId {
     MemberId(format!("node-{index:04}"))
 }
 
-fn declared(index: usize, weight: u32, generation: u64) -> Member {
+/// The number of a node.
+pub(super) fn index_of(id: &MemberId) -> Option<usize> {
+    id.0.strip_prefix("node-")?.parse().ok()
+}
+
+pub(super) fn declared(index: usize, weight: u32, generation: u64) -> Member {
     Member {
         id: id(index),
         generation,
@@ -528,7 +403,7 @@ fn declared(index: usize, weight: u32, generation: u64) -> Member {
 }
 
 /// A number that two others settle, for delays that differ from pair to pair.
-fn spread(a: usize, b: usize) -> u64 {
+pub(super) fn spread(a: usize, b: usize) -> u64 {
     let mut state = (a as u64) << 32 | b as u64;
     super::clock::mix(&mut state)
 }

@@ -1,20 +1,30 @@
-//! The transport between simulated nodes: the server's own in-process one, with an account of what crossed it.
+//! The transport between simulated nodes: the server's own in-process one over links that may be cut or slow, with an
+//! account of what crossed it.
 
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
 
-use futures_util::{FutureExt, StreamExt, future::BoxFuture};
-use kvproto::{LeaseId, MemberId, convert::answer::PutResult};
-use kvserver::peers::{
-    Asked, Fetched, Fetching, Given, Peer, PeerError, Seen, Space, Transport, net::Net,
+use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream};
+use kvproto::{BlockKey, LeaseId, PutOutcome, convert::answer::PutResult};
+use kvserver::{
+    clock::Clock,
+    peers::{
+        Asked, Carried, Fetched, Fetching, Given, Peer, PeerError, Seen, Space, Transport, net::Net,
+    },
 };
 
-use super::history::History;
+use super::{
+    clock::SimClock,
+    history::History,
+    ledger::Ledger,
+    links::{Links, Place},
+    town::index_of,
+};
 
 /// Bytes and calls between nodes.
 #[derive(Default)]
@@ -23,23 +33,58 @@ pub(super) struct Traffic {
     pub(super) pushed_bytes: AtomicU64,
     /// Bytes of blocks that owners fetched.
     pub(super) fetched_bytes: AtomicU64,
+    /// Bytes of new blocks that owners passed on to the next.
+    pub(super) copied_bytes: AtomicU64,
     /// Calls of all kinds.
     pub(super) calls: AtomicU64,
 }
 
+/// What all wires share.
+pub(super) struct Lines {
+    pub(super) clock: SimClock,
+    pub(super) net: Arc<Net>,
+    pub(super) links: Arc<Links>,
+    pub(super) traffic: Traffic,
+    pub(super) history: Arc<History>,
+    pub(super) ledger: Arc<Ledger>,
+}
+
 /// One node's way to the others.
 pub(super) struct Wire {
-    pub(super) from: MemberId,
-    pub(super) net: Arc<Net>,
-    pub(super) traffic: Arc<Traffic>,
-    pub(super) history: Arc<History>,
+    pub(super) from: kvproto::MemberId,
+    pub(super) index: usize,
+    pub(super) lines: Arc<Lines>,
 }
 
 impl Wire {
-    fn call(&self, method: &str, peer: &Peer, blocks: usize) {
-        self.traffic.calls.fetch_add(1, Ordering::Relaxed);
-        self.history
+    fn note(&self, method: &str, peer: &Peer, blocks: usize) {
+        let lines = &self.lines;
+        lines.traffic.calls.fetch_add(1, Relaxed);
+        lines
+            .history
             .note(format_args!("{method} {} {} {blocks}", self.from, peer.id));
+    }
+
+    /// A call over the link to `peer`, made with what is left of `deadline` when it arrives there.
+    fn over<T: Send + 'static, F: Future<Output = Result<T, PeerError>> + Send + 'static>(
+        &self,
+        peer: &Peer,
+        deadline: Duration,
+        call: impl FnOnce(Arc<Net>, Duration) -> F + Send + 'static,
+    ) -> BoxFuture<'static, Result<T, PeerError>> {
+        let lines = Arc::clone(&self.lines);
+        let from = Place::Node(self.index);
+        let to = index_of(&peer.id).map_or(from, Place::Node);
+        async move {
+            let until = lines.clock.now().after(deadline);
+            let called = async {
+                let left = until.since(lines.clock.now());
+                call(Arc::clone(&lines.net), left).await
+            };
+            let answer = lines.links.carry(from, to, until, called).await;
+            answer.unwrap_or(Err(PeerError::Late))
+        }
+        .boxed()
     }
 }
 
@@ -51,8 +96,11 @@ impl Transport for Wire {
         lease: Option<Duration>,
         deadline: Duration,
     ) -> BoxFuture<'static, Result<Seen, PeerError>> {
-        self.call("lookup", peer, asked.chain.len());
-        self.net.lookup(peer, asked, lease, deadline)
+        self.note("lookup", peer, asked.chain.len());
+        let (to, asked) = (peer.clone(), asked.clone());
+        self.over(peer, deadline, move |net, left| {
+            net.lookup(&to, &asked, lease, left)
+        })
     }
 
     fn get(
@@ -62,17 +110,22 @@ impl Transport for Wire {
         lease: Option<LeaseId>,
         deadline: Duration,
     ) -> Fetching {
-        self.call("get", peer, asked.chain.len());
-        let traffic = Arc::clone(&self.traffic);
+        self.note("get", peer, asked.chain.len());
+        let (to, asked, me) = (peer.clone(), asked.clone(), self.from.clone());
+        let lines = Arc::clone(&self.lines);
+        let answers = self.over(peer, deadline, move |net, left| async move {
+            let answers: Vec<_> = net.get(&to, &asked, lease, left).collect().await;
+            Ok(answers)
+        });
         let count = move |answer: &Result<(u32, Fetched), PeerError>| {
             if let Ok((_, Fetched::Hit(block))) = answer {
-                traffic
-                    .fetched_bytes
-                    .fetch_add(block.len_bytes(), Ordering::Relaxed);
+                let bytes = block.len_bytes();
+                lines.traffic.fetched_bytes.fetch_add(bytes, Relaxed);
+                lines.ledger.arrived(&me, block.header.key, bytes);
             }
         };
-        self.net
-            .get(peer, asked, lease, deadline)
+        stream::once(answers)
+            .flat_map(|answers| stream::iter(answers.unwrap_or_else(|late| vec![Err(late)])))
             .inspect(count)
             .boxed()
     }
@@ -83,12 +136,25 @@ impl Transport for Wire {
         given: Given,
         deadline: Duration,
     ) -> BoxFuture<'static, Result<Vec<PutResult>, PeerError>> {
-        self.call("put", peer, given.blocks.len());
-        let bytes = given.blocks.iter().map(|block| block.len_bytes()).sum();
-        self.traffic
-            .pushed_bytes
-            .fetch_add(bytes, Ordering::Relaxed);
-        self.net.put(peer, given, deadline).boxed()
+        self.note("put", peer, given.blocks.len());
+        let (to, lines) = (peer.clone(), Arc::clone(&self.lines));
+        self.over(peer, deadline, move |net, left| async move {
+            let block = |block: &Carried| (block.header.key, block.len_bytes());
+            let sent: Vec<(BlockKey, u64)> = given.blocks.iter().map(block).collect();
+            // What gets lost on its way has not moved.
+            let moved = match given.passes_on {
+                true => &lines.traffic.copied_bytes,
+                false => &lines.traffic.pushed_bytes,
+            };
+            moved.fetch_add(sent.iter().map(|(_, bytes)| bytes).sum(), Relaxed);
+            let results = net.put(&to, given, left).await?;
+            for ((key, bytes), result) in sent.into_iter().zip(&results) {
+                if result.is_kept() && result.outcome != PutOutcome::Present {
+                    lines.ledger.arrived(&to.id, key, bytes);
+                }
+            }
+            Ok(results)
+        })
     }
 
     fn open(
@@ -97,8 +163,9 @@ impl Transport for Wire {
         space: &Arc<Space>,
         deadline: Duration,
     ) -> BoxFuture<'static, Result<(), PeerError>> {
-        self.call("open", peer, 0);
-        self.net.open(peer, space, deadline)
+        self.note("open", peer, 0);
+        let (to, space) = (peer.clone(), Arc::clone(space));
+        self.over(peer, deadline, move |net, left| net.open(&to, &space, left))
     }
 
     fn release(
@@ -108,7 +175,10 @@ impl Transport for Wire {
         lease: LeaseId,
         deadline: Duration,
     ) -> BoxFuture<'static, Result<(), PeerError>> {
-        self.call("release", peer, 0);
-        self.net.release(peer, space, lease, deadline)
+        self.note("release", peer, 0);
+        let (to, space) = (peer.clone(), Arc::clone(space));
+        self.over(peer, deadline, move |net, left| {
+            net.release(&to, &space, lease, left)
+        })
     }
 }

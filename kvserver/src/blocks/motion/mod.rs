@@ -52,6 +52,7 @@ use parking_lot::Mutex;
 use tokio::{runtime::Handle, sync::watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+pub(crate) use self::node::carried;
 pub use self::{
     fetch::Brought,
     heat::{Heat, HotRules, MAX_COUNTED},

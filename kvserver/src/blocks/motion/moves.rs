@@ -35,7 +35,7 @@ use super::{
 };
 use crate::{
     clock::Tick,
-    cluster::Roster,
+    cluster::{Roster, Standing},
     engine::{HeldBlock, HeldRun, RunKey},
     peers::{Asked, Carried, Given, Peer, PeerError, Space},
 };
@@ -194,7 +194,16 @@ impl Motion {
         let late = self.clock.sleep(self.left(until));
         tokio::select! {
             biased;
-            _ = progress.wait_for(|p| p.is_draining && p.is_done && p.at_stake_bytes() == 0) => {}
+            () = async {
+                loop {
+                    let done = progress.wait_for(|p| p.is_draining && p.is_done && p.at_stake_bytes() == 0);
+                    // Who has taken it may have fallen silent since; another owner takes it when its grace is over.
+                    if done.await.is_err() || self.takers().iter().all(|(_, is_well)| *is_well) {
+                        return;
+                    }
+                    self.clock.sleep(self.config.settle).await;
+                }
+            } => {}
             () = late => {}
             () = self.stopping.cancelled() => {}
         }
@@ -202,7 +211,8 @@ impl Motion {
     }
 
     /// An exact account of what is still to go, read from what lies here. While this node drains that is every block
-    /// that nobody has acknowledged, whether there is anybody to take it or not: what would be lost by leaving now.
+    /// that nobody has acknowledged who is well, whether there is anybody to take it or not: what would be lost by
+    /// leaving now.
     #[must_use]
     pub fn account(&self) -> Progress {
         let roster = self.cluster.roster();
@@ -216,11 +226,13 @@ impl Motion {
                 .collect(),
         };
         let blocks = self.holdings.blocks_of(&runs);
+        let takers = self.takers();
         let handed = self.handed.lock();
         let is_there = |key: &RunKey, block: &BlockKey| {
-            handed
-                .get(key)
-                .is_some_and(|handed| handed.holds(&roster) && handed.there.contains(block))
+            let is_well =
+                |handed: &&Handed| handed.holds(&roster) && takers.get(&handed.to) == Some(&true);
+            let handed = handed.get(key).filter(is_well);
+            handed.is_some_and(|handed| handed.there.contains(block))
         };
         let mut waiting: BTreeSet<RunKey> = BTreeSet::new();
         let mut now = self.progress.borrow().clone();
@@ -239,6 +251,19 @@ impl Motion {
         now.waiting_runs = waiting.len() as u64;
         now.is_draining = is_draining;
         now
+    }
+
+    /// Who has taken runs, and whether each is well.
+    fn takers(&self) -> BTreeMap<MemberId, bool> {
+        let handed = self.handed.lock();
+        let mut takers: BTreeMap<MemberId, bool> = BTreeMap::new();
+        for handed in handed.values() {
+            if !takers.contains_key(&handed.to) {
+                let is_well = self.cluster.standing(&handed.to) == Standing::Well;
+                takers.insert(handed.to.clone(), is_well);
+            }
+        }
+        takers
     }
 
     pub(super) async fn work(self: Arc<Self>) {

@@ -146,7 +146,7 @@ impl Holdings for NodeHoldings {
 }
 
 /// A block by reference: its slot lives as long as the slices do.
-pub(super) fn carried(block: &BlockRef) -> Carried {
+pub(crate) fn carried(block: &BlockRef) -> Carried {
     let length = usize::try_from(block.len_bytes()).unwrap_or(usize::MAX);
     Carried {
         header: block.header().clone(),

@@ -19,11 +19,10 @@ use std::{
 use kvproto::{Ack, Kind, MemberId, Reason, RunHash};
 use tokio::sync::oneshot;
 
-use super::{Motion, node::carried, peer};
+use super::{Motion, peer};
 use crate::{
     cluster::Roster,
-    peers::{Given, Peer, PeerError, Space},
-    tier::BlockRef,
+    peers::{Carried, Given, Peer, PeerError, Space},
 };
 
 /// Bytes of blocks on their way to further owners; each keeps its slot meanwhile.
@@ -32,10 +31,18 @@ const MAX_PASSING_BYTES: u64 = 256 << 20;
 /// Blocks of a put that are to be passed on, each with its number in the put.
 #[derive(Default)]
 pub struct Passing {
-    /// Whose runs.
-    pub blocks: Vec<(usize, BlockRef)>,
+    /// Whose runs; each keeps its slot.
+    pub blocks: Vec<(usize, Carried)>,
     /// Bytes of them.
     pub bytes: u64,
+}
+
+impl Passing {
+    /// Block `number` of the put is to be passed on too.
+    pub fn push(&mut self, number: usize, block: Carried) {
+        self.bytes += block.len_bytes();
+        self.blocks.push((number, block));
+    }
 }
 
 /// Blocks that did not reach the next owner, and why.
@@ -52,9 +59,9 @@ impl Motion {
         passing: Passing,
     ) -> Option<oneshot::Receiver<Passed>> {
         let roster = self.cluster.roster();
-        let mut queues: BTreeMap<MemberId, (Peer, Vec<(usize, BlockRef)>)> = BTreeMap::new();
+        let mut queues: BTreeMap<MemberId, (Peer, Vec<(usize, Carried)>)> = BTreeMap::new();
         for (number, block) in passing.blocks {
-            if let Some(next) = self.successor(&roster, &block.place().run, space.replicas) {
+            if let Some(next) = self.successor(&roster, &block.header.place.run, space.replicas) {
                 let queue = queues
                     .entry(next.id.clone())
                     .or_insert_with(|| (next, Vec::new()));
@@ -73,11 +80,14 @@ impl Motion {
         self.spawn(async move {
             let mut failed = Passed::new();
             for (peer, mut blocks) in queues.into_values() {
-                let hashes: Vec<_> = blocks.iter().map(|(_, block)| block.key().hash).collect();
+                let hashes: Vec<_> = blocks
+                    .iter()
+                    .map(|(_, block)| block.header.key.hash)
+                    .collect();
                 let survived = me.holdings.survived(&space.id, &hashes);
                 // What was put before one of these is not among those that have survived it.
                 blocks.retain(|(number, block)| {
-                    let is_gone = me.holdings.was_invalidated(block.key());
+                    let is_gone = me.holdings.was_invalidated(&block.header.key);
                     if is_gone {
                         failed.push((*number, Reason::Invalidated));
                     }
@@ -86,16 +96,15 @@ impl Motion {
                 if blocks.is_empty() {
                     continue;
                 }
+                let (numbers, blocks): (Vec<usize>, Vec<Carried>) = blocks.into_iter().unzip();
                 let given = Given {
                     survived,
                     space: Arc::clone(&space),
                     ack,
                     kind,
                     passes_on: true,
-                    blocks: blocks.iter().map(|(_, block)| carried(block)).collect(),
+                    blocks,
                 };
-                let numbers: Vec<usize> = blocks.iter().map(|(number, _)| *number).collect();
-                drop(blocks);
                 let passed = match over > MAX_PASSING_BYTES {
                     true => Err(Reason::QueueFull),
                     false => me.hand_on(&peer, given).await,

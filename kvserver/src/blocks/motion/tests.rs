@@ -673,6 +673,33 @@ async fn a_drain_whose_deadline_passes_says_exactly_what_would_be_lost() {
 }
 
 #[tokio::test]
+async fn a_drain_waits_for_another_owner_where_the_one_that_took_a_run_falls_silent() {
+    let town = Town::new(&["a", "b", "c"], 1);
+    let put: Vec<_> = (0..30).map(|seed| town.put(seed)).collect();
+    town.nodes.values().for_each(|node| node.motion.start());
+    town.node("a").cluster.drain();
+    town.acquaint();
+    town.pass(Duration::from_secs(2)).await;
+    // All is handed over, and half of it to somebody who dies right then.
+    town.net.detach(&MemberId::from("b"));
+    town.node("a").cluster.suspect(&MemberId::from("b"));
+    let motion = Arc::clone(&town.node("a").motion);
+    assert!(motion.account().at_stake_bytes() > 0);
+    let until = town.clock.now().after(Duration::from_secs(60));
+    let draining = tokio::spawn(async move { motion.drained(until).await });
+    town.pass(Duration::from_secs(2)).await;
+    assert!(!draining.is_finished());
+    town.clock.advance(Duration::from_secs(30));
+    town.node("a").cluster.tick();
+    town.pass(Duration::from_secs(2)).await;
+    assert!(draining.is_finished());
+    assert_eq!(draining.await.unwrap().at_stake_bytes(), 0);
+    for (chain, owner) in &put {
+        assert!(owner.0 != "a" || town.has_all("c", chain));
+    }
+}
+
+#[tokio::test]
 async fn the_last_node_that_drains_is_told_that_all_would_be_lost() {
     let town = Town::new(&["a"], 1);
     town.put(0);

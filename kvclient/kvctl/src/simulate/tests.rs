@@ -1,0 +1,143 @@
+//! Fixed seeds of every scenario, seeds that once broke a promise, and that a seed has one history.
+
+use clap::ValueEnum;
+
+use super::{Args, Scenario, simulate};
+
+/// Seeds of each scenario that every test run goes through. Many more: `kvctl simulate --sweep`.
+const SEEDS: std::ops::Range<u64> = 1..4;
+
+/// Seeds that broke a promise before what they showed was mended: scenario, nodes, seed, and what it was.
+const ONCE_BROKEN: [(Scenario, u32, u64, &str); 1] = [(
+    Scenario::Replicas,
+    24,
+    2,
+    "a drain counted as handed over what a member had taken that had died since",
+)];
+
+/// Seeds that still break a promise (30 nodes, 8 callers), for whoever mends what they show.
+const STILL_BROKEN: [(Scenario, u64, &str); 6] = [
+    (
+        Scenario::Drain,
+        103,
+        "a drain loses a run and does not say so",
+    ),
+    (Scenario::Drain, 161, "a run moves twice"),
+    (Scenario::Churn, 117, "members do not agree at the end"),
+    (Scenario::Churn, 148, "a run moves twice"),
+    (Scenario::Replicas, 169, "members do not agree at the end"),
+    (Scenario::Slow, 239, "a run moves twice over slow links"),
+];
+
+pub(super) fn args(scenario: Scenario, seed: u64) -> Args {
+    Args {
+        nodes: 24,
+        scenario,
+        seed,
+        seconds: 40,
+        clients: 6,
+        share_runs: 50,
+        history: None,
+        sweep: None,
+    }
+}
+
+#[test]
+fn a_seed_has_one_history_and_another_seed_another() {
+    for &scenario in Scenario::value_variants() {
+        let digest = |seed| {
+            let args = Args {
+                nodes: 14,
+                seconds: 25,
+                ..args(scenario, seed)
+            };
+            simulate(&args).unwrap().history_digest
+        };
+        assert_eq!(digest(7), digest(7), "{scenario:?}");
+        assert_ne!(digest(7), digest(8), "{scenario:?}");
+    }
+}
+
+#[test]
+fn nothing_moves_and_nothing_is_missed_where_nothing_happens() {
+    let report = simulate(&args(Scenario::Calm, 1)).unwrap();
+    assert!(report.lookups > 100, "{report:?}");
+    assert_eq!((report.moved_bytes, report.changed_owner_bytes), (0, 0));
+    assert_eq!((report.hit_blocks, report.misses), (report.asked_blocks, 0));
+    assert_eq!(report.leased_blocks, report.read_blocks);
+}
+
+#[test]
+fn every_scenario_keeps_its_promises() {
+    for &scenario in Scenario::value_variants() {
+        for seed in SEEDS {
+            let report = simulate(&args(scenario, seed)).unwrap();
+            assert_eq!(report.broken, [""; 0], "{report:#?}");
+            assert!(report.is_converged, "{report:#?}");
+            assert!(report.read_blocks > 100, "{report:#?}");
+        }
+    }
+}
+
+#[test]
+fn what_once_broke_a_promise_keeps_it_now() {
+    for (scenario, nodes, seed, what) in ONCE_BROKEN {
+        let args = Args {
+            nodes,
+            ..args(scenario, seed)
+        };
+        let report = simulate(&args).unwrap();
+        assert_eq!(report.broken, [""; 0], "{what}: {report:#?}");
+    }
+}
+
+#[test]
+#[ignore = "each of these shows something that is not mended yet"]
+fn what_still_breaks_a_promise_keeps_it_one_day() {
+    for (scenario, seed, what) in STILL_BROKEN {
+        let args = Args {
+            nodes: 30,
+            clients: 8,
+            ..args(scenario, seed)
+        };
+        let report = simulate(&args).unwrap();
+        assert_eq!(report.broken, [""; 0], "{what}: {report:#?}");
+    }
+}
+
+#[test]
+fn each_scenario_shows_what_it_is_for() {
+    let report = |scenario| simulate(&args(scenario, 2)).unwrap();
+    for scenario in [
+        Scenario::Grow,
+        Scenario::Drain,
+        Scenario::Churn,
+        Scenario::Slow,
+    ] {
+        let report = report(scenario);
+        assert!(report.moved_bytes > 0, "{scenario:?}: {report:#?}");
+    }
+    let crash = report(Scenario::Crash);
+    assert!(crash.lost_blocks > 0, "{crash:#?}");
+    let partition = report(Scenario::Partition);
+    assert!(
+        partition.misses_behind_silence > 0 && partition.views > 10,
+        "{partition:#?}"
+    );
+    let replicas = report(Scenario::Replicas);
+    assert_eq!((replicas.replicas, replicas.lost_copied_blocks), (2, 0));
+    assert!(replicas.copied_bytes > 0, "{replicas:#?}");
+    let evictions = report(Scenario::Evictions);
+    assert!(evictions.misses_evicted > 0, "{evictions:#?}");
+    assert_eq!(evictions.overfull, 0);
+}
+
+#[test]
+fn a_death_loses_nothing_of_which_there_were_two_copies() {
+    for seed in SEEDS {
+        let report = simulate(&args(Scenario::Replicas, seed)).unwrap();
+        assert_eq!(report.lost_copied_blocks, 0, "{report:#?}");
+        let again = simulate(&args(Scenario::Crash, seed)).unwrap();
+        assert!(report.lost_blocks * 4 < again.lost_blocks, "{report:#?}");
+    }
+}
