@@ -85,17 +85,26 @@ impl DataDir {
 
 /// The old file or the new one, whatever happens: written beside it, synced, renamed.
 pub(crate) fn write_whole(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    write_whole_by(&path.with_extension("new"), path, bytes, mode)
+}
+
+/// The same by way of `beside`, a file in the same folder.
+pub(crate) fn write_whole_by(
+    beside: &Path,
+    path: &Path,
+    bytes: &[u8],
+    mode: u32,
+) -> io::Result<()> {
     use std::os::unix::fs::OpenOptionsExt;
-    let beside = path.with_extension("new");
     let mut file = fs::OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(true)
         .mode(mode)
-        .open(&beside)?;
+        .open(beside)?;
     file.write_all(bytes)?;
     file.sync_all()?;
-    fs::rename(&beside, path)?;
+    fs::rename(beside, path)?;
     let folder = path
         .parent()
         .filter(|p| !p.as_os_str().is_empty())

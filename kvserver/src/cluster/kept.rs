@@ -13,12 +13,16 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicUsize, Ordering},
 };
 
 use kvproto::{Member, MemberId, MemberState, View};
 use serde::{Deserialize, Serialize};
 
-use crate::{clock::Clock, data_dir::write_whole};
+use crate::{
+    clock::Clock,
+    data_dir::{write_whole, write_whole_by},
+};
 
 /// Why a node's name or its view could not be kept.
 #[derive(Debug, thiserror::Error)]
@@ -59,7 +63,13 @@ pub struct Kept {
     pub generation: u64,
     /// The members known last; empty at the first start.
     pub view: View,
+    /// By way of which the file is replaced: another one in each life, because the last write of the one before may still
+    /// be under way when a node is started again in the same process.
+    beside: PathBuf,
 }
+
+/// Names of such files, so that what crashes leave behind is little.
+const BESIDES: usize = 16;
 
 #[derive(Default, Serialize, Deserialize)]
 struct Text {
@@ -93,7 +103,10 @@ impl Kept {
             tracing::warn!(file = %file.display(), problem, "the last view of the cluster cannot be read; starting without it");
             Text::default()
         });
+        static LIVES: AtomicUsize = AtomicUsize::new(0);
+        let life = LIVES.fetch_add(1, Ordering::Relaxed) % BESIDES;
         let kept = Self {
+            beside: file.with_extension(format!("{life}.new")),
             generation: clock.unix_ms().max(text.generation.saturating_add(1)),
             view: View::new(text.members.into_iter().filter_map(Record::member)),
             id: MemberId(id),
@@ -122,7 +135,7 @@ impl Kept {
             members: view.members().iter().map(Record::of).collect(),
         };
         let bytes = serde_json::to_vec_pretty(&text).expect("plain fields");
-        write_whole(&self.file, &bytes, 0o644).map_err(|source| KeptError::View {
+        write_whole_by(&self.beside, &self.file, &bytes, 0o644).map_err(|source| KeptError::View {
             path: self.file.clone(),
             source,
         })
@@ -205,6 +218,7 @@ mod tests {
         first.write(&view).unwrap();
         // Another clock, as far behind as a machine's time may fall.
         let again = Kept::open(dir.path(), "", &ManualClock::new(9)).unwrap();
+        assert_ne!(again.beside, first.beside, "their writes do not meet");
         assert_eq!((&again.id, &again.view), (&first.id, &view));
         assert!(again.was_member() && again.generation > first.generation);
     }
