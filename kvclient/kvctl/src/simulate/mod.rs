@@ -71,7 +71,7 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 48)]
     clients: u32,
     /// Runs per node with which shares are judged at the end
-    #[arg(long, default_value_t = 10_000)]
+    #[arg(long, default_value_t = 4_000)]
     share_runs: u32,
     /// Write every event to this file
     #[arg(long, value_name = "FILE", conflicts_with = "sweep")]
