@@ -253,14 +253,19 @@ impl Motion {
         now
     }
 
-    /// Who has taken runs, and whether each is well.
+    /// Who has taken runs, and whether each is well and stays: two that drain at once could each count on the other.
     fn takers(&self) -> BTreeMap<MemberId, bool> {
+        let roster = self.cluster.roster();
+        let stays = |id: &MemberId| {
+            let member = roster.view.get(id);
+            member.is_some_and(|member| member.state.takes_runs())
+        };
         let handed = self.handed.lock();
         let mut takers: BTreeMap<MemberId, bool> = BTreeMap::new();
         for handed in handed.values() {
             if !takers.contains_key(&handed.to) {
                 let is_well = self.cluster.standing(&handed.to) == Standing::Well;
-                takers.insert(handed.to.clone(), is_well);
+                takers.insert(handed.to.clone(), is_well && stays(&handed.to));
             }
         }
         takers

@@ -700,6 +700,31 @@ async fn a_drain_waits_for_another_owner_where_the_one_that_took_a_run_falls_sil
 }
 
 #[tokio::test]
+async fn what_was_handed_to_a_node_that_drains_as_well_is_at_stake_until_somebody_who_stays_has_it()
+{
+    let town = Town::new(&["a", "b", "c"], 1);
+    let put: Vec<_> = (0..30).map(|seed| town.put(seed)).collect();
+    town.node("a").motion.start();
+    town.node("a").cluster.drain();
+    town.acquaint();
+    town.pass(Duration::from_secs(2)).await;
+    let motion = Arc::clone(&town.node("a").motion);
+    assert_eq!(motion.account().at_stake_bytes(), 0);
+    // Whether b will hand its copies on is not for a to know.
+    town.node("b").cluster.drain();
+    town.acquaint();
+    assert!(motion.account().at_stake_bytes() > 0);
+    let until = town.clock.now().after(LONG);
+    let draining = tokio::spawn(async move { motion.drained(until).await });
+    town.pass(Duration::from_secs(2)).await;
+    assert!(draining.is_finished());
+    assert_eq!(draining.await.unwrap().at_stake_bytes(), 0);
+    for (chain, owner) in &put {
+        assert!(owner.0 != "a" || town.has_all("c", chain));
+    }
+}
+
+#[tokio::test]
 async fn the_last_node_that_drains_is_told_that_all_would_be_lost() {
     let town = Town::new(&["a"], 1);
     town.put(0);
