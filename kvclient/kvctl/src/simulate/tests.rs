@@ -7,25 +7,40 @@ use super::{Args, Scenario, simulate};
 /// Seeds of each scenario that every test run goes through. Many more: `kvctl simulate --sweep`.
 const SEEDS: std::ops::Range<u64> = 1..4;
 
-/// Seeds that broke a promise before what they showed was mended: scenario, nodes, seed, and what it was.
-const ONCE_BROKEN: [(Scenario, u32, u64, &str); 1] = [(
-    Scenario::Replicas,
-    24,
-    2,
-    "a drain counted as handed over what a member had taken that had died since",
-)];
+/// Seeds that broke a promise before what they showed was mended: scenario, nodes, callers, seed, and what it was.
+const ONCE_BROKEN: [(Scenario, u32, u32, u64, &str); 3] = [
+    (
+        Scenario::Replicas,
+        24,
+        6,
+        2,
+        "a drain counted as handed over what a member had taken that had died since",
+    ),
+    (
+        Scenario::Churn,
+        30,
+        8,
+        148,
+        "answers between nodes brought no news: a run moved to where it did not belong any more",
+    ),
+    (
+        Scenario::Replicas,
+        30,
+        8,
+        169,
+        "answers between nodes brought no news: members did not agree at the end",
+    ),
+];
 
 /// Seeds that still break a promise (30 nodes, 8 callers), for whoever mends what they show.
-const STILL_BROKEN: [(Scenario, u64, &str); 6] = [
+const STILL_BROKEN: [(Scenario, u64, &str); 4] = [
     (
         Scenario::Drain,
         103,
-        "a drain loses a run and does not say so",
+        "a run moves twice where two drain at once; it was lost, and nobody said so",
     ),
     (Scenario::Drain, 161, "a run moves twice"),
     (Scenario::Churn, 117, "members do not agree at the end"),
-    (Scenario::Churn, 148, "a run moves twice"),
-    (Scenario::Replicas, 169, "members do not agree at the end"),
     (Scenario::Slow, 239, "a run moves twice over slow links"),
 ];
 
@@ -81,9 +96,10 @@ fn every_scenario_keeps_its_promises() {
 
 #[test]
 fn what_once_broke_a_promise_keeps_it_now() {
-    for (scenario, nodes, seed, what) in ONCE_BROKEN {
+    for (scenario, nodes, clients, seed, what) in ONCE_BROKEN {
         let args = Args {
             nodes,
+            clients,
             ..args(scenario, seed)
         };
         let report = simulate(&args).unwrap();
@@ -94,15 +110,18 @@ fn what_once_broke_a_promise_keeps_it_now() {
 #[test]
 #[ignore = "each of these shows something that is not mended yet"]
 fn what_still_breaks_a_promise_keeps_it_one_day() {
-    for (scenario, seed, what) in STILL_BROKEN {
+    let broken = |(scenario, seed, what): (Scenario, u64, &str)| {
         let args = Args {
             nodes: 30,
             clients: 8,
             ..args(scenario, seed)
         };
         let report = simulate(&args).unwrap();
-        assert_eq!(report.broken, [""; 0], "{what}: {report:#?}");
-    }
+        let is_broken = !report.broken.is_empty();
+        is_broken.then(|| format!("{:?} {seed}, {what}: {:?}", args.scenario, report.broken))
+    };
+    let broken: Vec<_> = STILL_BROKEN.into_iter().filter_map(broken).collect();
+    assert!(broken.is_empty(), "{broken:#?}");
 }
 
 #[test]
@@ -126,7 +145,9 @@ fn each_scenario_shows_what_it_is_for() {
     );
     let replicas = report(Scenario::Replicas);
     assert_eq!((replicas.replicas, replicas.lost_copied_blocks), (2, 0));
-    assert!(replicas.copied_bytes > 0, "{replicas:#?}");
+    // What is put anew is little, and nothing with most seeds.
+    let putting = simulate(&args(Scenario::Replicas, 9)).unwrap();
+    assert!(putting.copied_bytes > 0, "{putting:#?}");
     let evictions = report(Scenario::Evictions);
     assert!(evictions.misses_evicted > 0, "{evictions:#?}");
     assert_eq!(evictions.overfull, 0);

@@ -103,14 +103,13 @@ impl Town {
         let links = Arc::new(Links::new(clock.clone()));
         let ledger = Arc::new(Ledger::new(setting.replicas, setting.is_tight));
         Arc::new(Self {
-            lines: Arc::new(Lines {
-                clock: clock.clone(),
-                net: Arc::clone(&net),
-                links: Arc::clone(&links),
-                traffic: Traffic::default(),
-                history: Arc::clone(&history),
-                ledger: Arc::clone(&ledger),
-            }),
+            lines: Arc::new(Lines::new(
+                clock.clone(),
+                Arc::clone(&net),
+                Arc::clone(&links),
+                Arc::clone(&history),
+                Arc::clone(&ledger),
+            )),
             clock,
             setting,
             net,
@@ -153,6 +152,7 @@ impl Town {
         let now = self.clock.now();
         let members = Members::sharing(TIMES, me, view, now, Arc::clone(&self.placements));
         let cluster = Cluster::new(members, Arc::clone(&clock));
+        self.lines.knows(index, &cluster);
         let wire = Wire {
             from: id.clone(),
             index,

@@ -2,8 +2,9 @@
 //! account of what crossed it.
 
 use std::{
+    collections::BTreeMap,
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
@@ -13,10 +14,13 @@ use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream};
 use kvproto::{BlockKey, LeaseId, PutOutcome, convert::answer::PutResult};
 use kvserver::{
     clock::Clock,
+    cluster::Cluster,
     peers::{
         Asked, Carried, Fetched, Fetching, Given, Peer, PeerError, Seen, Space, Transport, net::Net,
     },
 };
+
+use parking_lot::RwLock;
 
 use super::{
     clock::SimClock,
@@ -47,6 +51,45 @@ pub(super) struct Lines {
     pub(super) traffic: Traffic,
     pub(super) history: Arc<History>,
     pub(super) ledger: Arc<Ledger>,
+    /// What each node knows, by its number.
+    clusters: RwLock<BTreeMap<usize, Weak<Cluster>>>,
+}
+
+impl Lines {
+    pub(super) fn new(
+        clock: SimClock,
+        net: Arc<Net>,
+        links: Arc<Links>,
+        history: Arc<History>,
+        ledger: Arc<Ledger>,
+    ) -> Self {
+        Self {
+            clock,
+            net,
+            links,
+            traffic: Traffic::default(),
+            history,
+            ledger,
+            clusters: RwLock::default(),
+        }
+    }
+
+    /// What node `index` knows from now on.
+    pub(super) fn knows(&self, index: usize, cluster: &Arc<Cluster>) {
+        let mut clusters = self.clusters.write();
+        clusters.insert(index, Arc::downgrade(cluster));
+    }
+
+    /// An answer brings a caller the members that it lacks, as between real nodes.
+    fn answered(&self, caller: usize, by: usize) {
+        let clusters = self.clusters.read();
+        let of = |index| clusters.get(&index).and_then(Weak::upgrade);
+        if let (Some(me), Some(other)) = (of(caller), of(by))
+            && me.digest() != other.digest()
+        {
+            me.merge(other.roster().view.members().to_vec());
+        }
+    }
 }
 
 /// One node's way to the others.
@@ -73,8 +116,8 @@ impl Wire {
         call: impl FnOnce(Arc<Net>, Duration) -> F + Send + 'static,
     ) -> BoxFuture<'static, Result<T, PeerError>> {
         let lines = Arc::clone(&self.lines);
-        let from = Place::Node(self.index);
-        let to = index_of(&peer.id).map_or(from, Place::Node);
+        let (me, other) = (self.index, index_of(&peer.id).unwrap_or(self.index));
+        let (from, to) = (Place::Node(me), Place::Node(other));
         async move {
             let until = lines.clock.now().after(deadline);
             let called = async {
@@ -82,6 +125,9 @@ impl Wire {
                 call(Arc::clone(&lines.net), left).await
             };
             let answer = lines.links.carry(from, to, until, called).await;
+            if let Some(Ok(_)) = &answer {
+                lines.answered(me, other);
+            }
             answer.unwrap_or(Err(PeerError::Late))
         }
         .boxed()
