@@ -60,11 +60,11 @@ pub(super) fn sweep(args: &Args, seeds: u64) -> Result<Swept> {
     let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-        let ended = workers.into_iter().map(|worker| worker.join());
         // A panic of a seed is one of the sweep.
-        ended
-            .map(|ended| ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-            .collect::<Result<()>>()
+        workers.into_iter().try_for_each(|worker| {
+            let ended = worker.join();
+            ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
     })?;
     let mut reports = reports.into_inner();
     reports.sort_by_key(|report| report.seed);
