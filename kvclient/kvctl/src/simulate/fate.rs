@@ -7,7 +7,7 @@
 //! cut      two sides, for a moment                              slow     slow and lossy links, for a moment
 //! ```
 //!
-//! Units: [`Tick`]. Errors: none; what would leave too few members does not happen.
+//! Units: [`Tick`](kvserver::clock::Tick). Errors: none; what would leave too few members does not happen.
 
 use std::{sync::Arc, time::Duration};
 
