@@ -195,11 +195,12 @@ impl Town {
         (living.len() > 3).then(|| living[(nth % living.len() as u64) as usize])
     }
 
-    /// Somebody who answers `index`.
+    /// Somebody else who answers `index`.
     fn neighbour(&self, index: usize) -> Option<usize> {
         let start = spread(index, 1);
         (0..self.count() as u64)
             .filter_map(|step| self.living(start.wrapping_add(step)))
+            .filter(|&other| other != index)
             .find(|&other| !self.links.is_cut(Place::Node(index), Place::Node(other)))
     }
 
