@@ -51,7 +51,7 @@ lint: ## formatting, clippy without warnings, documentation without warnings
 	$(CARGO) clippy -p terrace-python --features extension --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps -q
 
-lint-python: ## ruff and mypy --strict over the package terrace (needs pip's index once)
+lint-python: ## ruff over all Python, mypy over the package terrace and its unit tests (needs pip's index once)
 	@tests/python/lint $(VENV)
 
 fmt: ## format

@@ -15,6 +15,7 @@ import time
 
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, HiCacheStorageExtraInfo
+
 from terrace.sglang import TerraceHiCache
 
 PAGE, PAGES, BYTES = 64, 64, 128 << 10

@@ -6,7 +6,9 @@
 
 use std::time::Duration;
 
-use kvclient::{BlockEvent, Client, Namespace, PutBlock, PutOptions, Target, WatchEvent};
+use kvclient::{
+    BlockEvent, Client, Heard, Namespace, Notice, PutBlock, PutOptions, Target, WatchEvent,
+};
 use kvexamples::sandbox::Sandbox;
 
 use tokio::time::timeout;
@@ -35,20 +37,29 @@ async fn main() -> anyhow::Result<()> {
         .invalidate(&namespace, Target::Prefix(chain.hashes[2]))
         .await?;
 
-    // Events come in order. The stream lasts as long as the node, so this example stops listening
+    // Events come in order. A watch lasts its whole time, so this example stops listening
     // when nothing has come for a while.
-    while let Ok(event) = timeout(Duration::from_millis(500), watch.next()).await {
-        match event? {
-            Some((sequence, WatchEvent::Stored(block))) => {
-                println!("{sequence:>3}  stored   {}", line(&block))
+    while let Ok(Some(Notice { member, heard })) =
+        timeout(Duration::from_millis(500), watch.next()).await
+    {
+        match heard {
+            Heard::Listening { missed, .. } => {
+                let missed = missed.map_or("what it holds is to be looked up".to_owned(), |n| {
+                    format!("at most {n} events were missed")
+                });
+                println!("     listening to {}; {missed}", member.address);
             }
-            Some((sequence, WatchEvent::Removed(block))) => {
-                println!("{sequence:>3}  removed  {}", line(&block))
-            }
-            Some((_, WatchEvent::Lagged(lost))) => {
-                println!("     {lost} events lost: look up again what matters")
-            }
-            None => break,
+            Heard::Event { sequence, event } => match event {
+                WatchEvent::Stored(block) => println!("{sequence:>3}  stored   {}", line(&block)),
+                WatchEvent::Removed(block) => println!("{sequence:>3}  removed  {}", line(&block)),
+                WatchEvent::Lagged(lost) => {
+                    println!("     {lost} events lost: look up again what matters");
+                }
+            },
+            // Of a cluster: who is not heard for a while is listened to again by itself.
+            Heard::Lost(why) => println!("     {} is not heard: {why}", member.address),
+            Heard::Joined => println!("     {} came", member.id),
+            Heard::Left => println!("     {} has left", member.id),
         }
     }
     node.stop().await

@@ -265,7 +265,8 @@ def main() -> None:
             maker = HERE.parent.parent / "tests" / "python" / "vllm" / "model.py"
             subprocess.run([sys.executable, str(maker), str(model), *SHAPE], check=True)
         common["model"] = str(model)
-        mib = (options.rounds + 2) * options.tokens * TOKEN_BYTES * 5 // 4 >> 20
+        # An owner may lease a quarter of the memory, and a prompt is one lease: few rounds still need room.
+        mib = (max(options.rounds, 6) + 2) * options.tokens * TOKEN_BYTES * 5 // 4 >> 20
         endpoint, pid = stack.enter_context(node(options.kvserver, folder, ram_bytes=f"{mib}MiB"))
         server = stack.enter_context(lmcache(options.lmcache, folder, -(-mib // 1024))) if options.lmcache else None
         engines = Engines(folder, common, options.tokens, endpoint, pid)

@@ -123,11 +123,13 @@ def main() -> None:
         return sum(int(metric.value) for metric in llm.get_metrics() if metric.name == name)
 
     def reset() -> bool:
-        # Blocks of a save that has ended are given back in the next step, and a step needs a request.
-        for _ in range(100):
+        # Blocks that a connector still saves are given back in a step after that; without a request nobody steps.
+        core = llm.llm_engine.engine_core.engine_core
+        for _ in range(500):
             if llm.reset_prefix_cache():
                 return True
-            generate(0, 1)
+            core.step()
+            time.sleep(0.01)
         return False
 
     def generate(seed: int, tokens: int) -> dict[str, Any]:

@@ -5,8 +5,9 @@
 
 One line in, one line out. {"fill": bytes, "values": n} stores values; {"op": "get" | "put" | "exists", "bytes": n,
 "keys": k, "values": n, "warm_s": x, "measure_s": y} runs one window and answers {"ops", "bytes", "wall_s",
-"client_cpu_s", "server_cpu_s", "nanos": [...]}; {"error": "..."} says why not. One operation moves `keys` values: 1 by get_into and put_from, more by
-batch_get_into and batch_put_from. Buffers lie in the client's shared pool, where Mooncake needs no copy of its own.
+"client_cpu_s", "server_cpu_s", "nanos": [...]}; {"error": "..."} says why not. One operation moves `keys` values: 1 by
+get_into and put_from, more by batch_get_into and batch_put_from. Buffers lie in the client's shared pool, where
+Mooncake needs no copy of its own.
 Keys are made before the window, nothing else is done between two operations. Mooncake's dummy client does not verify
 what it reads; this program checks the first and last byte of what it filled, once per fill.
 

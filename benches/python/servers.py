@@ -81,7 +81,7 @@ def lmcache(python: Path, folder: Path, gib: int) -> Iterator[tuple[int, int]]:
     """LMCache's multiprocess server, of the environment that `python` is of; its port and its process id."""
     port = free_port()
     command = [str(python.parent / "lmcache"), "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--chunk-size", "32", "--l1-size-gb", str(gib), "--eviction-policy", "LRU"]
+    command += ["--l1-size-gb", str(gib), "--eviction-policy", "LRU"]  # its own chunks of 256 tokens: what users have
     command += ["--supported-transfer-mode", "engine_driven"]  # by itself it waits for a GPU
     command += ["--http-port", str(free_port()), "--disable-observability"]
     env = os.environ | {"LMCACHE_TRACK_USAGE": "false"}

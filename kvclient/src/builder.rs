@@ -6,6 +6,8 @@ use http::HeaderValue;
 use kvproto::OwnerId;
 
 use crate::{
+    blocking,
+    call::Waits,
     client::Client,
     clock::{Clock, SystemClock},
     endpoint::Endpoint,
@@ -142,6 +144,39 @@ impl ClientBuilder {
         Ok(client)
     }
 
+    /// The same for callers on threads of their own.
+    ///
+    /// # Errors
+    /// As [`ClientBuilder::connect`]; [`Error::Connect`] when the machine gives no thread.
+    ///
+    /// # Panics
+    /// Within a task of a tokio runtime.
+    pub fn connect_blocking(self) -> Result<blocking::Client, Error> {
+        blocking::Client::make(self, false)
+    }
+
+    /// As [`ClientBuilder::connect_lazily`], for callers on threads of their own.
+    ///
+    /// # Errors
+    /// As there; [`Error::Connect`] when the machine gives no thread.
+    ///
+    /// # Panics
+    /// Within a task of a tokio runtime.
+    pub fn connect_lazily_blocking(self) -> Result<blocking::Client, Error> {
+        blocking::Client::make(self, true)
+    }
+
+    /// The endpoints as they were told.
+    pub(crate) fn told(&self) -> String {
+        match &self.endpoints {
+            Ok(endpoints) => {
+                let endpoints: Vec<_> = endpoints.iter().map(ToString::to_string).collect();
+                endpoints.join(",")
+            }
+            Err(text) => text.clone(),
+        }
+    }
+
     /// A client that connects with its first call: for an engine that may start before the node does.
     ///
     /// # Errors
@@ -188,6 +223,7 @@ impl ClientBuilder {
         Ok(Client {
             fleet: Arc::new(Fleet::new(recipe, endpoints)),
             deadline: self.deadline,
+            waits: Waits::Task,
         })
     }
 }

@@ -12,6 +12,7 @@
 
 use std::{
     future::Future,
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -21,12 +22,12 @@ use std::{
 
 use bytes::Bytes;
 use http::HeaderValue;
-use kvproto::{BootId, LeaseId, OwnerId, v1};
+use kvproto::{BootId, LeaseId, OwnerId, convert::answer::Second, v1};
 use prost::Message;
 use tokio::sync::mpsc;
 
 use crate::{
-    clock::{Clock, Tick, within},
+    clock::{Clock, Tick, within_pinned},
     endpoint::Endpoint,
     error::Error,
     fleet::Views,
@@ -131,11 +132,36 @@ impl Inner {
     }
 }
 
-/// When a call must be over, and how long that was when it began.
+impl Inner {
+    /// Takes note of who else has runs that were got.
+    pub(crate) fn heard_of(&self, seconds: &[v1::SecondOwner]) {
+        if seconds.is_empty() {
+            return;
+        }
+        let seconds: Result<Vec<Second>, _> = seconds.iter().map(Second::try_from).collect();
+        match seconds {
+            Ok(seconds) => self.views.heard_of(seconds, self.clock.now()),
+            Err(error) => tracing::debug!(%error, "second owners that make no sense"),
+        }
+    }
+}
+
+/// How a caller waits for the node on its own host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Waits {
+    /// As a task: the runtime watches the socket.
+    #[default]
+    Task,
+    /// On a thread of its own, which may sleep in the kernel.
+    Thread,
+}
+
+/// When a call must be over, how long that was when it began, and how it is waited for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Deadline {
     budget: Duration,
     at: Tick,
+    waits: Waits,
 }
 
 impl Deadline {
@@ -144,7 +170,18 @@ impl Deadline {
         Self {
             budget,
             at: clock.now().after(budget),
+            waits: Waits::Task,
         }
+    }
+
+    /// The same, for a caller that waits so.
+    pub(crate) fn waited_for(self, waits: Waits) -> Self {
+        Self { waits, ..self }
+    }
+
+    /// How the caller waits.
+    pub(crate) fn waits(&self) -> Waits {
+        self.waits
     }
 
     /// Time that is left of it at `now`.
@@ -190,12 +227,14 @@ impl<'a> Tries<'a> {
         let clock = &*inner.clock;
         let deadline = self.deadline.at;
         let mut used = None;
-        let outcome = within(clock, deadline, async {
-            let checkout = inner.pool.checkout().await?;
-            used = Some((checkout.link.clone(), checkout.live.clone()));
-            work(checkout, deadline.since(clock.now())).await
-        })
-        .await;
+        let outcome = {
+            let attempt = pin!(async {
+                let checkout = inner.pool.checkout().await?;
+                used = Some((checkout.link.clone(), checkout.live.clone()));
+                work(checkout, deadline.since(clock.now())).await
+            });
+            within_pinned(clock, deadline, attempt).await
+        };
         let error = match outcome {
             Some(Ok(answer)) => {
                 admitted.success();
@@ -224,6 +263,10 @@ impl<'a> Tries<'a> {
                 }
                 _ => {}
             }
+        }
+        if error.is_endpoint_failure() {
+            // Whichever connection is up by now: a pong there ends the hurt, or its absence proves it.
+            inner.pool.suspect();
         }
         self.after(error).await.map(Err)
     }

@@ -15,6 +15,7 @@ use std::{
     fmt,
     future::Future,
     hash::{BuildHasher, RandomState},
+    pin::Pin,
     sync::atomic::{AtomicU64, Ordering},
     task::Poll,
     time::{Duration, Instant},
@@ -156,7 +157,15 @@ pub(crate) async fn within<T>(
     deadline: Tick,
     work: impl Future<Output = T>,
 ) -> Option<T> {
-    tokio::pin!(work);
+    within_pinned(clock, deadline, std::pin::pin!(work)).await
+}
+
+/// The same for work that its maker has pinned, and that is not copied once more.
+pub(crate) async fn within_pinned<T>(
+    clock: &dyn Clock,
+    deadline: Tick,
+    mut work: Pin<&mut impl Future<Output = T>>,
+) -> Option<T> {
     // Most work here is done at once: then no clock is read and no timer made.
     if let Poll::Ready(done) = futures_util::poll!(work.as_mut()) {
         return Some(done);
@@ -164,7 +173,7 @@ pub(crate) async fn within<T>(
     let left = deadline.since(clock.now());
     tokio::select! {
         biased;
-        done = work => Some(done),
+        done = work.as_mut() => Some(done),
         () = clock.sleep(left) => None,
     }
 }

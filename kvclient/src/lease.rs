@@ -234,7 +234,18 @@ impl Lease {
     /// # Errors
     /// When no node answers.
     pub async fn renew(&mut self, ttl: Duration) -> Result<bool, Error> {
-        let deadline = Deadline::after(&*self.first.inner.clock, self.deadline);
+        self.renew_by(ttl, self.until()).await
+    }
+
+    fn until(&self) -> Deadline {
+        Deadline::after(&*self.first.inner.clock, self.deadline)
+    }
+
+    pub(crate) async fn renew_by(
+        &mut self,
+        ttl: Duration,
+        deadline: Deadline,
+    ) -> Result<bool, Error> {
         let ttl_ms = millis(ttl);
         let renewed = if self.others.is_empty() {
             self.first.renew(ttl_ms, deadline).await?
@@ -270,13 +281,18 @@ impl Lease {
     ///
     /// # Errors
     /// When a node does not answer; the lease then ends there by its own time.
-    pub async fn release(mut self) -> Result<bool, Error> {
+    pub async fn release(self) -> Result<bool, Error> {
+        let deadline = self.until();
+        self.release_by(deadline).await
+    }
+
+    pub(crate) async fn release_by(mut self, deadline: Deadline) -> Result<bool, Error> {
         self.held = false;
         if self.others.is_empty() {
-            return release(&self.first.inner, self.deadline, self.first.id).await;
+            return release(&self.first.inner, deadline, self.first.id).await;
         }
         let calls = self.holders();
-        let calls = calls.map(|holder| release(&holder.inner, self.deadline, holder.id));
+        let calls = calls.map(|holder| release(&holder.inner, deadline, holder.id));
         let answers: Result<Vec<bool>, Error> = join_all(calls).await.into_iter().collect();
         let mut released = answers?.into_iter();
         Ok(match self.is_borrowed {
@@ -314,8 +330,7 @@ pub(crate) fn millis(ttl: Duration) -> u32 {
     u32::try_from(ttl.as_millis()).unwrap_or(u32::MAX)
 }
 
-async fn release(inner: &Inner, budget: Duration, id: LeaseId) -> Result<bool, Error> {
-    let deadline = Deadline::after(&*inner.clock, budget);
+async fn release(inner: &Inner, deadline: Deadline, id: LeaseId) -> Result<bool, Error> {
     let answer: v1::ReleaseResponse = local::unary(inner, deadline, |context| v1::ReleaseRequest {
         context: Some(context),
         lease_id: id.0,
@@ -331,7 +346,8 @@ pub(crate) async fn release_dropped(inner: Weak<Inner>, mut dropped: mpsc::Recei
         let Some(inner) = inner.upgrade() else {
             return;
         };
-        if let Err(error) = release(&inner, RELEASE_DEADLINE, id).await {
+        let deadline = Deadline::after(&*inner.clock, RELEASE_DEADLINE);
+        if let Err(error) = release(&inner, deadline, id).await {
             tracing::debug!(lease = ?id, %error, "release failed; the lease ends by its time");
         }
     }

@@ -36,6 +36,7 @@
 #![forbid(unsafe_code)]
 
 mod batch;
+pub mod blocking;
 mod builder;
 mod call;
 mod client;
@@ -72,7 +73,7 @@ pub use namespace::NamespaceHandle;
 pub use path::{LocalPath, MemberPath, Path, PathReport, Traffic};
 pub use put::{Payload, PutBlock, PutOptions};
 pub use retry::{BreakerPolicy, BreakerState, RetryPolicy};
-pub use watch::Watch;
+pub use watch::{Heard, MAX_HEARD, Notice, Watch, Watched};
 
 pub use kvproto::convert::answer::{BlockEvent, PutResult, WatchEvent};
 pub use kvproto::{

@@ -83,7 +83,8 @@ impl Default for Tuning {
 /// A proven connection that takes calls.
 #[derive(Clone)]
 pub(crate) struct Live {
-    pub(crate) send: SendRequest<Bytes>,
+    /// Behind a pointer: its own clone counts under the connection's lock.
+    pub(crate) send: Arc<SendRequest<Bytes>>,
     pub(crate) permits: Arc<Semaphore>,
     number: u64,
 }
@@ -360,7 +361,7 @@ impl Link {
         ping.ping(Ping::opaque()).await.map_err(io::Error::other)?;
         Ok(Up {
             live: Live {
-                send,
+                send: Arc::new(send),
                 permits: Arc::new(Semaphore::new(self.tuning.streams.max(1))),
                 number,
             },

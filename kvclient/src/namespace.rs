@@ -124,7 +124,8 @@ impl NamespaceHandle {
     }
 
     /// Members of a cluster that hold each of its runs.
-    pub(crate) fn replicas(&self) -> usize {
+    #[must_use]
+    pub fn replicas(&self) -> usize {
         self.shared.opened.replicas as usize
     }
 

@@ -176,9 +176,11 @@ pub(crate) async fn put(
         .await
         .unwrap_or(batch::MAX_CALL_BYTES);
     let ranges = batch::cut(sizes, batch::MAX_CALL_BLOCKS, most);
+    let is_one_of_many = ranges.len() > 1;
     let calls = ranges.into_iter().map(|range| {
         let call = Putting {
             inner,
+            is_one_of_many,
             namespace,
             chain,
             blocks: &blocks[range],
@@ -222,6 +224,8 @@ pub(crate) struct Putting<'a> {
     chain: &'a Chain,
     pub(crate) blocks: &'a [PutBlock<'a>],
     pub(crate) options: PutOptions,
+    /// Others of the same put are on their way.
+    pub(crate) is_one_of_many: bool,
 }
 
 impl Putting<'_> {

@@ -18,7 +18,7 @@ use crate::{clock::Tick, route::FRESH};
 
 /// A node's queue.
 #[derive(Debug, Default)]
-pub(crate) struct Queue {
+pub struct Queue {
     /// Calls of this client that are under way there.
     mine: AtomicU32,
     /// What it last said, and when.
@@ -26,24 +26,26 @@ pub(crate) struct Queue {
 }
 
 /// One call of this client, until dropped.
-pub(crate) struct Queued<'a>(&'a Queue);
+#[must_use = "the call has ended when this is dropped"]
+#[derive(Debug)]
+pub struct Queued<'a>(&'a Queue);
 
 impl Queue {
     /// A call goes there.
-    pub(crate) fn enter(&self) -> Queued<'_> {
+    pub fn enter(&self) -> Queued<'_> {
         self.mine.fetch_add(1, Ordering::Relaxed);
         Queued(self)
     }
 
     /// The node says that it serves so many; 0: it does not say.
-    pub(crate) fn heard(&self, calls: u32, now: Tick) {
+    pub fn heard(&self, calls: u32, now: Tick) {
         if calls > 0 {
             *self.heard.lock() = Some((now, calls));
         }
     }
 
     /// How many calls are there now, as far as is known.
-    pub(crate) fn len(&self, now: Tick) -> u32 {
+    pub fn len(&self, now: Tick) -> u32 {
         let heard = self.heard.lock().map_or(0, |(at, calls)| {
             let left = FRESH.saturating_sub(now.since(at)).as_millis();
             let faded = u128::from(calls) * left / FRESH.as_millis();

@@ -16,7 +16,10 @@
 //! Why a budget on top of backoff: when a whole fleet's calls fail at once, repeats must stay a fraction
 //! of the load and never a multiple of it (the token rule is gRPC's retry throttling, gRFC A6).
 
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use parking_lot::Mutex;
 
@@ -153,6 +156,8 @@ const NEVER: Tick = Tick(Duration::MAX);
 pub(crate) struct Breaker {
     policy: BreakerPolicy,
     state: Mutex<State>,
+    /// Nobody answered last time, and nothing has been heard since.
+    is_hurt: AtomicBool,
 }
 
 impl Breaker {
@@ -160,6 +165,7 @@ impl Breaker {
         Self {
             policy,
             state: Mutex::new(State::Closed { failures: 0 }),
+            is_hurt: AtomicBool::new(false),
         }
     }
 
@@ -187,10 +193,12 @@ impl Breaker {
     /// An answer came, whatever it said.
     pub(crate) fn success(&self) {
         *self.state.lock() = State::Closed { failures: 0 };
+        self.is_hurt.store(false, Ordering::Relaxed);
     }
 
     /// A call got no answer. True when this opened the breaker.
     pub(crate) fn failure(&self, now: Tick) -> bool {
+        self.is_hurt.store(true, Ordering::Relaxed);
         let mut state = self.state.lock();
         let rounds = match *state {
             State::Closed { failures } if failures + 1 < self.policy.failures => {
@@ -229,6 +237,7 @@ impl Breaker {
 
     /// The endpoint gave a sign of life outside any call: the next call may probe at once.
     pub(crate) fn alive(&self) {
+        self.is_hurt.store(false, Ordering::Relaxed);
         let mut state = self.state.lock();
         if let State::Open { rounds, .. } = *state {
             *state = State::HalfOpen {
@@ -240,15 +249,27 @@ impl Breaker {
 
     /// The endpoint does not answer at all: no call needs to find that out; open until [`Self::alive`].
     pub(crate) fn hold_open(&self) {
+        self.is_hurt.store(true, Ordering::Relaxed);
         *self.state.lock() = State::Open {
             until: NEVER,
             rounds: 0,
         };
     }
 
+    /// Somebody else was quicker with the same answer: others are asked first until this one's comes too, or does not.
+    pub(crate) fn late(&self) {
+        self.is_hurt.store(true, Ordering::Relaxed);
+    }
+
     /// Whether the endpoint was found not to answer at all, and has not since.
     pub(crate) fn is_silent(&self) -> bool {
         matches!(*self.state.lock(), State::Open { until, .. } if until == NEVER)
+    }
+
+    /// Whether somebody else, who has the same, is to be asked first: nobody answered last time, and there was no sign of
+    /// life since. Earlier than open: that takes failures in a row, and one is enough to prefer another.
+    pub(crate) fn is_hurt(&self) -> bool {
+        self.is_hurt.load(Ordering::Relaxed)
     }
 
     pub(crate) fn state(&self) -> BreakerState {
@@ -365,6 +386,22 @@ mod tests {
         breaker.alive();
         assert!(!breaker.is_silent());
         assert_eq!(breaker.admit(clock.now()), Admission::Probe);
+    }
+
+    #[test]
+    fn one_failure_hurts_until_any_sign_of_life() {
+        let clock = ManualClock::new(0);
+        let breaker = Breaker::new(BreakerPolicy::default());
+        let signs: [fn(&Breaker); 2] = [Breaker::alive, Breaker::success];
+        for sign in signs {
+            breaker.failure(clock.now());
+            assert!(breaker.is_hurt());
+            assert_eq!(breaker.state(), BreakerState::Closed);
+            sign(&breaker);
+            assert!(!breaker.is_hurt());
+        }
+        breaker.hold_open();
+        assert!(breaker.is_hurt());
     }
 
     #[test]

@@ -142,6 +142,10 @@ pub(crate) fn body(method: Method, response: Response<RecvStream>) -> Result<Rec
 
 /// `Err` when the headers hold a status other than OK; the flag says whether they hold one at all.
 fn judge(method: Method, headers: &HeaderMap) -> Result<bool, Error> {
+    // The usual case, without the copy of all headers that tonic's parser makes.
+    if headers.get("grpc-status").is_some_and(|code| code == "0") {
+        return Ok(true);
+    }
     // Not ours, and tonic panics where it is not base64.
     const DETAILS: &str = "grpc-status-details-bin";
     if headers.contains_key(DETAILS) {
@@ -230,7 +234,7 @@ pub(crate) async fn exchange<'b, S: Sender<'b>, R: Receiver>(
     if !answer.is_early {
         guard.keep();
     }
-    let has_status = judge(method, &answer.headers)?;
+    let has_status = answer.is_ok || judge(method, &answer.headers)?;
     if answer.status != http::StatusCode::OK.as_u16() {
         return Err(self::answer(
             method,

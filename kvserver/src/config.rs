@@ -17,6 +17,7 @@ mod load;
 mod machine;
 mod value;
 
+pub(crate) use self::machine::{existing, fits_disk, fits_memory};
 use self::value::{any, at_least, capacity, non_empty, text, within};
 pub use self::{
     load::{Action, LoadError, Loaded, load},

@@ -66,9 +66,13 @@ impl DataDir {
             Err(error) => return Err(refuse(error.into())),
         }
         let pid = std::process::id().to_string();
-        lock.set_len(0)
-            .and_then(|()| lock.write_all(pid.as_bytes()))
-            .map_err(refuse)?;
+        let written = lock
+            .set_len(0)
+            .and_then(|()| lock.write_all(pid.as_bytes()));
+        match written {
+            Err(error) if !is_no_room(&error) => return Err(refuse(error)),
+            _ => {} // it is locked; its number is for people
+        }
         Ok(Self {
             path: path.to_owned(),
             _lock: lock,
@@ -81,6 +85,12 @@ impl DataDir {
             source,
         }
     }
+}
+
+/// Whether the disk is full, for this user at least: then a node goes on with what it has read.
+pub(crate) fn is_no_room(error: &io::Error) -> bool {
+    use io::ErrorKind::{QuotaExceeded, StorageFull};
+    matches!(error.kind(), StorageFull | QuotaExceeded)
 }
 
 /// The old file or the new one, whatever happens: written beside it, synced, renamed.

@@ -9,6 +9,8 @@
 //! Apart from `main.rs`, so that tests can run the same process under a name of their own.
 //! Errors: one line on standard error that says what to do next, exit code 1 (2 for the command line).
 
+mod check;
+
 use std::{ffi::OsString, fmt::Display, io::Write, process::ExitCode};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -49,17 +51,37 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return fail(&error),
     };
-    let only_check = loaded.action == Action::Check;
-    match runtime.block_on(until_stopped(loaded.config, only_check)) {
+    for problem in &loaded.misspelt {
+        tracing::warn!("{problem}");
+    }
+    let running = async {
+        match loaded.action {
+            Action::Check => until_checked(&loaded.config).await,
+            _ => until_stopped(loaded.config).await,
+        }
+    };
+    match runtime.block_on(running) {
         Ok(code) => code,
         Err(error) => fail(&*error),
     }
 }
 
-async fn until_stopped(
-    config: Config,
-    only_check: bool,
-) -> Result<ExitCode, Box<dyn std::error::Error>> {
+/// A check that is told to stop leaves nothing behind either.
+async fn until_checked(config: &Config) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    let mut stops = [
+        signal(SignalKind::terminate())?,
+        signal(SignalKind::interrupt())?,
+    ];
+    let lines = tokio::select! {
+        lines = check::check(config) => lines?,
+        () = asked_to_stop(&mut stops) => return Ok(ExitCode::from(STOPPED_AT_ONCE)),
+    };
+    lines.iter().for_each(|line| say(&format!("  {line}\n")));
+    say("everything that a start needs is there\n");
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn until_stopped(config: Config) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let mut stops = [
         signal(SignalKind::terminate())?,
         signal(SignalKind::interrupt())?,
@@ -67,11 +89,6 @@ async fn until_stopped(
     let deadline = config.shutdown_deadline;
     let node = Node::start(config).await?;
     say(&banner(&node));
-    if only_check {
-        node.shutdown(deadline).await;
-        say("everything that a start needs is there\n");
-        return Ok(ExitCode::SUCCESS);
-    }
     asked_to_stop(&mut stops).await;
     tracing::info!(?deadline, "stopping; once more stops at once");
     tokio::select! {
@@ -92,12 +109,8 @@ fn banner(node: &Node) -> String {
         format!("terrace {}", env!("CARGO_PKG_VERSION")),
         format!("  data     {}", node.config().data_dir.display()),
     ];
-    lines.extend(
-        node.chosen()
-            .reasons
-            .iter()
-            .map(|reason| format!("  size     {reason}")),
-    );
+    let sizes = node.chosen().reasons.iter();
+    lines.extend(sizes.map(|reason| format!("  size     {reason}")));
     lines.push(format!("  grpc     {}", node.endpoint()));
     lines.push(format!("  cluster  {}", cluster(node)));
     if let Some(path) = node.uds_path() {

@@ -34,7 +34,7 @@ use crate::{
     },
     clock::{Clock, SystemClock},
     cluster::{Cluster, JoinError, KeptError, Membership},
-    config::{Chosen, Config, ConfigError},
+    config::{Chosen, Config, ConfigError, fits_memory},
     console::{Console, ConsoleError},
     data_dir::DataDirError,
     engine::EngineConfigError,
@@ -73,7 +73,7 @@ pub enum NodeError {
     #[error(transparent)]
     Tenants(#[from] TenantsError),
     /// The registry of namespaces or the secret.
-    #[error("cannot use the registry of namespaces: {0}")]
+    #[error("namespaces: {0}")]
     Namespaces(io::Error),
     /// The gRPC service.
     #[error(transparent)]
@@ -133,6 +133,7 @@ impl Node {
         around: impl Fn(Arc<dyn Tier>, &Arc<dyn Clock>) -> Arc<dyn Tier> + Send + 'static,
     ) -> Result<Self, NodeError> {
         config.validate()?;
+        fits_memory(&config)?;
         let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
         let background = Background::new().map_err(NodeError::Runtime)?;
         let building = background

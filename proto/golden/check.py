@@ -184,7 +184,7 @@ def owners_of(count, ranked, run, shares):
         if can:
             start = 1.0 / score(owners[0], run)
 
-            def wait(m):
+            def wait(m, used=used, start=start):
                 by = inner if m["zone"] in used else lift[m["zone"]]
                 return (1.0 / score(m, run) - start) / by, m["id"].encode()
 

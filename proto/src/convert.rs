@@ -112,16 +112,10 @@ pub fn namespace_id(bytes: &[u8]) -> Result<NamespaceId, FieldError> {
 pub fn chain(wire: Option<v1::Chain>) -> Result<Chain, FieldError> {
     let wire = wire.ok_or_else(|| FieldError::new("chain", "is missing"))?;
     let (hashes, rest) = wire.hashes.as_chunks::<{ SequenceHash::BYTES }>();
-    if !rest.is_empty() || hashes.is_empty() {
-        let problem = format!(
-            "has {} bytes; 32 for each of 1 to {MAX_CHAIN_BLOCKS} blocks are needed",
-            wire.hashes.len()
-        );
-        return Err(FieldError::new("chain.hashes", problem));
+    if !rest.is_empty() {
+        return Err(wrong_hashes(wire.hashes.len()));
     }
-    if hashes.len() > MAX_CHAIN_BLOCKS {
-        return Err(too_long(hashes.len()));
-    }
+    judged_hashes(hashes)?;
     Ok(Chain {
         first_index: wire.first_index,
         run: optional("chain.run_hash", &wire.run_hash)?.map(RunHash),
@@ -129,6 +123,21 @@ pub fn chain(wire: Option<v1::Chain>) -> Result<Chain, FieldError> {
         hashes: hashes.iter().copied().map(SequenceHash).collect(),
         jumps: jumps(&wire.jumps, hashes.len())?,
     })
+}
+
+fn wrong_hashes(bytes: usize) -> FieldError {
+    let problem =
+        format!("has {bytes} bytes; 32 for each of 1 to {MAX_CHAIN_BLOCKS} blocks are needed");
+    FieldError::new("chain.hashes", problem)
+}
+
+/// Refuses a chain of none or too many.
+pub(crate) fn judged_hashes<T>(hashes: &[T]) -> Result<(), FieldError> {
+    match hashes.len() {
+        0 => Err(wrong_hashes(0)),
+        1..=MAX_CHAIN_BLOCKS => Ok(()),
+        count => Err(too_long(count)),
+    }
 }
 
 fn jumps(wire: &[v1::Jump], blocks: usize) -> Result<Vec<Jump>, FieldError> {
@@ -205,27 +214,19 @@ pub fn part(field: &'static str, wire: v1::Part) -> Result<Part, FieldError> {
 ///
 /// When there are too many, one is named twice, or a coordinate is over 65535.
 pub fn parts(wire: &[v1::Part], blocks: usize) -> Result<Vec<Part>, FieldError> {
-    if wire.len() > MAX_PARTS {
-        let problem = format!(
-            "has {} entries; at most {MAX_PARTS} are allowed",
-            wire.len()
-        );
-        return Err(FieldError::new("parts", problem));
+    // Before they are looked at one by one.
+    judged_count(wire.len(), blocks)?;
+    let parts = wire.iter().map(|&wire| part("parts", wire));
+    judged_parts(parts.collect::<Result<_, _>>()?, blocks)
+}
+
+/// The same for parts with coordinates of the right width.
+pub(crate) fn judged_parts(parts: Vec<Part>, blocks: usize) -> Result<Vec<Part>, FieldError> {
+    match &parts[..] {
+        [] => return Ok(vec![Part::default()]),
+        [_] => return Ok(parts),
+        _ => judged_count(parts.len(), blocks)?,
     }
-    if wire.is_empty() {
-        return Ok(vec![Part::default()]);
-    }
-    if wire.len() * blocks > MAX_OBJECTS {
-        let problem = format!(
-            "{} parts of {blocks} blocks are over the limit of {MAX_OBJECTS} objects in one request",
-            wire.len()
-        );
-        return Err(FieldError::new("parts", problem));
-    }
-    let parts: Vec<Part> = wire
-        .iter()
-        .map(|&wire| part("parts", wire))
-        .collect::<Result<_, _>>()?;
     let mut sorted = parts.clone();
     sorted.sort_unstable();
     if let Some(twice) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
@@ -235,6 +236,20 @@ pub fn parts(wire: &[v1::Part], blocks: usize) -> Result<Vec<Part>, FieldError> 
         ));
     }
     Ok(parts)
+}
+
+fn judged_count(parts: usize, blocks: usize) -> Result<(), FieldError> {
+    if parts > MAX_PARTS {
+        let problem = format!("has {parts} entries; at most {MAX_PARTS} are allowed");
+        return Err(FieldError::new("parts", problem));
+    }
+    if parts * blocks > MAX_OBJECTS {
+        let problem = format!(
+            "{parts} parts of {blocks} blocks are over the limit of {MAX_OBJECTS} objects in one request"
+        );
+        return Err(FieldError::new("parts", problem));
+    }
+    Ok(())
 }
 
 impl From<Part> for v1::Part {

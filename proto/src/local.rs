@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! │ length u32, little-endian │ that many bytes of LocalRequest or LocalReply │ next frame …
+//! │ length, its highest bit set │ that many bytes in a fixed layout            │ next frame …      see [`fixed`]
 //! ```
 //!
 //! What the messages mean is said in `v1/local.proto`. File descriptors travel beside the bytes; whoever
@@ -11,6 +12,8 @@
 //! Errors: [`LocalFrameError`]; after one the connection's bytes mean nothing any more, so it is closed.
 //! Why an [`Inbox`] of its own: it takes memory as bytes come in, never on a length's word, and messages share
 //! its memory, so that a decoded hash is a slice and not an allocation.
+
+pub mod fixed;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use prost::Message;
@@ -23,6 +26,9 @@ pub const MAX_FRAME_BYTES: usize = 8 << 20;
 
 /// Bytes of a frame before its message.
 pub const PREFIX_BYTES: usize = 4;
+
+/// Set in the length of a frame of a fixed layout.
+const FIXED: u32 = 1 << 31;
 
 /// The most segments that one `LocalMap` may name.
 pub const MAX_SEGMENTS_PER_MAP: usize = 64;
@@ -44,6 +50,18 @@ pub enum LocalFrameError {
     /// A message that protobuf cannot decode.
     #[error("a frame that is no message: {0}")]
     Undecodable(#[from] prost::DecodeError),
+    /// Bytes that are none of the fixed layouts.
+    #[error("a frame of no known layout: {0}")]
+    Misshapen(&'static str),
+}
+
+/// A whole frame that has come in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Frame {
+    /// A message.
+    Message(Bytes),
+    /// In a fixed layout.
+    Fixed(Bytes),
 }
 
 /// Appends `message` to `out` as one frame.
@@ -130,17 +148,24 @@ impl Inbox {
     ///
     /// [`LocalFrameError`], as soon as it is certain.
     pub fn take<M: Message + Default>(&mut self) -> Result<Option<M>, LocalFrameError> {
-        match self.frame()? {
-            Some(frame) => Ok(Some(M::decode(frame)?)),
+        match self.take_frame()? {
+            Some(Frame::Message(frame)) => Ok(Some(M::decode(frame)?)),
+            Some(Frame::Fixed(_)) => Err(LocalFrameError::Misshapen("a message was expected")),
             None => Ok(None),
         }
     }
 
-    fn frame(&mut self) -> Result<Option<Bytes>, LocalFrameError> {
+    /// The next whole frame; `None` until it has come in.
+    ///
+    /// # Errors
+    ///
+    /// [`LocalFrameError::TooLong`], as soon as it is certain.
+    pub fn take_frame(&mut self) -> Result<Option<Frame>, LocalFrameError> {
         let Some((prefix, _)) = self.buffer[..self.filled].split_first_chunk() else {
             return Ok(None);
         };
-        let length_bytes = u32::from_le_bytes(*prefix) as usize;
+        let prefix = u32::from_le_bytes(*prefix);
+        let length_bytes = (prefix & !FIXED) as usize;
         if length_bytes > MAX_FRAME_BYTES {
             return Err(LocalFrameError::TooLong { length_bytes });
         }
@@ -149,7 +174,11 @@ impl Inbox {
         }
         self.filled -= PREFIX_BYTES + length_bytes;
         let mut frame = self.buffer.split_to(PREFIX_BYTES + length_bytes).freeze();
-        Ok(Some(frame.split_off(PREFIX_BYTES)))
+        let frame = frame.split_off(PREFIX_BYTES);
+        Ok(Some(match prefix & FIXED {
+            0 => Frame::Message(frame),
+            _ => Frame::Fixed(frame),
+        }))
     }
 }
 

@@ -251,6 +251,41 @@ fn a_thousand_members_move_no_more_than_one_of_them_gains() {
     );
 }
 
+#[test]
+fn of_a_thousand_members_one_that_leaves_hands_over_what_it_owned_and_nothing_else() {
+    let (before, count) = (cluster(1000, &[1, 2], 5), 20_000);
+    let placement = Placement::new(&before);
+    let leaver = before.members()[501].clone();
+    let owned: Vec<RunHash> = runs(7, count)
+        .filter(|run| placement.first(run) == Some(&leaver.id))
+        .collect();
+    assert!(owned.len() > 10, "{} of {count}", owned.len());
+    for state in [MemberState::Draining, MemberState::Gone] {
+        let mut after = before.clone();
+        assert!(after.merge_one(Member {
+            version: 2,
+            state,
+            ..leaver.clone()
+        }));
+        let leave = moves(&before, &after, 1, runs(7, count));
+        assert_eq!(
+            leave.from,
+            [(leaver.id.0.clone(), owned.len() as u64)].into()
+        );
+        assert_eq!(leave.copies, owned.len() as u64);
+        // Each goes to who came second before, so that whoever asks there finds it.
+        let placed = Placement::new(&after);
+        for run in &owned {
+            assert_eq!(placed.first(run), placement.ranked(run).get(1).copied());
+        }
+        assert!(
+            leave.to.len() * 2 > owned.len(),
+            "one takes it all: {:?}",
+            leave.to
+        );
+    }
+}
+
 /// First and second copies of each zone relative to its share, and runs with both in one zone.
 fn zones_of(view: &View, count: usize) -> (BTreeMap<String, [f64; 2]>, usize) {
     let placement = Placement::new(view);

@@ -60,9 +60,16 @@ class Node:
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
+    def freeze(self) -> None:
+        self.signal(signal.SIGSTOP)
+        os.waitpid(self.process.pid, os.WUNTRACED)  # until every thread has stopped
+
+    def thaw(self) -> None:
+        self.signal(signal.SIGCONT)
+
     def stop(self) -> None:
         if self.process.poll() is None:
-            self.signal(signal.SIGCONT)
+            self.thaw()
             self.process.terminate()
             try:
                 self.process.wait(20)

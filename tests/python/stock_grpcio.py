@@ -23,6 +23,11 @@ from grpc_tools import protoc
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGE = 64 * 1024
 DEADLINE_S = 20
+SPEC = {
+    "label": "grpcio", "model": "m", "weights": "w", "tokenizer": "t", "kv_dtype": "f32", "layers": 1, "kv_heads": 1,
+    "head_size": 64, "packing": "contiguous", "block_tokens": 16, "run_blocks": 8, "tensor_parallel": 1,
+    "pipeline_parallel": 1, "context_parallel": 1, "engine_class": "python",
+}  # fmt: skip
 
 
 def generate_stubs(out: pathlib.Path):
@@ -79,11 +84,11 @@ def main() -> int:
         node = subprocess.Popen(
             [
                 server,
-                "--data-dir", f"{tmp}/data",
-                "--listen", f"127.0.0.1:{port}",
-                "--http-listen", f"127.0.0.1:{http}",
-                "--ram-bytes", "256MiB",
-                "--nvme-bytes", "512MiB",
+                f"--data-dir={tmp}/data",
+                f"--listen=127.0.0.1:{port}",
+                f"--http-listen=127.0.0.1:{http}",
+                "--ram-bytes=256MiB",
+                "--nvme-bytes=512MiB",
             ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -92,16 +97,7 @@ def main() -> int:
             channel = grpc.insecure_channel(f"127.0.0.1:{port}")  # every default, the 4 MiB limit included
             grpc.channel_ready_future(channel).result(timeout=60)
             stub = rpc.BlocksStub(channel)
-            opened = stub.OpenNamespace(
-                pb.OpenNamespaceRequest(
-                    spec=pb.NamespaceSpec(
-                        label="grpcio", model="m", weights="w", tokenizer="t", kv_dtype="f32", layers=1, kv_heads=1,
-                        head_size=64, packing="contiguous", block_tokens=16, run_blocks=8, tensor_parallel=1,
-                        pipeline_parallel=1, context_parallel=1, engine_class="python",
-                    )
-                ),
-                timeout=DEADLINE_S,
-            )
+            opened = stub.OpenNamespace(pb.OpenNamespaceRequest(spec=pb.NamespaceSpec(**SPEC)), timeout=DEADLINE_S)
             assert len(opened.namespace_id) == 16 and len(opened.namespace_key) == 32
             passed += 1
 
@@ -109,33 +105,27 @@ def main() -> int:
             for length in (1, 4096, PAGE, PAGE + 1, 1 << 20, (9 << 20) + 12345):
                 data = os.urandom(length)
                 digest = engine_hash(opened.namespace_key, f"block-{length}".encode())
-
-                def messages():
-                    yield pb.PutRequest(start=pb.PutStart(namespace_id=opened.namespace_id))
-                    first = True
-                    for piece in pieces(data, 3 << 20):
-                        yield pb.PutRequest(header=header(pb, opened.namespace_id, digest, data) if first else None, data=piece)
-                        first = False
-
-                put = stub.Put(messages(), timeout=DEADLINE_S)
+                head = header(pb, opened.namespace_id, digest, data)
+                messages = [pb.PutRequest(start=pb.PutStart(namespace_id=opened.namespace_id))]
+                for i, piece in enumerate(pieces(data, 3 << 20)):
+                    messages.append(pb.PutRequest(header=None if i else head, data=piece))
+                put = stub.Put(iter(messages), timeout=DEADLINE_S)
                 assert [r.outcome for r in put.results] == [pb.PUT_OUTCOME_CACHED], put
 
                 chain = pb.Chain(hashes=digest)
-                found = stub.Lookup(
-                    pb.LookupRequest(namespace_id=opened.namespace_id, chain=chain), timeout=DEADLINE_S
-                )
+                asked = pb.LookupRequest(namespace_id=opened.namespace_id, chain=chain)
+                found = stub.Lookup(asked, timeout=DEADLINE_S)
                 assert found.present_blocks == 1 and found.lease.id, found
                 got, seen = bytearray(), None
-                for message in stub.Get(
-                    pb.GetRequest(namespace_id=opened.namespace_id, chain=chain, lease_id=found.lease.id), timeout=DEADLINE_S
-                ):
+                wanted = pb.GetRequest(namespace_id=opened.namespace_id, chain=chain, lease_id=found.lease.id)
+                for message in stub.Get(wanted, timeout=DEADLINE_S):
                     if message.HasField("header"):
                         seen = message.header
                         assert message.outcome == pb.GET_OUTCOME_HIT
                     assert message.offset == len(got)
                     got += message.data
                 assert bytes(got) == data, f"{length} bytes came back different"
-                assert list(seen.page_sums) == list(header(pb, opened.namespace_id, digest, data).page_sums)
+                assert list(seen.page_sums) == list(head.page_sums)
                 assert stub.Release(pb.ReleaseRequest(lease_id=found.lease.id), timeout=DEADLINE_S).released
                 passed += 1
 
@@ -143,17 +133,14 @@ def main() -> int:
             data = os.urandom(PAGE)
             digest = engine_hash(opened.namespace_key, b"torn")
             wrong = header(pb, opened.namespace_id, digest, data)
-            put = stub.Put(
-                iter([
-                    pb.PutRequest(start=pb.PutStart(namespace_id=opened.namespace_id)),
-                    pb.PutRequest(header=wrong, data=data[:-1] + bytes([data[-1] ^ 1])),
-                ]),
-                timeout=DEADLINE_S,
-            )
+            torn = [
+                pb.PutRequest(start=pb.PutStart(namespace_id=opened.namespace_id)),
+                pb.PutRequest(header=wrong, data=data[:-1] + bytes([data[-1] ^ 1])),
+            ]
+            put = stub.Put(iter(torn), timeout=DEADLINE_S)
             assert [r.outcome for r in put.results] == [pb.PUT_OUTCOME_CORRUPT], put
-            found = stub.Lookup(
-                pb.LookupRequest(namespace_id=opened.namespace_id, chain=pb.Chain(hashes=digest), probe=True), timeout=DEADLINE_S
-            )
+            probe = pb.LookupRequest(namespace_id=opened.namespace_id, chain=pb.Chain(hashes=digest), probe=True)
+            found = stub.Lookup(probe, timeout=DEADLINE_S)
             assert found.present_blocks == 0
             passed += 1
 

@@ -7,10 +7,11 @@
 //! Why they are introduced by hand: what a test asks about is what nodes and clients do by the views they have, and
 //! then it says when who learns what.
 
-use std::path::PathBuf;
+use std::{net::UdpSocket, path::PathBuf};
 
 use kvproto::{Member, MemberId, MemberState};
 use kvserver::config::Config;
+use parking_lot::Mutex;
 use tempfile::TempDir;
 
 use crate::node::TestNode;
@@ -20,6 +21,8 @@ pub struct Circle {
     /// The nodes, by their numbers.
     pub nodes: Vec<TestNode>,
     secret: TempDir,
+    /// Held so that no node's gossip can have them.
+    taken: Vec<UdpSocket>,
 }
 
 impl Circle {
@@ -43,12 +46,33 @@ impl Circle {
         let mut cluster = Self {
             nodes: Vec::new(),
             secret,
+            taken: Vec::new(),
         };
         for number in 0..count {
             let node = cluster.another(&format!("n{number}"), &change).await;
             cluster.nodes.push(node);
         }
         cluster
+    }
+
+    /// So many strangers without gossip, because somebody else has their UDP ports: what one of them learns it learns
+    /// from calls, and whom it misses a call has missed.
+    ///
+    /// # Panics
+    /// When one cannot be started.
+    pub async fn start_deaf(count: usize) -> Self {
+        let taken = Mutex::new(Vec::new());
+        let mut circle = Self::start_strangers(count, |config| {
+            let udp = UdpSocket::bind("127.0.0.1:0").expect("a free port");
+            config.listen = udp.local_addr().expect("a bound socket has an address");
+            taken.lock().push(udp);
+        })
+        .await;
+        circle.taken = taken.into_inner();
+        for node in &circle.nodes {
+            assert!(node.node.cluster().alone().is_some(), "it cannot gossip");
+        }
+        circle
     }
 
     /// A node with the cluster's secret that is none of its members.

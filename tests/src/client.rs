@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use kvclient::{
-    BreakerPolicy, Chain, Client, ClientBuilder, GetOutcome, Got, LookupOptions, NamespaceHandle,
-    PutBlock, PutOptions, PutOutcome,
+    BreakerPolicy, Chain, Client, ClientBuilder, GetOutcome, Got, LocalPath, LookupOptions,
+    NamespaceHandle, PutBlock, PutOptions, PutOutcome,
 };
 
 use crate::patience::within_awake;
@@ -110,4 +110,13 @@ pub fn touchy(endpoint: &str, failures: u32) -> ClientBuilder {
         open_cap: HOUR,
     };
     Client::builder(endpoint).connections(1).breaker(breaker)
+}
+
+/// A client that takes no way but gRPC.
+///
+/// # Panics
+/// When the endpoint is none.
+pub async fn over_grpc(endpoint: &str) -> Client {
+    let client = Client::builder(endpoint).local(LocalPath::Off);
+    client.connect().await.expect("a client")
 }

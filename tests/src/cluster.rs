@@ -62,11 +62,19 @@ impl TestCluster {
     /// # Panics
     /// When it does not start.
     pub async fn add(&mut self) -> usize {
-        let number = self.nodes.len();
-        self.dirs.push(TempDir::new().expect("a temporary folder"));
-        self.nodes.push(None);
+        let number = self.seat();
         self.restart(number).await;
         number
+    }
+
+    /// A folder for one more node, which is not started yet. Answers its number.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn seat(&mut self) -> usize {
+        self.dirs.push(TempDir::new().expect("a temporary folder"));
+        self.nodes.push(None);
+        self.nodes.len() - 1
     }
 
     /// Starts node `number` over its folder, as it would be started again: told to join those that run.

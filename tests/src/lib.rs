@@ -3,6 +3,7 @@
 pub mod circle;
 pub mod client;
 pub mod cluster;
+pub mod keys;
 pub mod load;
 pub mod local;
 pub mod mutate;
@@ -12,4 +13,5 @@ pub mod patience;
 pub mod peer;
 pub mod processes;
 pub mod targets;
+pub mod wires;
 pub mod writer;

@@ -18,10 +18,11 @@ use bytes::Bytes;
 use kvgpu::{ReadSegment, StagingMap};
 use kvproto::{
     BlockHeader, Chain, Namespace, NamespaceId, NamespaceKey, convert,
-    local::{Inbox, VERSION, encode},
+    local::{Frame, Inbox, VERSION, encode, fixed},
     v1::{self, local_reply::Answer, local_request::Call},
 };
 use kvserver::Node;
+use prost::Message;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
 use crate::{
@@ -102,6 +103,36 @@ impl Raw {
         timeout_ms: u32,
         call: Call,
     ) -> Result<Answer, v1::LocalRefusal> {
+        self.ask(done, timeout_ms, call);
+        let reply = self.reply().expect("a connection").expect("an answer");
+        assert_eq!(
+            reply.sequence, self.sequence,
+            "the answer is another call's"
+        );
+        match reply.answer.expect("an answer") {
+            Answer::Refused(refusal) => Err(refusal),
+            answer => Ok(answer),
+        }
+    }
+
+    /// Sends a call, and leaves its answer where it is; its sequence.
+    ///
+    /// # Panics
+    /// When the connection breaks.
+    pub fn begin(&mut self, call: Call) -> u64 {
+        self.begin_within(0, call)
+    }
+
+    /// The same with a time for the node.
+    ///
+    /// # Panics
+    /// When the connection breaks.
+    pub fn begin_within(&mut self, timeout_ms: u32, call: Call) -> u64 {
+        self.ask(&[], timeout_ms, call);
+        self.sequence
+    }
+
+    fn ask(&mut self, done: &[u64], timeout_ms: u32, call: Call) {
         self.sequence += 1;
         let request = v1::LocalRequest {
             sequence: self.sequence,
@@ -112,15 +143,6 @@ impl Raw {
         let mut frame = Vec::new();
         encode(&request, &mut frame).expect("a short request");
         self.send(&frame).expect("the node reads");
-        let reply = self.reply().expect("a connection").expect("an answer");
-        assert_eq!(
-            reply.sequence, self.sequence,
-            "the answer is another call's"
-        );
-        match reply.answer.expect("an answer") {
-            Answer::Refused(refusal) => Err(refusal),
-            answer => Ok(answer),
-        }
     }
 
     /// Sends bytes as they are.
@@ -139,9 +161,39 @@ impl Raw {
     /// # Panics
     /// When the node sends what is no frame.
     pub fn reply(&mut self) -> io::Result<Option<v1::LocalReply>> {
+        match self.frame()? {
+            None => Ok(None),
+            Some(Frame::Message(bytes)) => Ok(Some(v1::LocalReply::decode(bytes)?)),
+            Some(Frame::Fixed(_)) => panic!("a message was expected"),
+        }
+    }
+
+    /// A get in the fixed layout, and its answer in it.
+    ///
+    /// # Panics
+    /// When the connection breaks, or the answer is a message.
+    pub fn get_fixed(&mut self, asking: fixed::Asking<'_>) -> fixed::Got {
+        self.sequence += 1;
+        let asking = fixed::Asking {
+            sequence: self.sequence,
+            ..asking
+        };
+        let mut frame = Vec::new();
+        let has_layout = fixed::encode_get(&asking, &mut frame).expect("a short request");
+        assert!(has_layout);
+        self.send(&frame).expect("the node reads");
+        let Some(Frame::Fixed(bytes)) = self.frame().expect("a connection") else {
+            panic!("an answer in the fixed layout was expected");
+        };
+        let got = fixed::decode_got(&bytes).expect("the node's frames are whole");
+        assert_eq!(got.head.sequence, self.sequence);
+        got
+    }
+
+    fn frame(&mut self) -> io::Result<Option<Frame>> {
         loop {
-            if let Some(reply) = self.inbox.take().expect("the node's frames are whole") {
-                return Ok(Some(reply));
+            if let Some(frame) = self.inbox.take_frame().expect("a frame") {
+                return Ok(Some(frame));
             }
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(128))];
             let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -345,6 +397,7 @@ impl Space {
                     offset: *offset,
                 })
                 .collect(),
+            follows: false,
         }
     }
 }

@@ -41,6 +41,15 @@ pub const BLOCK_TOKENS: u32 = 16;
 /// Blocks per run of the tests' namespace.
 pub const RUN_BLOCKS: u32 = 4;
 
+/// One figure of a node's scrape; several samples of one name add up.
+#[must_use]
+pub fn figure(node: &Node, name: &str) -> f64 {
+    let text = node.blocks().metrics_text();
+    let samples = kvserver::telemetry::metrics::samples(&text);
+    let of_name = samples.filter(|(sample, _)| sample.starts_with(name));
+    of_name.map(|(_, value)| value).sum()
+}
+
 /// Settings of a small node: 64 MiB of RAM, nothing on disk, no console.
 #[must_use]
 pub fn small(data_dir: &Path) -> Config {

@@ -305,6 +305,7 @@ impl v1::blocks_server::Blocks for Handler {
                     header: (i == 0).then(|| header.clone()),
                     tier: v1::Tier::Ram.into(),
                     offset: i as u64 * 700_001,
+                    seconds: Vec::new(),
                     data: Bytes::copy_from_slice(piece),
                 });
                 if fault == Fault::EndEarly {

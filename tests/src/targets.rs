@@ -19,7 +19,7 @@ use kvproto::{
     BlockKey, NamespaceId, Place, SequenceHash, convert,
     frame::{Frame, FrameLimits, FrameReader},
     http2::{Fields, Lane, LaneLimits, Pump, Receiver, Role, Socket},
-    local::Inbox,
+    local::{self, Inbox, fixed},
     v1,
 };
 use kvserver::{
@@ -192,30 +192,76 @@ pub fn local(bytes: &[u8]) {
     for step in [1, 7, 4096] {
         assert_eq!(read_local(bytes, step), whole, "cut every {step}");
     }
-    for request in whole.0 {
+    for call in whole.0 {
         let mut frame = Vec::new();
-        kvproto::local::encode(&request, &mut frame).expect("as short as it came");
-        assert_eq!(read_local(&frame, usize::MAX).0, [request]);
+        match &call {
+            LocalCall::Message(request) => {
+                kvproto::local::encode(request, &mut frame).expect("as short as it came");
+            }
+            LocalCall::Fixed(fixed::Request::Get(call)) => {
+                let Ok(asked) = &call.asked else {
+                    continue;
+                };
+                let asking = fixed::Asking {
+                    sequence: call.sequence,
+                    timeout_ms: call.timeout_ms,
+                    done: &call.done,
+                    view_digest: asked.context.view_digest.unwrap_or_default(),
+                    namespace: asked.namespace,
+                    lease: asked.lease,
+                    chain: &asked.chain,
+                    parts: &asked.parts,
+                };
+                let put = fixed::encode_get(&asking, &mut frame);
+                assert_eq!(put, Ok(true), "as short as it came");
+            }
+            LocalCall::Fixed(fixed::Request::Written(written)) => {
+                let put = fixed::encode_written(written.sequence, &written.sums, &mut frame);
+                put.expect("as short as it came");
+            }
+        }
+        assert_eq!(read_local(&frame, usize::MAX).0, [call]);
     }
     let mut inbox = Inbox::new();
     feed(&mut inbox, bytes);
-    while let Ok(Some(_)) = inbox.take::<v1::LocalReply>() {}
+    while let Ok(Some(frame)) = inbox.take_frame() {
+        match frame {
+            local::Frame::Message(bytes) => drop(v1::LocalReply::decode(bytes)),
+            local::Frame::Fixed(bytes) => drop(fixed::decode_got(&bytes)),
+        }
+    }
 }
 
-/// The requests that the bytes are, and whether they break off in something that is none.
-fn read_local(bytes: &[u8], step: usize) -> (Vec<v1::LocalRequest>, bool) {
-    let (mut inbox, mut requests) = (Inbox::new(), Vec::new());
+/// A call of the same-host path, in either form.
+#[derive(Debug, PartialEq)]
+enum LocalCall {
+    Message(v1::LocalRequest),
+    Fixed(fixed::Request),
+}
+
+/// The calls that the bytes are, and whether they break off in something that is none.
+fn read_local(bytes: &[u8], step: usize) -> (Vec<LocalCall>, bool) {
+    let (mut inbox, mut calls) = (Inbox::new(), Vec::new());
     for piece in bytes.chunks(step.min(bytes.len().max(1))) {
         feed(&mut inbox, piece);
         loop {
-            match inbox.take() {
-                Ok(Some(request)) => requests.push(request),
+            let call = match inbox.take_frame() {
+                Ok(Some(local::Frame::Message(bytes))) => {
+                    v1::LocalRequest::decode(bytes).ok().map(LocalCall::Message)
+                }
+                Ok(Some(local::Frame::Fixed(bytes))) => {
+                    fixed::decode_request(&bytes).ok().map(LocalCall::Fixed)
+                }
                 Ok(None) => break,
-                Err(_) => return (requests, true),
+                Err(_) => None,
+            };
+            match call {
+                Some(call) => calls.push(call),
+                None => return (calls, true),
             }
         }
     }
-    (requests, false)
+    (calls, false)
 }
 
 fn feed(inbox: &mut Inbox, mut bytes: &[u8]) {

@@ -12,7 +12,7 @@ use std::{
 };
 
 use kvclient::{
-    BreakerState, Client, ErrorKind, GetOutcome, LocalPath, LookupOptions, Namespace,
+    BreakerState, Client, ErrorKind, GetOutcome, Heard, LocalPath, LookupOptions, Namespace,
     NamespaceHandle, PutBlock, PutOutcome, Target, WatchEvent, split_buffers,
 };
 use kvtests::{
@@ -158,8 +158,16 @@ async fn watchers_hear_of_puts_and_invalidations() {
     let block = [PutBlock::new(0, vec![1; 5000])];
     put_new(&client, &ns, &chain, &block).await;
     client.invalidate(&ns, Target::All).await.unwrap();
-    let stored = watch.next().await.unwrap().unwrap();
-    let removed = watch.next().await.unwrap().unwrap();
+    let listening = watch.next().await.unwrap();
+    assert!(matches!(
+        listening.heard,
+        Heard::Listening { missed: None, .. }
+    ));
+    let mut event = async || match watch.next().await.unwrap().heard {
+        Heard::Event { sequence, event } => (sequence, event),
+        heard => panic!("{heard:?}"),
+    };
+    let (stored, removed) = (event().await, event().await);
     assert!(matches!(stored.1, WatchEvent::Stored(b) if b.key.hash == chain.hashes[0]));
     assert!(matches!(removed.1, WatchEvent::Removed(b) if b.key.hash == chain.hashes[0]));
     assert_eq!(removed.0, stored.0 + 1);

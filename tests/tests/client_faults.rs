@@ -9,7 +9,7 @@ use std::{
 };
 
 use kvclient::{
-    BreakerState, Client, ErrorKind, GetOptions, GetOutcome, LookupOptions, Namespace,
+    BreakerState, Client, ErrorKind, GetOptions, GetOutcome, Heard, LookupOptions, Namespace,
     NamespaceHandle, Part, PutBlock, PutOptions, Reason, SequenceHash, Target, TierKind,
     WatchEvent, clock::ManualClock, split_buffers,
 };
@@ -540,15 +540,21 @@ async fn events_come_in_order_and_say_what_was_missed() {
     let peer = Peer::start().await;
     let (client, _) = open(&peer).await;
     let mut watch = client.watch(None, Duration::from_secs(60)).await.unwrap();
-    let (sequence, event) = watch.next().await.unwrap().unwrap();
+    let mut next = async || watch.next().await.map(|notice| notice.heard);
+    let Some(Heard::Listening { boot, missed, .. }) = next().await else {
+        panic!("it says from when on it hears")
+    };
+    assert_eq!((boot.0, missed), (1, None));
+    let Some(Heard::Event { sequence, event }) = next().await else {
+        panic!("an event")
+    };
     let WatchEvent::Stored(block) = event else {
         panic!("{event:?}")
     };
     assert_eq!((sequence, block.key.hash), (1, SequenceHash([2; 32])));
-    assert_eq!(
-        watch.next().await.unwrap(),
-        Some((5, WatchEvent::Lagged(3)))
-    );
-    assert_eq!(watch.next().await.unwrap(), None);
-    assert_eq!(watch.boot_id().0, 1);
+    let Some(Heard::Event { sequence, event }) = next().await else {
+        panic!("an event")
+    };
+    assert_eq!((sequence, event), (5, WatchEvent::Lagged(3)));
+    assert!(next().await.is_none());
 }

@@ -1,6 +1,7 @@
 //! The node as a process: killed, stopped, started twice.
 
 use std::{
+    fs,
     io::{BufRead, BufReader, Read},
     path::Path,
     process::{Child, Command, ExitStatus, Stdio},
@@ -230,8 +231,11 @@ fn a_wrong_setting_is_refused_before_anything_starts() {
 #[test]
 fn check_starts_and_stops_and_print_config_is_a_file() {
     let dir = TempDir::new().unwrap();
-    let output = command(dir.path(), &["--check"]).output().unwrap();
+    let data = dir.path().join("data");
+    let output = command(&data, &["--check"]).output().unwrap();
     assert!(output.status.success(), "{output:?}");
+    let left = fs::read_dir(dir.path()).unwrap().count();
+    assert_eq!(left, 0, "a check leaves nothing behind");
     let mut child = command(dir.path(), &["--print-config", "--shards=3"])
         .spawn()
         .unwrap();
@@ -244,4 +248,40 @@ fn check_starts_and_stops_and_print_config_is_a_file() {
         .unwrap();
     assert!(child.wait().unwrap().success());
     assert!(text.contains("shards = \"3\""), "{text}");
+}
+
+#[test]
+fn check_refuses_what_a_start_would_lack_and_names_the_field() {
+    let dir = TempDir::new().unwrap();
+    let data = dir.path().join("data");
+    let missing = dir.path().join("missing").display().to_string();
+    let cases = [
+        ("--ram-bytes=60TiB", "ram_bytes = \"61440GiB\""),
+        ("--nvme-bytes=1000TiB", "nvme_bytes = \"1024000GiB\""),
+        (&*format!("--tokens-file={missing}"), "tokens_file = "),
+        (
+            &*format!("--peer-token-file={missing}"),
+            "peer_token_file = ",
+        ),
+        (&*format!("--secret-file={missing}"), "secret_file = "),
+    ];
+    for (flag, said) in cases {
+        let message = refusal(command(&data, &["--check", flag]));
+        assert!(message.contains(said), "{flag}: {message}");
+        assert!(!message.contains(".check-"), "{flag}: {message}");
+    }
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+
+    // Nobody listens there; this node may be the first.
+    let deserted = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let join = format!("--join={}", deserted.local_addr().unwrap());
+    let output = command(&data, &["--check", &join]).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(said.contains("  join     "), "{said}");
+
+    fs::create_dir(&data).unwrap();
+    fs::write(data.join("namespaces.json"), "no JSON").unwrap();
+    let message = refusal(command(&data, &["--check"]));
+    assert!(message.contains("namespaces.json"), "{message}");
 }

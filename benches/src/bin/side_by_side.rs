@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand, ValueEnum};
 use kvbenches::bars::{self, Bar, Verdict};
 use kvbenches::load::Window;
-use kvbenches::peers::{echo, tcp, tonic_stock};
+use kvbenches::peers::{echo, fan, tcp, tonic_stock};
 use kvbenches::phases::{Found, Options, cluster, facts, inside, network, nvme, same_host};
 use kvbenches::spawn::{Cores, end_with_parent, install};
 use kvbenches::{procfs, report};
@@ -34,8 +34,8 @@ struct Arguments {
     /// A smoke run: two short rounds over small working sets. Its figures mean nothing.
     #[arg(long)]
     quick: bool,
-    /// Only what contains this: a phase (network, nvme, lease, memory, trace, overcommit) or part of a cell's name such as
-    /// "get tcp 1MiB c8" or "redis". Repeatable.
+    /// Only what contains this: a phase (network, cluster, nvme, lease, memory, trace, overcommit) or part of a cell's name such as
+    /// "get tcp 1MiB c8", "redis" or "cluster". Repeatable.
     #[arg(long)]
     only: Vec<String>,
     /// One JSON object per cell, as an array, to this file ("-": standard output, and the tables to standard error).
@@ -77,12 +77,16 @@ enum Serve {
         tcp: String,
         #[arg(long)]
         unix: PathBuf,
+        /// Threads that serve; 0: one per core.
+        #[arg(long, default_value_t = 0)]
+        threads: usize,
     },
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum What {
     Echo,
+    Fan,
     Plain,
     Tonic,
     TonicTuned,
@@ -103,14 +107,23 @@ struct Summary {
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    if let Some(Serve::Serve { what, tcp, unix }) = arguments.serve {
+    if let Some(Serve::Serve {
+        what,
+        tcp,
+        unix,
+        threads,
+    }) = arguments.serve
+    {
         end_with_parent();
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .enable_all()
-            .build()?;
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        if threads > 0 {
+            runtime.worker_threads(threads);
+        }
+        let runtime = runtime.enable_all().build()?;
         return runtime.block_on(async {
             match what {
                 What::Echo => echo::serve(&unix),
+                What::Fan => fan::serve(&tcp),
                 What::Plain => tcp::serve(&tcp, &unix).await,
                 What::Tonic => tonic_stock::serve(&tcp, &unix, false).await,
                 What::TonicTuned => tonic_stock::serve(&tcp, &unix, true).await,

@@ -4,6 +4,7 @@
 //!   wire     a protocol without I/O: what to send, what exactly must come back
 //!   redis memcached tcp    three such protocols, and the processes that answer them
 //!   socket   carries a wire protocol over TCP or a Unix socket, as tasks or as threads
+//!   spread fan             the same over several servers, and bare requests to several at once
 //!   tonic_stock            tonic and prost as they come
 //!   node terrace           a node of its own, and the client that calls it
 //!   memory disk            memcpy and direct reads
@@ -17,6 +18,7 @@
 pub mod disk;
 pub mod echo;
 pub mod etcd;
+pub mod fan;
 pub mod memcached;
 pub mod memory;
 pub mod mooncake;
@@ -26,6 +28,7 @@ pub mod redis;
 pub mod redis_index;
 pub mod same_host;
 pub mod socket;
+pub mod spread;
 pub mod tcp;
 pub mod terrace;
 pub mod tonic_stock;

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use kvclient::{
     Ack, Chain, Client, ClientBuilder, LocalPath, Namespace, NamespaceHandle, PutBlock, PutOptions,
-    PutOutcome, SequenceHash,
+    PutOutcome, SequenceHash, blocking,
 };
 use tokio::task::JoinSet;
 
@@ -99,8 +99,20 @@ impl Node {
     /// # Errors
     /// The node does not answer.
     pub async fn attached(&self) -> Result<Client> {
-        let builder = ClientBuilder::new(&format!("http://{}", self.tcp));
-        Ok(builder.deadline(DEADLINE).connect().await?)
+        Ok(self.near().connect().await?)
+    }
+
+    /// One for threads that wait.
+    ///
+    /// # Errors
+    /// As [`Node::attached`].
+    pub async fn attached_blocking(&self) -> Result<blocking::Client> {
+        let builder = self.near();
+        Ok(tokio::task::spawn_blocking(move || builder.connect_blocking()).await??)
+    }
+
+    fn near(&self) -> ClientBuilder {
+        ClientBuilder::new(&format!("http://{}", self.tcp)).deadline(DEADLINE)
     }
 }
 

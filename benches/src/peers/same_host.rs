@@ -6,6 +6,9 @@
 //!   lease        the first node                          where a block lies and that it stays; no byte is touched
 //! ```
 //!
+//! One call at a time comes from a thread of its own through `kvclient::blocking`, as the echo beside it and Mooncake's
+//! calls do: a thread that sleeps in the kernel until its answer is there. Several at once are tasks of one runtime.
+//!
 //! Every get and put is verified, as over gRPC. A cell that went another way than shared memory fails: its figure would
 //! be gRPC's.
 
@@ -15,24 +18,38 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
-use kvclient::{Chain, Client, NamespaceHandle, Path, PutBlock, PutOptions, PutOutcome};
+use kvclient::{
+    Chain, Client, Got, Held, NamespaceHandle, Path, PathReport, PutBlock, PutOptions, PutOutcome,
+    PutResult, blocking,
+};
 
 use super::node::{RUN_BLOCKS, name, put_kept};
 use super::values_of;
 use super::wire::payload;
-use crate::load::{Sample, Window, Worker, drive};
+use crate::load::{BlockingWorker, Sample, Window, Worker, drive, drive_blocking};
 use crate::rounds::{Cell, Op, Peer, Pending};
 
 /// Blocks of one chain of the working set, and of a batch.
 pub const BATCH: u32 = 16;
 
-/// A node and a client that is attached to it.
+/// A node and two clients that are attached to it.
 #[derive(Clone)]
 pub struct Side {
-    /// The client.
+    /// For tasks.
     pub client: Client,
-    /// Its namespace.
+    /// For threads.
+    pub blocking: blocking::Client,
+    /// The namespace of both.
     pub namespace: NamespaceHandle,
+}
+
+impl Side {
+    fn path(&self, concurrency: usize) -> PathReport {
+        match concurrency {
+            1 => self.blocking.path(),
+            _ => self.client.path(),
+        }
+    }
 }
 
 /// What every worker shares.
@@ -136,47 +153,106 @@ impl Caller {
     }
 }
 
+/// What one operation needs, made before it is called.
+enum Call {
+    Get(Chain),
+    Put(Chain),
+    Lease(Chain),
+}
+
+impl Caller {
+    fn call(&mut self) -> Result<Call> {
+        Ok(match self.op {
+            Op::Get => Call::Get(self.chain()?),
+            Op::Put => {
+                // Never a name that the fill used.
+                let nth = self.fresh.fetch_add(1, Ordering::Relaxed) | 1 << 40;
+                let chain = chain(&self.side.namespace, self.bytes, nth);
+                Call::Put(chain.slice(0..self.keys as usize, RUN_BLOCKS))
+            }
+            Op::Lease => Call::Lease(self.chain()?),
+            other => bail!("no {} on this path", other.as_str()),
+        })
+    }
+
+    fn blocks(&self) -> Vec<PutBlock<'static>> {
+        let block = |i| PutBlock::new(i, self.value.clone());
+        (0..self.keys as usize).map(block).collect()
+    }
+
+    fn block_bytes(&self) -> usize {
+        usize::try_from(self.bytes).expect("a size of this machine")
+    }
+
+    fn got(&self, got: &[Got]) -> Result<u64> {
+        let bytes = self.block_bytes();
+        let whole = got.iter().filter(|g| g.is_hit() && g.length_bytes == bytes);
+        ensure!(whole.count() == self.keys as usize, "{got:?}");
+        Ok(self.bytes * u64::from(self.keys))
+    }
+
+    fn kept(&self, results: &[PutResult]) -> Result<u64> {
+        let kept = results.iter().filter(|r| r.outcome == PutOutcome::Cached);
+        ensure!(kept.count() == self.keys as usize, "{results:?}");
+        Ok(self.bytes * u64::from(self.keys))
+    }
+
+    fn held(&self, held: Option<Held>) -> Result<u64> {
+        let (held, keys) = (held.context("not on the same-host path")?, self.keys);
+        ensure!(
+            held.len() == keys as usize,
+            "{} of {keys} blocks held",
+            held.len()
+        );
+        std::hint::black_box(&held);
+        Ok(0) // no byte moves
+    }
+}
+
 impl Worker for Caller {
     async fn step(&mut self) -> Result<u64> {
-        let (bytes, keys) = (usize::try_from(self.bytes)?, self.keys as usize);
-        let payload_bytes = self.bytes * u64::from(self.keys);
-        match self.op {
-            Op::Get => {
-                let chain = self.chain()?;
-                let Side { client, namespace } = &self.side;
+        let (call, bytes) = (self.call()?, self.block_bytes());
+        let Side {
+            client, namespace, ..
+        } = &self.side;
+        match call {
+            Call::Get(chain) => {
                 let mut buffers: Vec<_> = self.memory.chunks_exact_mut(bytes).collect();
                 let got = client
                     .get_into(namespace, &chain, None, &mut buffers)
                     .await?;
-                let whole = got.iter().filter(|g| g.is_hit() && g.length_bytes == bytes);
-                ensure!(whole.count() == keys, "{got:?}");
-                Ok(payload_bytes)
+                self.got(&got)
             }
-            Op::Put => {
-                let Side { client, namespace } = &self.side;
-                // Never a name that the fill used.
-                let nth = self.fresh.fetch_add(1, Ordering::Relaxed) | 1 << 40;
-                let chain = chain(namespace, self.bytes, nth).slice(0..keys, RUN_BLOCKS);
-                let blocks: Vec<_> = (0..keys)
-                    .map(|i| PutBlock::new(i, self.value.clone()))
-                    .collect();
-                let results = client
-                    .put(namespace, &chain, &blocks, PutOptions::default())
-                    .await?;
-                let kept = results.iter().filter(|r| r.outcome == PutOutcome::Cached);
-                ensure!(kept.count() == keys, "{results:?}");
-                Ok(payload_bytes)
+            Call::Put(chain) => {
+                let (blocks, options) = (self.blocks(), PutOptions::default());
+                let results = client.put(namespace, &chain, &blocks, options).await?;
+                self.kept(&results)
             }
-            Op::Lease => {
-                let chain = self.chain()?;
-                let Side { client, namespace } = &self.side;
-                let held = client.hold(namespace, &chain, None).await?;
-                let held = held.context("not on the same-host path")?;
-                ensure!(held.len() == keys, "{} of {keys} blocks held", held.len());
-                std::hint::black_box(&held);
-                Ok(0) // no byte moves
+            Call::Lease(chain) => self.held(client.hold(namespace, &chain, None).await?),
+        }
+    }
+}
+
+impl BlockingWorker for Caller {
+    fn step(&mut self) -> Result<u64> {
+        let (call, bytes) = (self.call()?, self.block_bytes());
+        let Side {
+            blocking: client,
+            namespace,
+            ..
+        } = &self.side;
+        match call {
+            Call::Get(chain) => {
+                let mut buffers: Vec<_> = self.memory.chunks_exact_mut(bytes).collect();
+                let got = client.get_into(namespace, &chain, None, &mut buffers)?;
+                self.got(&got)
             }
-            other => bail!("no {} on this path", other.as_str()),
+            Call::Put(chain) => {
+                let (blocks, options) = (self.blocks(), PutOptions::default());
+                let results = client.put(namespace, &chain, &blocks, options)?;
+                self.kept(&results)
+            }
+            Call::Lease(chain) => self.held(client.hold(namespace, &chain, None)?),
         }
     }
 }
@@ -191,7 +267,7 @@ impl Peer for SameHost {
                     .context("no node for this size")?,
                 _ => &self.read,
             };
-            let before = side.client.path();
+            let before = side.path(cell.concurrency);
             ensure!(
                 before.path == Path::Local,
                 "not on the same-host path: {:?}",
@@ -217,8 +293,12 @@ impl Peer for SameHost {
                 },
                 value: value.clone(),
             });
-            let (_, sample) = drive(workers.collect(), window, &self.server_pids).await?;
-            let after = side.client.path();
+            let mut workers: Vec<_> = workers.collect();
+            let sample = match cell.concurrency {
+                1 => drive_blocking(&mut workers, window, &self.server_pids)?,
+                _ => drive(workers, window, &self.server_pids).await?.1,
+            };
+            let after = side.path(cell.concurrency);
             ensure!(
                 after.grpc.calls == before.grpc.calls,
                 "{} calls went over gRPC: {:?}",

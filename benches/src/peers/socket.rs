@@ -54,11 +54,26 @@ impl<W: Wire + Default> Connection for Socket<W> {
     }
 
     async fn act(&mut self, job: &Job, index: u64) -> Result<u64> {
+        let mut reply = std::mem::take(&mut self.reply);
+        let bytes = self.act_into(&mut reply, job, index).await;
+        self.reply = reply;
+        bytes
+    }
+}
+
+impl<W: Wire> Socket<W> {
+    /// As [`Connection::act`], with a buffer that others may share.
+    pub(super) async fn act_into(
+        &mut self,
+        reply: &mut Vec<u8>,
+        job: &Job,
+        index: u64,
+    ) -> Result<u64> {
         let ask = ask(&mut self.wire, job, index)?;
-        if self.reply.len() < ask.reply_len() {
-            self.reply.resize(ask.reply_len(), 0);
+        if reply.len() < ask.reply_len() {
+            reply.resize(ask.reply_len(), 0);
         }
-        let reply = &mut self.reply[..ask.reply_len()];
+        let reply = &mut reply[..ask.reply_len()];
         match &mut self.stream {
             Stream::Tcp(stream) => exchange(stream, &ask, reply).await?,
             Stream::Unix(stream) => exchange(stream, &ask, reply).await?,

@@ -9,7 +9,7 @@
 //! Each node is a process of its own with one worker thread and its share of the memory, all on this machine: other
 //! machines would bring cores and bandwidth that are not the client's merit, and what is asked here is what routing
 //! takes. CPU is that of all nodes and of the client together. Runs have 16 blocks, so that a chain of 512 has blocks at
-//! each of eight owners.
+//! each of eight owners. What as many processes cost with nothing of ours in them is measured beside it (`floor`).
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -19,7 +19,7 @@ use anyhow::{Result, bail};
 use kvclient::{Ack, Client, ClientBuilder, LocalPath, Namespace, NamespaceHandle};
 use kvproto::v1::{self, cluster_client::ClusterClient};
 
-use super::{Found, Options};
+use super::{Found, Options, floor};
 use crate::peers::network::Network;
 use crate::peers::terrace::{Caller, Target};
 use crate::peers::{CHAIN_KEYS, CHAINS, LOOKUP_BYTES, node, values_of};
@@ -132,15 +132,17 @@ pub async fn run(options: &Options) -> Result<Found> {
         (Op::Get, 8, vec![0, 1]),
         (Op::Put, 8, vec![0, 1]),
     ];
-    let groups = groups.map(|(op, concurrency, peers)| Group {
-        cells: peers
+    let groups = groups.map(|(op, concurrency, peers)| {
+        let ours = peers
             .into_iter()
             .map(|peer| (peer, cell(PEERS[peer].0, op, concurrency)))
-            .filter(|(_, cell)| options.wants(&super::label(cell)))
-            .collect(),
-        base: 0,
+            .filter(|(_, cell)| options.wants(&super::label(cell)));
+        Group {
+            cells: ours.collect(),
+            base: 0,
+        }
     });
-    let groups: Vec<Group> = groups.into_iter().filter(|g| !g.cells.is_empty()).collect();
+    let mut groups: Vec<Group> = groups.into_iter().filter(|g| !g.cells.is_empty()).collect();
     if groups.is_empty() {
         return Ok(Found::default());
     }
@@ -171,15 +173,45 @@ pub async fn run(options: &Options) -> Result<Found> {
         let target = Target::new(client, namespace, write, &[MIB], set);
         peers.push(Box::new(Network::<Caller>::new(target, set, pids)));
     }
+    let floors = beside(options, &mut groups, &mut peers).await;
     spinner.finish_and_clear();
     let measured = options.measure("cluster", &mut peers, &groups).await;
     drop(peers);
     drop(clusters);
-    Ok(Found {
+    let mut found = Found {
         measured,
         notes: vec![
             "cluster-N: N nodes on this machine, a process and one worker thread each; CPU is theirs and the client's".into(),
         ],
+        skipped: floors.skipped,
         ..Found::default()
-    })
+    };
+    found.notes.extend(floor::notes(&found));
+    Ok(found)
+}
+
+/// Puts each group's floors behind its own cells, and starts their servers.
+async fn beside(
+    options: &Options,
+    groups: &mut [Group],
+    peers: &mut Vec<Box<dyn Peer>>,
+) -> floor::Stage {
+    let of_group = |group: &Group| -> Vec<Cell> {
+        let cell = &group.cells[0].1;
+        floor::cells(cell.op, cell.concurrency).collect()
+    };
+    let asked: Vec<Cell> = groups.iter().flat_map(of_group).collect();
+    let is_asked = |name: &str| asked.iter().any(|cell| cell.peer == name);
+    let mut floors = floor::start(options, is_asked).await;
+    let mut numbers = HashMap::new();
+    for (name, peer) in std::mem::take(&mut floors.peers) {
+        numbers.insert(name, peers.len());
+        peers.push(peer);
+    }
+    for group in groups {
+        let cells = of_group(group).into_iter();
+        let there = cells.filter_map(|cell| Some((*numbers.get(cell.peer)?, cell)));
+        group.cells.extend(there);
+    }
+    floors
 }

@@ -3,7 +3,7 @@
 //! ```text
 //!   network   gets, puts and lookups against every peer, TCP and Unix sockets     client on its own runtime
 //!   same host shared memory, beside memcpy, a bare request and reply, and Mooncake's daemon
-//!   cluster   three and eight nodes beside one: what routing costs                      nodes in this process
+//!   cluster   three and eight nodes beside one, and what as many processes cost alone   a process each
 //!   nvme      blocks that lie on the disk, beside direct reads of the same disk   node in this process, and by gRPC
 //!   lease     a reference without a copy                                          node in this process
 //!   memory    resident bytes per stored byte            ┐
@@ -13,6 +13,7 @@
 
 pub mod cluster;
 pub mod facts;
+pub mod floor;
 pub mod inside;
 pub mod memory;
 pub mod network;

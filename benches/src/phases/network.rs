@@ -233,7 +233,7 @@ async fn start_peer(stage: &mut Stage, options: &Options, peer: &'static str) ->
             stage.servers.extend([server, local]);
         }
         _ => {
-            let (mut server, tcp, unix) = serve(options, peer, &dir)?;
+            let (mut server, tcp, unix) = serve(options, peer, &dir, 0)?;
             let (tcp, unix) = (Address::Tcp(tcp), Address::Unix(unix));
             listening(&mut server, &unix, &dir.join("log")).await?;
             let pids = vec![server.pid()];
@@ -263,17 +263,19 @@ async fn start_peer(stage: &mut Stage, options: &Options, peer: &'static str) ->
     Ok(())
 }
 
-/// Starts one of this program's own servers.
-fn serve(
+/// Starts one of this program's own servers, with so many threads (0: one per core).
+pub(super) fn serve(
     options: &Options,
     what: &str,
     dir: &Path,
+    threads: usize,
 ) -> Result<(Server, String, std::path::PathBuf)> {
     let (tcp, unix) = (format!("127.0.0.1:{}", free_port()?), dir.join("socket"));
     let mut command = Command::new(std::env::current_exe()?);
     command
         .args(["serve", what, "--tcp", &tcp, "--unix"])
-        .arg(&unix);
+        .arg(&unix)
+        .args(["--threads", &threads.to_string()]);
     Ok((
         options.cores.start(&mut command, &dir.join("log"))?,
         tcp,
@@ -281,7 +283,8 @@ fn serve(
     ))
 }
 
-async fn listening(server: &mut Server, address: &Address, log: &Path) -> Result<()> {
+/// Waits until a server takes connections.
+pub(super) async fn listening(server: &mut Server, address: &Address, log: &Path) -> Result<()> {
     let answers = async || match address {
         Address::Tcp(address) => tokio::net::TcpStream::connect(address).await.is_ok(),
         Address::Unix(path) => tokio::net::UnixStream::connect(path).await.is_ok(),

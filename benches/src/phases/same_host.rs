@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::Result;
+use kvclient::LookupOptions;
 
 use super::{Found, Options};
 use crate::peers::SIZES;
@@ -187,6 +188,19 @@ const STAGING_BYTES: u64 = 64 * MIB;
 
 async fn attached(node: &Node) -> Result<Side> {
     let client = node.attached().await?;
+    let blocking = node.attached_blocking().await?;
     let namespace = node::namespace(&client).await?;
-    Ok(Side { client, namespace })
+    // The second opens it as well, for the answer says where the node's socket is, and attaches with a first call.
+    let (attaching, space) = (blocking.clone(), namespace.clone());
+    let attach = move || {
+        attaching.open_namespace(space.spec(), false)?;
+        let nothing = space.chain(&[0; 16]);
+        attaching.lookup(&space, &nothing, &LookupOptions::probe())
+    };
+    tokio::task::spawn_blocking(attach).await??;
+    Ok(Side {
+        client,
+        blocking,
+        namespace,
+    })
 }

@@ -30,7 +30,7 @@ use kvclient::{
 use serde::Serialize;
 use tokio::task::JoinSet;
 
-use crate::context::{Context, Unit, size, table};
+use crate::context::{Context, Copies, Unit, size, table};
 
 /// Where the blocks are put.
 const NAMESPACE: &str = "kvctl bench";
@@ -68,6 +68,8 @@ pub(crate) struct Args {
     /// Bytes that gets are spread over; more than the processor's caches hold
     #[arg(long, default_value = "256MiB")]
     working_set: ByteSize,
+    #[command(flatten)]
+    copies: Copies,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -100,6 +102,8 @@ struct Row {
     transport: &'static str,
     bytes: u64,
     concurrency: usize,
+    /// Members that keep each block.
+    replicas: usize,
     calls: u64,
     calls_s: f64,
     gib_s: f64,
@@ -155,7 +159,7 @@ async fn measure(
         let most = args.concurrency.iter().copied().max().unwrap_or(1);
         let builder = builder(context, args, transport).lanes(most);
         let client = builder.connect().await?;
-        let namespace = context.open(&client, NAMESPACE).await?;
+        let namespace = context.open_with(&client, NAMESPACE, args.copies).await?;
         for &bytes in &args.sizes {
             let load = Arc::new(Load::fill(&client, &namespace, bytes, args.working_set).await?);
             for &reads in &args.reads {
@@ -373,6 +377,7 @@ impl Cell {
             transport: self.transport.as_str(),
             bytes: load.payload.len() as u64,
             concurrency: self.concurrency,
+            replicas: load.namespace.replicas(),
             calls: tally.calls,
             calls_s: tally.calls as f64 / seconds,
             gib_s: gib / seconds,

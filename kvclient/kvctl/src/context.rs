@@ -1,7 +1,7 @@
 //! What all commands share: the node, the output, the words for an error.
 
 use std::{
-    io::{IsTerminal, Write},
+    io::{self, IsTerminal, Write},
     sync::Arc,
     time::Duration,
 };
@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use kvclient::{
-    Client, ClientBuilder, Error, ErrorKind, Namespace, NamespaceHandle,
+    Client, ClientBuilder, Error, ErrorKind, Namespace, NamespaceHandle, Reason,
     clock::{Clock, SystemClock},
 };
 use serde::Serialize;
@@ -47,6 +47,15 @@ pub(crate) struct InNamespace {
     /// Label of the namespace
     #[arg(long, short = 'n', default_value = DEFAULT_NAMESPACE)]
     pub(crate) namespace: String,
+}
+
+/// Flags of the commands that make a namespace.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct Copies {
+    /// Members of the cluster that keep each run of the namespace, from now on and for whoever uses it; as it is, if
+    /// left out
+    #[arg(long, value_name = "1-8", value_parser = clap::value_parser!(u32).range(1..=8))]
+    replicas: Option<u32>,
 }
 
 /// Tokens per block and blocks per run of the namespaces that kvctl makes; keys are no tokens, so the
@@ -108,8 +117,20 @@ impl Context {
 
     /// The namespace in which kvctl keeps keys.
     pub(crate) async fn open(&self, client: &Client, label: &str) -> Result<NamespaceHandle> {
+        self.open_with(client, label, Copies { replicas: None })
+            .await
+    }
+
+    /// The same, kept by so many members.
+    pub(crate) async fn open_with(
+        &self,
+        client: &Client,
+        label: &str,
+        copies: Copies,
+    ) -> Result<NamespaceHandle> {
         let spec = Namespace::opaque(label, BLOCK_TOKENS, RUN_BLOCKS);
-        let namespace = client.open_namespace(&spec, false).await;
+        let replicas = copies.replicas.unwrap_or(0);
+        let namespace = client.open_replicated(&spec, false, replicas).await;
         namespace.with_context(|| format!("cannot open namespace {label:?}"))
     }
 
@@ -124,7 +145,11 @@ impl Context {
         } else {
             text(report)
         };
-        writeln!(std::io::stdout(), "{}", text.trim_end()).context("cannot write the result")
+        match writeln!(std::io::stdout(), "{}", text.trim_end()) {
+            // Whoever reads has seen enough (`| head`).
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            written => written.context("cannot write the result"),
+        }
     }
 
     /// A bar for long work, `total` of `unit`; silent where nobody looks.
@@ -143,7 +168,7 @@ impl Context {
 
     /// Tells of a failure and what to do about it.
     pub(crate) fn fail(&self, error: &anyhow::Error) {
-        let next = next_step(error, &self.global.endpoint);
+        let next = next_step(error);
         if self.global.json {
             let report = serde_json::json!({ "error": format!("{error:#}"), "next": next });
             // Nobody is left to tell when standard output is closed.
@@ -170,7 +195,7 @@ pub(crate) enum Unit {
     Count,
 }
 
-fn next_step(error: &anyhow::Error, endpoint: &str) -> Option<String> {
+fn next_step(error: &anyhow::Error) -> Option<String> {
     let error = error
         .chain()
         .find_map(|cause| cause.downcast_ref::<Error>())?;
@@ -178,12 +203,20 @@ fn next_step(error: &anyhow::Error, endpoint: &str) -> Option<String> {
         (Error::Endpoint { .. }, _) => {
             "give --endpoint or TERRACE_ENDPOINT as host:port or unix:/path".into()
         }
-        (Error::Connect { .. } | Error::BreakerOpen { .. }, _) => format!(
+        // Of several nodes it may be another than the one that was named.
+        (Error::Connect { endpoint, .. } | Error::BreakerOpen { endpoint, .. }, _) => format!(
             "is a node running at {endpoint}? start one with `kvserver`, or name another with --endpoint"
         ),
         (Error::Deadline { .. }, _) => {
             "the node is slow or frozen: see its log, or allow more time with --deadline 30s".into()
         }
+        (
+            Error::Refused {
+                reason: Some(Reason::Unauthenticated),
+                ..
+            },
+            _,
+        ) => "give the token that the node's tokens_file has for you with --token or TERRACE_TOKEN".into(),
         (_, ErrorKind::Unavailable) => "try again; `kvctl status` says how the node is".into(),
         (_, ErrorKind::Refresh) => "run the command again".into(),
         (_, ErrorKind::FixRequest) => "the request is at fault, see the field it names".into(),

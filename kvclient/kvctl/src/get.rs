@@ -2,14 +2,17 @@
 
 use std::{
     collections::BTreeMap,
-    fs::File,
-    io::{BufWriter, Write},
-    path::PathBuf,
+    fs::{File, Permissions},
+    io::{BufWriter, ErrorKind, Write},
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, Result, bail};
+use clap::builder::NonEmptyStringValueParser;
 use kvclient::{LookupOptions, TierKind};
 use serde::Serialize;
+use tempfile::{Builder, NamedTempFile};
 
 use crate::{
     context::{Context, InNamespace, Unit, size},
@@ -23,6 +26,7 @@ const WINDOW_BYTES: u64 = 32 << 20;
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Name it is stored under
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
     key: String,
     /// Where to write it; standard output if left out, or "-"
     #[arg(long, short = 'o')]
@@ -58,23 +62,29 @@ pub(crate) async fn run(context: &Context, mut args: Args) -> Result<()> {
         );
     };
     let start = context.clock.now();
-    let chain = key::chain(&namespace, &args.key, label.blocks());
+    let chain = key::chain(&namespace, &args.key, &label);
     let found = client
         .lookup(&namespace, &chain, &LookupOptions::default())
         .await?;
-    if u64::from(found.present_blocks) < label.blocks() {
+    let present = found.present_blocks as usize;
+    if !key::is_next_there(&client, &namespace, &chain, present).await? {
         bail!(
-            "{:?} is only there in part: {} of {} blocks; the rest was evicted, put it again",
+            "{:?} is only there in part: {} of {} blocks; the rest was evicted, or never put; put it again",
             args.key,
-            found.present_blocks,
+            present,
             label.blocks()
         );
     }
-    let mut out: Box<dyn Write> = match &args.output {
-        Some(path) => Box::new(BufWriter::new(
+    let beside = match &args.output {
+        Some(path) => beside(path)?,
+        None => None,
+    };
+    let mut out: Box<dyn Write + '_> = match (&beside, &args.output) {
+        (Some(file), _) => Box::new(BufWriter::new(file)),
+        (None, Some(path)) => Box::new(BufWriter::new(
             File::create(path).with_context(|| format!("cannot write {}", path.display()))?,
         )),
-        None => Box::new(std::io::stdout().lock()),
+        (None, None) => Box::new(std::io::stdout().lock()),
     };
     let bar = context.progress(label.length_bytes, &args.key, Unit::Bytes);
     let window = (WINDOW_BYTES / label.block_bytes).max(1);
@@ -103,12 +113,23 @@ pub(crate) async fn run(context: &Context, mut args: Args) -> Result<()> {
             *tiers
                 .entry(block.tier.map_or("unsaid", TierKind::as_str))
                 .or_default() += 1;
-            out.write_all(&bytes).context("cannot write the bytes")?;
+            match out.write_all(&bytes) {
+                // Whoever reads has seen enough (`| head`).
+                Err(error) if error.kind() == ErrorKind::BrokenPipe && args.output.is_none() => {
+                    return Ok(());
+                }
+                written => written.context("cannot write the bytes")?,
+            }
             bar.inc(bytes.len() as u64);
         }
         next = until;
     }
     out.flush().context("cannot write the bytes")?;
+    drop(out);
+    if let (Some(file), Some(path)) = (beside, &args.output) {
+        let named = file.persist(path).map_err(|error| error.error);
+        named.with_context(|| format!("cannot write {}", path.display()))?;
+    }
     bar.finish_and_clear();
     let report = Report {
         key: args.key,
@@ -138,4 +159,54 @@ pub(crate) async fn run(context: &Context, mut args: Args) -> Result<()> {
             report.seconds
         )
     })
+}
+
+/// A new file beside `path`, to be renamed to it once it is whole, so that what was there stays until then; it goes by itself
+/// when that never happens. `None`: to be written in its place, which is no file (a pipe, a link, a device).
+fn beside(path: &Path) -> Result<Option<NamedTempFile>> {
+    let mode = match std::fs::symlink_metadata(path) {
+        Ok(found) if !found.is_file() => return Ok(None),
+        Ok(found) => found.permissions(),
+        Err(_) => Permissions::from_mode(0o666), // less what the umask takes
+    };
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let file = Builder::new().permissions(mode).tempfile_in(folder);
+    let file = file.with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(Some(file))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_has_its_name_once_it_is_whole_and_what_is_none_is_left_in_its_place() {
+        let dir = tempfile::TempDir::new().unwrap();
+        let path = dir.path().join("out.bin");
+        std::fs::write(&path, "old").unwrap();
+        let count = || std::fs::read_dir(dir.path()).unwrap().count();
+        let mut given_up = beside(&path).unwrap().unwrap();
+        given_up.write_all(b"ha").unwrap();
+        assert_eq!(count(), 2);
+        drop(given_up);
+        assert_eq!(
+            (count(), std::fs::read(&path).unwrap()),
+            (1, b"old".to_vec())
+        );
+        let mut whole = beside(&path).unwrap().unwrap();
+        whole.write_all(b"new").unwrap();
+        whole.persist(&path).unwrap();
+        assert_eq!(
+            (count(), std::fs::read(&path).unwrap()),
+            (1, b"new".to_vec())
+        );
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        for place in [&link, Path::new("/dev/null"), dir.path()] {
+            assert!(beside(place).unwrap().is_none(), "{}", place.display());
+        }
+    }
 }

@@ -38,16 +38,25 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<()> {
     let target = match (&args.key, &args.prefix) {
         (Some(text), _) => match text.parse() {
             Ok(hash) => Target::Block(hash),
-            Err(_) => Target::Prefix(key::block(&namespace, text)),
+            // A key's own blocks and no others; where nobody can say which they are, all that may be.
+            Err(_) => match key::label(&client, &namespace, text).await {
+                Ok(Some(of)) => {
+                    let chain = key::chain(&namespace, text, &of);
+                    let blocks = key::forget(&client, &namespace, &chain).await?;
+                    return report(context, label, blocks);
+                }
+                _ => Target::Prefix(key::block(&namespace, text)),
+            },
         },
         (_, Some(text)) => Target::Prefix(key::block(&namespace, text)),
         _ => Target::All,
     };
     let blocks = client.invalidate(&namespace, target).await?;
-    let report = Report {
-        namespace: label,
-        blocks,
-    };
+    report(context, label, blocks)
+}
+
+fn report(context: &Context, namespace: String, blocks: u64) -> Result<()> {
+    let report = Report { namespace, blocks };
     context.print(&report, |report| match report.blocks {
         0 => "nothing was there to forget".to_owned(),
         n => format!("{n} blocks forgotten; they stay gone after a restart"),

@@ -1,27 +1,37 @@
 //! A key that a person can type, as a chain of blocks.
 //!
 //! ```text
-//! "mykey" ─► block 0  the label: {"length_bytes":…,"block_bytes":…} as JSON
+//! "mykey" ─► block 0  the label: {"length_bytes":…,"block_bytes":…,"put_id":…} as JSON
 //!            block 1… the bytes, cut into block_bytes
-//!            hash i = engine hash of (key, i)
+//!            hash 0 = engine hash of (key, 0)      hash i = engine hash of (key, i, put_id)
 //! ```
 //!
 //! Why a label: who asks for a key knows neither its length nor its number of blocks, and a lookup needs
-//! both. Why its hashes do not depend on the bytes: a person wants to find a key by its name alone; so
-//! putting other bytes under a known key first forgets the old ones.
+//! both. Why the label's hash does not depend on the bytes: a person wants to find a key by its name alone. The rest is
+//! named after the put that wrote it, so that a block which another put left behind is never taken for one of this one's;
+//! the label alone has to be forgotten before another is put.
+//! Why a key is forgotten block by block ([`forget`]) and not as a prefix: its runs lie with several members, and below a
+//! prefix goes all that might hang there; of a run whose beginning lies elsewhere a member cannot say that it does not.
 
 use anyhow::{Context as _, Result, bail, ensure};
-use kvclient::{Chain, Client, GetOutcome, NamespaceHandle, SequenceHash};
+use futures_util::{StreamExt as _, TryStreamExt as _, future::ready, stream};
+use kvclient::{Chain, Client, GetOutcome, NamespaceHandle, SequenceHash, Target};
 use serde::{Deserialize, Serialize};
 
 /// Most blocks under one key, the label included.
 pub(crate) const MAX_BLOCKS: u64 = kvproto::hash::MAX_CHAIN_BLOCKS as u64;
+
+/// Blocks that are being forgotten at once.
+const FORGOTTEN_AT_ONCE: usize = 64;
 
 /// What block 0 of a key says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Label {
     pub(crate) length_bytes: u64,
     pub(crate) block_bytes: u64,
+    /// Of the put that wrote it; 0 where puts had none yet.
+    #[serde(default)]
+    pub(crate) put_id: u64,
 }
 
 impl Label {
@@ -37,18 +47,62 @@ impl Label {
     }
 }
 
-/// The first `blocks` blocks of a key.
-pub(crate) fn chain(namespace: &NamespaceHandle, key: &str, blocks: u64) -> Chain {
-    let names: Vec<Vec<u8>> = (0..blocks)
-        .map(|index| [key.as_bytes(), b"\0", &index.to_le_bytes()].concat())
+/// The blocks of a key with this label.
+pub(crate) fn chain(namespace: &NamespaceHandle, key: &str, label: &Label) -> Chain {
+    let put_id = label.put_id.to_le_bytes();
+    let names: Vec<Vec<u8>> = (0..label.blocks())
+        .map(|index| {
+            let of_put: &[u8] = match (index, label.put_id) {
+                (0, _) | (_, 0) => &[],
+                _ => &put_id,
+            };
+            [key.as_bytes(), b"\0", &index.to_le_bytes(), of_put].concat()
+        })
         .collect();
     namespace.engine_chain(&names)
+}
+
+/// What is known of a key without its label: where that is.
+pub(crate) fn first(namespace: &NamespaceHandle, key: &str) -> Chain {
+    namespace.engine_chain(&[[key.as_bytes(), b"\0", &0_u64.to_le_bytes()].concat()])
 }
 
 /// The block a person means: 64 hex digits name a hash, anything else a key's first block.
 pub(crate) fn block(namespace: &NamespaceHandle, text: &str) -> SequenceHash {
     text.parse()
-        .unwrap_or_else(|_| chain(namespace, text, 1).hashes[0])
+        .unwrap_or_else(|_| first(namespace, text).hashes[0])
+}
+
+/// Forgets these blocks, the first one first: without its label nobody looks for the rest of a key. Answers how many
+/// there were.
+pub(crate) async fn forget(
+    client: &Client,
+    namespace: &NamespaceHandle,
+    chain: &Chain,
+) -> Result<u64, kvclient::Error> {
+    let forget = |hash: &SequenceHash| client.invalidate(namespace, Target::Block(*hash));
+    let label = forget(&chain.hashes[0]).await?;
+    stream::iter(&chain.hashes[1..])
+        .map(forget)
+        .buffer_unordered(FORGOTTEN_AT_ONCE)
+        .try_fold(label, |blocks, more| ready(Ok(blocks + more)))
+        .await
+}
+
+/// Whether the block after the first `present` is there all the same, or there is none: a lookup does not wait for a
+/// member that takes longer than the others; a get does.
+pub(crate) async fn is_next_there(
+    client: &Client,
+    namespace: &NamespaceHandle,
+    chain: &Chain,
+    present: usize,
+) -> Result<bool, kvclient::Error> {
+    if present == chain.len() {
+        return Ok(true);
+    }
+    let next = chain.slice(present..present + 1, namespace.run_blocks());
+    let got = client.get(namespace, &next, None).await?;
+    Ok(got.iter().all(|block| block.bytes.is_some()))
 }
 
 /// The label of a key, if it is there.
@@ -57,7 +111,7 @@ pub(crate) async fn label(
     namespace: &NamespaceHandle,
     key: &str,
 ) -> Result<Option<Label>> {
-    let first = chain(namespace, key, 1);
+    let first = first(namespace, key);
     let fetched = client.get(namespace, &first, None).await?.remove(0);
     match (fetched.outcome, fetched.bytes) {
         (GetOutcome::Hit, Some(bytes)) => {
@@ -70,6 +124,9 @@ pub(crate) async fn label(
             Ok(Some(label))
         }
         (GetOutcome::Miss | GetOutcome::Invalidated, _) => Ok(None),
+        (GetOutcome::Node, _) => bail!(
+            "the member that has key {key:?} does not answer; see `kvctl cluster`, and try again when it is back, or gone from there"
+        ),
         (outcome, _) => bail!("key {key:?} cannot be read: {outcome}"),
     }
 }
@@ -89,6 +146,7 @@ mod tests {
             let label = Label {
                 length_bytes,
                 block_bytes: 8,
+                put_id: 1,
             };
             assert_eq!(label.blocks(), blocks);
             if let Some(last) = last {

@@ -3,7 +3,8 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
-use kvclient::{LookupOptions, TierKind};
+use clap::builder::NonEmptyStringValueParser;
+use kvclient::{Client, LookupOptions, NamespaceHandle, TierKind};
 use serde::Serialize;
 
 use crate::{
@@ -15,7 +16,7 @@ use crate::{
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Names to look for
-    #[arg(required = true)]
+    #[arg(required = true, value_parser = NonEmptyStringValueParser::new())]
     keys: Vec<String>,
     #[command(flatten)]
     namespace: InNamespace,
@@ -37,6 +38,9 @@ struct Found {
     blocks: Option<u64>,
     length_bytes: Option<u64>,
     tiers: Vec<(u32, &'static str)>,
+    /// Why nobody can say; what is above says nothing then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    problem: Option<String>,
 }
 
 /// Success when all keys are whole; failure otherwise, so that a script can ask.
@@ -44,24 +48,20 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
     let client = context.connect().await?;
     let namespace = context.open(&client, &args.namespace.namespace).await?;
     let mut keys = Vec::with_capacity(args.keys.len());
-    for key in args.keys {
-        let label = key::label(&client, &namespace, &key).await?;
-        let blocks = label.map_or(1, |label| label.blocks());
-        let chain = key::chain(&namespace, &key, blocks);
-        let found = client
-            .lookup(&namespace, &chain, &LookupOptions::probe())
-            .await?;
-        keys.push(Found {
-            key,
-            present_blocks: found.present_blocks.into(),
-            blocks: label.map(|label| label.blocks()),
-            length_bytes: label.map(|label| label.length_bytes),
-            tiers: found
-                .tiers
-                .iter()
-                .map(|(n, tier)| (*n, TierKind::as_str(*tier)))
-                .collect(),
-        });
+    for key in &args.keys {
+        match find(&client, &namespace, key).await {
+            Ok(found) => keys.push(found),
+            // One key is all that was asked for.
+            Err(error) if args.keys.len() == 1 => return Err(error),
+            Err(error) => keys.push(Found {
+                key: key.clone(),
+                present_blocks: 0,
+                blocks: None,
+                length_bytes: None,
+                tiers: Vec::new(),
+                problem: Some(format!("{error:#}")),
+            }),
+        }
     }
     let all_present = keys
         .iter()
@@ -78,11 +78,33 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
     })
 }
 
+async fn find(client: &Client, namespace: &NamespaceHandle, key: &str) -> Result<Found> {
+    let label = key::label(client, namespace, key).await?;
+    let chain = match &label {
+        Some(label) => key::chain(namespace, key, label),
+        None => key::first(namespace, key),
+    };
+    let probe = LookupOptions::probe();
+    let found = client.lookup(namespace, &chain, &probe).await?;
+    let tiers = found.tiers.iter();
+    Ok(Found {
+        key: key.to_owned(),
+        present_blocks: found.present_blocks.into(),
+        blocks: label.map(|label| label.blocks()),
+        length_bytes: label.map(|label| label.length_bytes),
+        tiers: tiers
+            .map(|(n, tier)| (*n, TierKind::as_str(*tier)))
+            .collect(),
+        problem: None,
+    })
+}
+
 fn row(found: &Found) -> Vec<String> {
-    let present = match found.blocks {
-        None => "no",
-        Some(blocks) if blocks == found.present_blocks => "yes",
-        Some(_) => "in part",
+    let present = match (found.blocks, &found.problem) {
+        (_, Some(_)) => "unknown",
+        (None, _) => "no",
+        (Some(blocks), _) if blocks == found.present_blocks => "yes",
+        (Some(_), _) => "in part",
     };
     let tiers: Vec<String> = found
         .tiers
@@ -96,6 +118,9 @@ fn row(found: &Found) -> Vec<String> {
             .blocks
             .map_or("-".to_owned(), |n| format!("{}/{n}", found.present_blocks)),
         found.length_bytes.map_or("-".to_owned(), size),
-        tiers.join(", "),
+        match &found.problem {
+            Some(problem) => problem.clone(),
+            None => tiers.join(", "),
+        },
     ]
 }

@@ -11,13 +11,14 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use bytesize::ByteSize;
+use clap::builder::NonEmptyStringValueParser;
 use kvclient::{
-    Ack, Chain, Client, NamespaceHandle, PutBlock, PutOptions, PutResult, Reason, Target,
+    Ack, Chain, Client, LookupOptions, NamespaceHandle, PutBlock, PutOptions, PutResult, Reason,
 };
 use serde::Serialize;
 
 use crate::{
-    context::{Context, InNamespace, Unit, size},
+    context::{Context, Copies, InNamespace, Unit, size},
     key::{self, Label},
 };
 
@@ -30,11 +31,14 @@ const MAX_OFFERS: u32 = 50;
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Name to store it under
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
     key: String,
     /// File to store; - for standard input
     file: PathBuf,
     #[command(flatten)]
     namespace: InNamespace,
+    #[command(flatten)]
+    copies: Copies,
     /// How safe it must be: cached (RAM), stored (NVMe), synced (durable)
     #[arg(long, default_value = "cached")]
     ack: Ack,
@@ -48,6 +52,8 @@ struct Report {
     key: String,
     length_bytes: u64,
     blocks: u64,
+    /// Members that the namespace's runs are kept by.
+    replicas: usize,
     /// Number of blocks by what became of them.
     outcomes: BTreeMap<&'static str, u64>,
     seconds: f64,
@@ -55,11 +61,13 @@ struct Report {
 
 pub(crate) async fn run(context: &Context, args: Args) -> Result<()> {
     let client = context.connect().await?;
-    let namespace = context.open(&client, &args.namespace.namespace).await?;
+    let label = &args.namespace.namespace;
+    let namespace = context.open_with(&client, label, args.copies).await?;
     let mut source = open(&args.file)?;
     let label = Label {
         length_bytes: source.length_bytes,
         block_bytes: args.block_size.as_u64(),
+        put_id: context.clock.random_u64().max(1),
     };
     ensure!(
         (1..=namespace.max_block_bytes()).contains(&label.block_bytes),
@@ -72,11 +80,26 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<()> {
         "{} blocks are too many for one key; give a larger --block-size",
         label.blocks()
     );
-    let chain = key::chain(&namespace, &args.key, label.blocks());
-    // Names say nothing of bytes here: what another put left under this key must go first.
-    client
-        .invalidate(&namespace, Target::Prefix(chain.hashes[0]))
-        .await?;
+    let chain = key::chain(&namespace, &args.key, &label);
+    // The label's name says nothing of its bytes: one that another put left must go first. What cannot be read of that
+    // put nobody will read, as its blocks have other names.
+    let old = key::label(&client, &namespace, &args.key).await;
+    // Its one owner has none: then nobody would look for one at a member that does not answer.
+    let is_new = matches!(old, Ok(None)) && namespace.replicas() <= 1;
+    let old = match old.ok().flatten() {
+        Some(old) => key::chain(&namespace, &args.key, &old),
+        None => key::first(&namespace, &args.key),
+    };
+    let forgotten = key::forget(&client, &namespace, &old).await;
+    if !is_new {
+        forgotten.with_context(|| {
+            format!(
+                "what may be stored under {:?} has to be forgotten by every member first, and one does not answer; see \
+                 `kvctl cluster`, and try again when it is back, or gone from there",
+                args.key
+            )
+        })?;
+    }
 
     let start = context.clock.now();
     let options = PutOptions {
@@ -108,10 +131,24 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<()> {
         next = until;
     }
     bar.finish_and_clear();
+    // Each block was taken, which says nothing of all of them together. Who cannot say now has kept them a moment ago.
+    let probe = LookupOptions::probe();
+    if let Ok(found) = client.lookup(&namespace, &chain, &probe).await {
+        let present = found.present_blocks as usize;
+        ensure!(
+            key::is_next_there(&client, &namespace, &chain, present)
+                .await
+                .unwrap_or(true),
+            "all {} blocks were taken, and only the first {present} are still there: there is less room than that; give \
+             nodes more (--ram-bytes, --nvme-bytes), or keep it at --ack stored",
+            label.blocks(),
+        );
+    }
     let report = Report {
         key: args.key,
         length_bytes: label.length_bytes,
         blocks: label.blocks(),
+        replicas: namespace.replicas(),
         outcomes,
         seconds: context.clock.now().since(start).as_secs_f64(),
     };
@@ -122,11 +159,15 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<()> {
             .map(|(outcome, n)| format!("{n} {outcome}"))
             .collect();
         format!(
-            "{} under {:?} in {} blocks ({}), {:.2} s\nread it back: kvctl get {} -o FILE",
+            "{} under {:?} in {} blocks ({}){}, {:.2} s\nread it back: kvctl get {} -o FILE",
             size(report.length_bytes),
             report.key,
             report.blocks,
             outcomes.join(", "),
+            match report.replicas {
+                0 | 1 => String::new(),
+                many => format!(", at {many} members each"),
+            },
             report.seconds,
             report.key,
         )
@@ -235,6 +276,12 @@ fn open(path: &PathBuf) -> Result<Source> {
         });
     }
     let mut file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    let is_dir = file.metadata().is_ok_and(|found| found.is_dir());
+    ensure!(
+        !is_dir,
+        "{} is a folder; give a file, or \"-\"",
+        path.display()
+    );
     let length_bytes = file
         .seek(SeekFrom::End(0))
         .context("cannot measure the file")?;

@@ -167,6 +167,61 @@ async fn a_file_put_under_a_key_comes_back_and_is_forgotten_on_request() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_namespace_keeps_as_many_copies_as_it_was_told_last() {
+    let bench = Bench::start().await;
+    let put = |words: &[&str]| bench.json(&[&["put", "doc", "-"], words].concat(), b"bytes");
+    assert_eq!(put(&[])["replicas"], 1);
+    assert_eq!(put(&["--replicas", "3"])["replicas"], 3);
+    assert_eq!(put(&[])["replicas"], 3, "it stays so");
+    let text = bench.run(&["cluster", "explain", "doc"], b"");
+    let text = String::from_utf8(text.stdout).unwrap();
+    assert!(
+        text.contains("kept by 3 members") && text.contains("2 of 2 blocks"),
+        "{text}"
+    );
+    assert_eq!(put(&["-n", "other"])["replicas"], 1);
+
+    let words = "bench --sizes 4KiB -c 1 -t 20ms --working-set 64KiB --reads 100 --replicas 2";
+    let report = bench.json(&words.split(' ').collect::<Vec<_>>(), b"");
+    assert_eq!(report["rows"][0]["replicas"], 2, "{report}");
+
+    for command in ["put", "bench"] {
+        let help = String::from_utf8(bench.run(&[command, "--help"], b"").stdout).unwrap();
+        assert!(help.contains("--replicas"), "{help}");
+    }
+    for wrong in ["0", "9"] {
+        let refused = bench.run(&["put", "doc", "-", "--replicas", wrong], b"");
+        let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(
+            !refused.status.success() && told.contains("1..=8"),
+            "{told}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_of_several_runs_is_explained_run_by_run() {
+    let bench = Bench::start().await;
+    // The label and 150 blocks: two runs of 64 and what is left.
+    let bytes = vec![1; 150 << 10];
+    bench.json(&["put", "long", "-", "--block-size", "1KiB"], &bytes);
+    let explain = |run: &str| bench.json(&["cluster", "explain", "long", "--run", run], b"");
+    let blocks = |report: &Value| {
+        let claim = &report["claims"][0];
+        (
+            report["runs"].as_u64(),
+            report["blocks"].as_u64(),
+            claim["blocks"].as_u64(),
+        )
+    };
+    assert_eq!(blocks(&explain("0")), (Some(3), Some(64), Some(64)));
+    assert_eq!(blocks(&explain("2")), (Some(3), Some(23), Some(23)));
+    assert_ne!(explain("0")["run"], explain("2")["run"]);
+    let wrong = bench.run(&["cluster", "explain", "long", "--run", "3"], b"");
+    assert!(String::from_utf8_lossy(&wrong.stderr).contains("3 runs of 64 blocks"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_trace_replayed_against_a_node_agrees_with_the_policy_alone() {
     let bench = Bench::start().await;
     let trace = bench.path("trace.jsonl");
@@ -379,4 +434,37 @@ async fn a_bench_goes_the_way_that_its_rows_name() {
             assert_eq!(bytes(shared), expected, "{transport}: {shared}");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_that_the_node_has_no_room_for_is_not_called_stored() {
+    let bench = Bench::start().await;
+    let path = bench.path("big.bin");
+    std::fs::write(&path, vec![7; 100 << 20]).unwrap();
+    let put = bench.run(&["put", "big", &path], &[]);
+    assert_eq!(put.status.code(), Some(1), "{put:?}");
+    let said = String::from_utf8(put.stderr).unwrap();
+    assert!(
+        said.contains("are still there") && said.contains("--ram-bytes"),
+        "{said}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_has_a_name() {
+    let bench = Bench::start().await;
+    for words in [&["put", "", "-"][..], &["get", ""], &["lookup", "a", ""]] {
+        let output = bench.run(words, &[]);
+        assert_eq!(output.status.code(), Some(2), "{words:?}: {output:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_that_has_seen_enough_is_no_failure() {
+    let bench = Bench::start().await;
+    let mut child = bench.spawn(&["status"]);
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(output.stderr, b"");
 }

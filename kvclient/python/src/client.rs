@@ -1,8 +1,11 @@
 //! A plain client that waits: for people and tools, over tokens and bytes.
 //!
 //! ```text
-//! tokens ─cut, hash─► chain ─► put · get · lookup · invalidate      each on a runtime of its own, by deadline
+//! tokens ─cut, hash─► chain ─► put · get · lookup · invalidate      each on the caller's thread, by deadline
 //! ```
+//!
+//! On the node's host the thread sleeps in the kernel until its answer is there (`kvclient::blocking`); the caller
+//! has let go of Python's lock by then.
 //!
 //! Units: blocks, bytes.
 //! Errors: [`Error`]: nobody answered, or the call can never work. A miss is a shorter answer.
@@ -11,11 +14,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use kvclient::{
-    Chain, Client, ErrorKind, LookupOptions, Namespace, NamespaceHandle, PutBlock, PutOptions,
-    Target,
+    Chain, ErrorKind, LookupOptions, Namespace, NamespaceHandle, PutBlock, PutOptions, Target,
+    blocking::Client,
 };
 use kvproto::FieldError;
-use tokio::runtime::{Builder, Runtime};
 
 use crate::node::NodeSettings;
 
@@ -28,9 +30,6 @@ pub enum Error {
     /// The node did not answer, or refused.
     #[error(transparent)]
     Client(#[from] kvclient::Error),
-    /// The machine gives no thread.
-    #[error("no thread")]
-    Threads(#[from] std::io::Error),
     /// It was closed.
     #[error("the client was closed")]
     Closed,
@@ -48,7 +47,7 @@ impl Error {
                 matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Refresh)
             }
             Self::Closed | Self::Forked => true,
-            Self::Field(_) | Self::Threads(_) => false,
+            Self::Field(_) => false,
         }
     }
 }
@@ -57,7 +56,7 @@ impl Error {
 #[derive(Debug)]
 pub struct PlainClient {
     /// Gone once it was closed.
-    open: Option<(Runtime, Client)>,
+    open: Option<Client>,
     namespace: NamespaceHandle,
     process: u32,
 }
@@ -72,19 +71,14 @@ impl PlainClient {
         spec: &Namespace,
         deadline: Duration,
     ) -> Result<Self, Error> {
-        let runtime = Builder::new_multi_thread()
-            .worker_threads(1)
-            .max_blocking_threads(4)
-            .thread_name("terrace-client")
-            .enable_all()
-            .build()?;
-        let client = {
-            let _inside = runtime.enter();
-            node.client()?.with_deadline(deadline)
-        };
-        let namespace = runtime.block_on(client.open_namespace(spec, node.strict))?;
+        // Its first call connects, within the same deadline.
+        let client = node
+            .builder()
+            .deadline(deadline)
+            .connect_lazily_blocking()?;
+        let namespace = client.open_namespace(spec, node.strict)?;
         Ok(Self {
-            open: Some((runtime, client)),
+            open: Some(client),
             namespace,
             process: std::process::id(),
         })
@@ -129,9 +123,10 @@ impl PlainClient {
             .enumerate()
             .map(|(i, bytes)| PutBlock::new(i, bytes))
             .collect();
-        let ((runtime, client), namespace) = (self.open()?, &self.namespace);
-        let put = client.put(namespace, &chain, &blocks, PutOptions::default());
-        let results = runtime.block_on(put)?;
+        let options = PutOptions::default();
+        let results = self
+            .open()?
+            .put(&self.namespace, &chain, &blocks, options)?;
         Ok(results.iter().map(|r| r.outcome.to_string()).collect())
     }
 
@@ -143,14 +138,13 @@ impl PlainClient {
         let Ok(chain) = self.chain(tokens, first) else {
             return Ok(Vec::new());
         };
-        let ((runtime, client), namespace) = (self.open()?, &self.namespace);
-        let found =
-            runtime.block_on(client.lookup(namespace, &chain, &LookupOptions::default()))?;
+        let (client, namespace) = (self.open()?, &self.namespace);
+        let found = client.lookup(namespace, &chain, &LookupOptions::default())?;
         let Some(lease) = found.lease else {
             return Ok(Vec::new());
         };
         let leased = chain.slice(0..lease.blocks() as usize, namespace.run_blocks());
-        let fetched = runtime.block_on(client.get(namespace, &leased, &lease))?;
+        let fetched = client.get(namespace, &leased, &lease)?;
         Ok(fetched.into_iter().map_while(|block| block.bytes).collect())
     }
 
@@ -162,9 +156,8 @@ impl PlainClient {
         let Ok(chain) = self.chain(tokens, 0) else {
             return Ok(0);
         };
-        let ((runtime, client), namespace) = (self.open()?, &self.namespace);
         let probe = LookupOptions::probe();
-        let found = runtime.block_on(client.lookup(namespace, &chain, &probe))?;
+        let found = self.open()?.lookup(&self.namespace, &chain, &probe)?;
         Ok(found.present_blocks as usize)
     }
 
@@ -178,8 +171,7 @@ impl PlainClient {
             Some(Ok(chain)) => Target::Prefix(chain.hashes[0]),
             Some(Err(_)) => return Ok(0),
         };
-        let ((runtime, client), namespace) = (self.open()?, &self.namespace);
-        Ok(runtime.block_on(client.invalidate(namespace, target))?)
+        Ok(self.open()?.invalidate(&self.namespace, target)?)
     }
 
     /// What the node holds and has done, by name.
@@ -187,8 +179,7 @@ impl PlainClient {
     /// # Errors
     /// When the node does not answer.
     pub fn stats(&self) -> Result<Vec<(String, u64)>, Error> {
-        let (runtime, client) = self.open()?;
-        let stats = runtime.block_on(client.stats())?;
+        let stats = self.open()?.stats()?;
         let mut list = vec![
             ("uptime_ms".to_owned(), stats.uptime_ms),
             ("leases".to_owned(), stats.leases),
@@ -235,7 +226,7 @@ impl PlainClient {
         Ok(whole.slice(first..whole.len(), namespace.run_blocks()))
     }
 
-    fn open(&self) -> Result<&(Runtime, Client), Error> {
+    fn open(&self) -> Result<&Client, Error> {
         if self.is_forked() {
             return Err(Error::Forked);
         }

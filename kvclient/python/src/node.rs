@@ -18,7 +18,7 @@
 use std::{sync::Arc, time::Duration};
 
 use kvclient::{
-    Client, Error, ErrorKind, Namespace, NamespaceHandle, OwnerId, Path, PathReport,
+    Client, ClientBuilder, Error, ErrorKind, Namespace, NamespaceHandle, OwnerId, Path, PathReport,
     clock::{Clock, SystemClock},
 };
 use parking_lot::Mutex;
@@ -122,6 +122,11 @@ impl NodeSettings {
     /// # Panics
     /// Outside a tokio runtime.
     pub fn client(&self) -> Result<Client, Error> {
+        self.builder().connect_lazily()
+    }
+
+    /// These settings.
+    pub fn builder(&self) -> ClientBuilder {
         let Ok(local) = self.local.parse();
         let mut builder = Client::builder(&self.endpoint).local(local);
         if let Some(owner) = self.owner {
@@ -130,7 +135,7 @@ impl NodeSettings {
         if let Some(token) = &self.token {
             builder = builder.token(token.clone());
         }
-        builder.connect_lazily()
+        builder
     }
 }
 

@@ -104,7 +104,9 @@ class Cache:
     def forget(self, request: str) -> None:
         """Gives the lease back and forgets the answer."""
     def miss(self, hashes: bytes, width: int) -> None:
-        """Lookups stop before these blocks for `miss_ms`, or until this cache has saved them again."""
+        """Lookups stop before these blocks for `miss_ms`, or until they were saved again, here or as `saved` says."""
+    def saved(self, hashes: bytes, width: int) -> None:
+        """These blocks were saved through the cache of another process: what `miss` said of them is over."""
     def layout(
         self, layers: Sequence[tuple[int, int, int, int]], *, device: str | None = None, stream: int = 0
     ) -> None:

@@ -25,6 +25,14 @@ class Teller:
         if news := cache.news():
             self.logger.log(logging.INFO if news[0] else logging.WARNING, "%s %s", self.name, news[1])
 
+    def difference(self, cache: Cache) -> None:
+        """One line about what keeps an engine from those before it, for a half that tells no other news.
+
+        The node says it to the first that opens the namespace, and that may be any process of an engine.
+        """
+        if cache.state() == "ready" and (differs := cache.difference()):
+            self.trouble(f"no prefix is shared with those who came before: {differs}")
+
     def trouble(self, what: str) -> None:
         """One line for each kind of trouble, not one per block."""
         if what not in self.told and len(self.told) < MAX_KINDS:

@@ -12,7 +12,7 @@
 //! Units: durations.
 //! Errors: the call's; [`Error::Broken`] when nobody is there.
 
-use std::{io, pin::pin, time::Duration};
+use std::{io, pin::Pin, time::Duration};
 
 use crate::{call::Inner, error::Error, wire::Method};
 
@@ -23,20 +23,20 @@ const PATIENCE: Duration = Duration::from_millis(500);
 /// How often it is looked whether the answer to that has failed to come.
 const CHECK: Duration = Duration::from_millis(100);
 
-/// Makes a call at a node.
+/// Makes a call at a node. It is pinned by whoever makes it: a call is kilobytes of state, and each hand it is given to
+/// by value copies it once more.
 pub(super) async fn attended<T>(
     inner: &Inner,
     method: Method,
-    call: impl Future<Output = Result<T, Error>>,
+    mut call: Pin<&mut impl Future<Output = Result<T, Error>>>,
 ) -> Result<T, Error> {
     let _queued = inner.queue.enter();
-    let mut call = pin!(call);
     let mut wait = PATIENCE;
     let mut asked = Duration::ZERO;
     loop {
         tokio::select! {
             biased;
-            answer = &mut call => return answer,
+            answer = call.as_mut() => return answer,
             () = inner.clock.sleep(wait) => {}
         }
         if inner.pool.breaker.is_silent() {

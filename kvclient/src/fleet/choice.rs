@@ -2,9 +2,14 @@
 //!
 //! ```text
 //! run ─► first owner ── little to do ──────────────────────────► first owner, and nothing else is looked at
-//!            └── a queue, or nobody there ─► the next owner (replicas), or its second owner (many read it)
-//!                                                └─ well, and its queue is shorter ─► that one, for the whole call
+//!            ├── a queue ────────► the next that has it too and is not silent; its queue is shorter ─► that one
+//!            └── silent ─────────► the next that has it too and is not silent, whatever its queue
+//!                                      └─ all are silent ─► first owner
 //! ```
+//!
+//! Who has it too: the other owners (replicas), then its second owner for a while (many read it). Silent is who gave no
+//! answer last time and no sign of life since ([`crate::retry::Breaker::is_hurt`]); connections find out by themselves
+//! that it is back, so no call has to.
 //!
 //! Two are compared, however many copies there are: the better of two is nearly as good as the best, and never the one
 //! that everybody runs to at once.
@@ -17,9 +22,7 @@ use kvproto::{Chain, key::RunHash};
 
 use super::Roster;
 use crate::{
-    call::Inner,
     clock::Tick,
-    retry::BreakerState,
     route::{Split, goes_second, is_worth_leaving},
 };
 
@@ -46,7 +49,7 @@ enum Leaving {
     /// It has a queue.
     Queue(u32),
     /// It does not answer.
-    Broken,
+    Silent,
 }
 
 /// A chain split by whom to ask.
@@ -88,7 +91,9 @@ impl<'a> Choice<'a> {
         if leaving == Leaving::No {
             return first;
         }
-        let Some(other) = self.roster.other(run, first, self.replicas, self.now) else {
+        let others = self.roster.readers(run, self.replicas).into_iter();
+        let mut others = others.filter(|other| *other != first);
+        let Some(other) = others.find(|other| !self.roster.is_silent(*other)) else {
             return first;
         };
         let made = self.made.iter().find(|(of, _)| *of == (first, other));
@@ -98,9 +103,8 @@ impl<'a> Choice<'a> {
                 let goes = match leaving {
                     Leaving::No => false,
                     Leaving::Queue(calls) => goes_second(calls, self.queue(other)),
-                    Leaving::Broken => true,
+                    Leaving::Silent => true,
                 };
-                let goes = goes && self.is_well(other);
                 let chosen = if goes { other } else { first };
                 self.made.push(((first, other), chosen));
                 chosen
@@ -108,7 +112,7 @@ impl<'a> Choice<'a> {
         };
         if chosen != first {
             self.strays = true;
-            if self.replicas < 2 {
+            if !self.roster.owners(run, self.replicas).contains(&chosen) {
                 self.guests.insert(*run);
             }
         }
@@ -121,8 +125,7 @@ impl<'a> Choice<'a> {
         }
         let leaving = match self.roster.in_use(first) {
             None => Leaving::No, // nothing is known of it
-            // Half open, it is asked: somebody has to find out.
-            Some(inner) if inner.pool.breaker.state() == BreakerState::Open => Leaving::Broken,
+            Some(_) if self.roster.is_silent(first) => Leaving::Silent,
             Some(_) => match self.queue(first) {
                 calls if is_worth_leaving(calls) => Leaving::Queue(calls),
                 _ => Leaving::No,
@@ -130,12 +133,6 @@ impl<'a> Choice<'a> {
         };
         self.left.push((first, leaving));
         leaving
-    }
-
-    /// Nothing is known against it.
-    fn is_well(&self, member: usize) -> bool {
-        let closed = |inner: &Inner| inner.pool.breaker.state() == BreakerState::Closed;
-        self.roster.in_use(member).is_none_or(closed)
     }
 
     fn queue(&self, member: usize) -> u32 {

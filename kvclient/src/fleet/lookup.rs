@@ -124,6 +124,7 @@ async fn attempt(
             deadline: share,
             strays,
             has_others,
+            tried: Vec::new(),
         };
         asked.push(Box::pin(async move { (number, asking.run().await) }));
     }
@@ -227,7 +228,6 @@ impl<'a> Answers<'a> {
             self.refused.get_or_insert(error);
         } else {
             tracing::debug!(%error, "an owner does not answer; the prefix ends before its runs");
-            self.roster.hurt(self.split.shares[number].member, &error);
             self.failed.get_or_insert(error);
         }
     }

@@ -24,6 +24,8 @@ pub(crate) mod get;
 pub(crate) mod lookup;
 pub(crate) mod put;
 pub(crate) mod share;
+#[cfg(test)]
+mod tests;
 mod views;
 
 use std::{
@@ -55,6 +57,7 @@ use crate::{
     queue::Queue,
     retry::{Breaker, BreakerPolicy, BreakerState, RetryBudget, RetryPolicy},
     route::Table,
+    watch::Watched,
     wire::Method,
 };
 
@@ -169,13 +172,17 @@ impl Roster {
         self.table.owners(run, owners + 1).get(owners).copied()
     }
 
-    /// Who is to be compared with the first owner of `run`: the next one, or its second owner for a while.
-    fn other(&self, run: &RunHash, first: usize, replicas: usize, now: Tick) -> Option<usize> {
-        let other = match replicas {
-            0 | 1 => self.second(run, now),
-            _ => self.table.owners(run, 2).get(1).copied(),
-        };
-        other.filter(|other| *other != first)
+    /// Whether others are to be asked before a member: it gave no answer last time, and no sign of life since.
+    pub(crate) fn is_silent(&self, member: usize) -> bool {
+        let is_hurt = |inner: &Inner| inner.pool.breaker.is_hurt();
+        self.in_use(member).is_some_and(is_hurt)
+    }
+
+    /// Of these, the first that is not silent; where all are, the first.
+    pub(crate) fn likeliest(&self, members: impl Iterator<Item = usize>) -> Option<usize> {
+        let mut members = members.peekable();
+        let first = members.peek().copied();
+        members.find(|member| !self.is_silent(*member)).or(first)
     }
 
     fn second(&self, run: &RunHash, now: Tick) -> Option<usize> {
@@ -353,6 +360,15 @@ impl Fleet {
         &self.seeds[self.home.load(Ordering::Relaxed)]
     }
 
+    /// What of the time of a call a round of it may take, where others may be asked after it or not.
+    pub(crate) fn part(&self, deadline: Deadline, has_others: bool) -> Deadline {
+        let clock = &*self.recipe.clock;
+        match has_others {
+            false => deadline,
+            true => Deadline::after(clock, deadline.left(clock.now()) * 3 / 4),
+        }
+    }
+
     /// Who owns what; `None` while one node is all there is.
     pub(crate) fn roster(&self) -> Option<Arc<Roster>> {
         let views = &self.recipe.views;
@@ -423,6 +439,28 @@ impl Fleet {
             Some(roster) => roster.some(usize::MAX),
             None => vec![self.home().clone()],
         }
+    }
+
+    /// The members, with the way to each; home without a name while no cluster is known. Those that nobody can reach are
+    /// left out.
+    pub(crate) fn members(&self) -> Vec<(Watched, Arc<Inner>)> {
+        let Some(roster) = self.roster() else {
+            let home = self.home();
+            let watched = Watched {
+                id: String::new(),
+                address: home.endpoint.to_string(),
+            };
+            return vec![(watched, home.clone())];
+        };
+        let member = |(number, node): (usize, &Arc<Node>)| {
+            let watched = Watched {
+                id: node.id.0.clone(),
+                address: node.address.clone(),
+            };
+            Some((watched, roster.node(number).ok()?.clone()))
+        };
+        let nodes = roster.nodes.iter().enumerate();
+        nodes.filter_map(member).collect()
     }
 
     /// `inner` answered: if it is one of those that the client was told of, it is the one to ask first.

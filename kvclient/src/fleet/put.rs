@@ -2,14 +2,17 @@
 //!
 //! ```text
 //! blocks  b0 b1 b2 b3 b4 ─ owners of their runs ─► m: b0 b1 b4   k: b2 b3 ─► results, in the caller's order
-//!                                    rejected by who leaves, or nobody there, and somebody else owns it too: once more
+//!                     rejected by who leaves, or nobody there: to the next who owns it too, until nobody is left
 //! ```
+//!
+//! Of several owners the first that is not known to be silent is asked; it hands on to those behind it. As long as there are
+//! others, who is asked has three quarters of the time that is left: one that is slow leaves the next one some.
 //!
 //! Units: blocks.
 //! Errors: [`Error`] when nobody answers and nobody else is well, or when the call is at fault; an owner that does not
 //! answer is a rejection for its blocks, reason [`Reason::Node`].
 
-use std::sync::Arc;
+use std::{pin::pin, sync::Arc};
 
 use futures_util::future::join_all;
 use kvproto::{Chain, PutOutcome, Reason, convert::answer::PutResult};
@@ -45,6 +48,12 @@ struct Group<'a> {
     blocks: Vec<PutBlock<'a>>,
 }
 
+/// Whom a round offers each block to, if to anybody.
+struct Round {
+    roster: Arc<Roster>,
+    whom: Vec<Option<usize>>,
+}
+
 impl<'a> Spreading<'a> {
     pub(crate) async fn run(&self, roster: Arc<Roster>) -> Result<Vec<PutResult>, Error> {
         for (i, block) in self.blocks.iter().enumerate() {
@@ -56,51 +65,72 @@ impl<'a> Spreading<'a> {
             reason: Some(Reason::Node),
         };
         let mut results = vec![nobody; self.blocks.len()];
-        let mut last = None;
-        let owner = |number: usize| {
-            let run = self.run_of(number);
-            let owner = match last {
-                Some((of, owner)) if of == run => owner,
-                _ => roster.owner(&run),
-            };
-            last = Some((run, owner));
-            Some(owner)
-        };
-        let groups = self.groups(owner);
         let (mut answered, mut lost, mut failed) = (0, Vec::new(), None);
-        for (group, answer) in self.offer(&roster, &groups).await? {
-            match answer {
-                Ok(answer) => {
-                    answered += 1;
-                    enter(group, answer, &mut results);
-                }
-                Err(error) => {
-                    lost.push(group.member);
-                    failed.get_or_insert(error);
-                }
-            }
-        }
-        let newest = self.fleet.roster();
-        if let Some(newest) = newest.filter(|_| results.iter().any(is_elsewhere)) {
-            let elsewhere = |number: usize| {
-                let run = self.run_of(number);
-                let asked = newest.number_of(&roster, roster.owner(&run));
-                let mut owners = newest.owners(&run, self.namespace.replicas()).into_iter();
-                let other = owners.find(|owner| Some(*owner) != asked);
-                other.filter(|_| is_elsewhere(&results[number]))
+        let mut rounds: Vec<Round> = Vec::new();
+        loop {
+            let newest = match rounds.len() {
+                0 => Some(roster.clone()),
+                _ => self.fleet.roster(),
             };
-            let groups = self.groups(elsewhere);
-            for (group, answer) in self.offer(&newest, &groups).await? {
-                if let Ok(answer) = answer {
-                    answered += 1;
-                    enter(group, answer, &mut results);
+            let Some(round) = newest.and_then(|newest| self.round(newest, &rounds, &results))
+            else {
+                break;
+            };
+            let has_others = self.namespace.replicas() > rounds.len() + 1;
+            let deadline = self.fleet.part(self.deadline, has_others);
+            // A call without time would speak against whoever is asked.
+            if !rounds.is_empty() && deadline.left(self.fleet.recipe.clock.now()).is_zero() {
+                break;
+            }
+            let groups = self.groups(&round.whom);
+            for (group, answer) in self.offer(&round.roster, &groups, deadline).await? {
+                match answer {
+                    Ok(answer) => {
+                        answered += 1;
+                        enter(group, answer, &mut results);
+                    }
+                    Err(error) => {
+                        lost.extend(roster.number_of(&round.roster, group.member));
+                        failed.get_or_insert(error);
+                    }
                 }
             }
+            rounds.push(round);
         }
         match failed.filter(|_| answered == 0) {
             Some(error) if !roster.is_anybody_well(|member| lost.contains(&member)) => Err(error),
             _ => Ok(results),
         }
+    }
+
+    /// Who is offered what now: each block to its first owner that is not silent, and what those did not take, to the
+    /// next. `None`: there is nothing left to offer, or nobody to offer it to.
+    fn round(&self, roster: Arc<Roster>, rounds: &[Round], results: &[PutResult]) -> Option<Round> {
+        let replicas = self.namespace.replicas();
+        let is_first = rounds.is_empty();
+        // Blocks of one run follow each other, as a rule.
+        let mut last = None;
+        let whom = |number: usize| {
+            if !is_first && !is_elsewhere(&results[number]) {
+                return None;
+            }
+            let run = self.run_of(number);
+            if let Some((_, owner)) = last.filter(|(of, _)| is_first && *of == run) {
+                return owner;
+            }
+            let asked = rounds.iter().filter_map(|round| {
+                let member = round.whom[number]?;
+                roster.number_of(&round.roster, member)
+            });
+            let asked: Vec<usize> = asked.collect();
+            let owners = roster.owners(&run, replicas).into_iter();
+            let owner = roster.likeliest(owners.filter(|owner| !asked.contains(owner)));
+            last = Some((run, owner));
+            owner
+        };
+        let whom: Vec<Option<usize>> = (0..self.blocks.len()).map(whom).collect();
+        let is_any = whom.iter().any(Option::is_some);
+        is_any.then_some(Round { roster, whom })
     }
 
     fn run_of(&self, number: usize) -> kvproto::key::RunHash {
@@ -109,10 +139,10 @@ impl<'a> Spreading<'a> {
     }
 
     /// The blocks by whom they go to, in the order of their first blocks; those that go nowhere are left out.
-    fn groups(&self, mut whom: impl FnMut(usize) -> Option<usize>) -> Vec<Group<'a>> {
+    fn groups(&self, whom: &[Option<usize>]) -> Vec<Group<'a>> {
         let mut groups: Vec<Group<'a>> = Vec::new();
-        for number in 0..self.blocks.len() {
-            let Some(member) = whom(number) else {
+        for (number, member) in whom.iter().enumerate() {
+            let Some(member) = *member else {
                 continue;
             };
             let at = groups.iter().position(|group| group.member == member);
@@ -138,9 +168,10 @@ impl<'a> Spreading<'a> {
         &self,
         roster: &Roster,
         groups: &'g [Group<'a>],
+        deadline: Deadline,
     ) -> Result<Vec<(&'g Group<'a>, Result<Vec<PutResult>, Error>)>, Error> {
         let calls = groups.iter().map(|group| async move {
-            let answer = self.offer_one(roster, group).await;
+            let answer = self.offer_one(roster, group, deadline).await;
             (group, answer)
         });
         let answers = join_all(calls).await;
@@ -160,10 +191,15 @@ impl<'a> Spreading<'a> {
         Ok(kept)
     }
 
-    async fn offer_one(&self, roster: &Roster, group: &Group<'a>) -> Result<Vec<PutResult>, Error> {
+    async fn offer_one(
+        &self,
+        roster: &Roster,
+        group: &Group<'a>,
+        deadline: Deadline,
+    ) -> Result<Vec<PutResult>, Error> {
         let inner = roster.node(group.member)?;
-        let (namespace, deadline) = (self.namespace, self.deadline);
-        let call = async {
+        let namespace = self.namespace;
+        let call = pin!(async {
             open::ensure(inner, namespace, deadline).await?;
             let mut reopening = Reopening::default();
             loop {
@@ -180,7 +216,7 @@ impl<'a> Spreading<'a> {
                     Err(error) => reopening.after(inner, namespace, error, deadline).await?,
                 }
             }
-        };
+        });
         attended(inner, Method::PUT, call).await
     }
 }

@@ -3,15 +3,18 @@
 //! ```text
 //! owner ──────── answer ───────────────► OfShare        one copy of each run: nobody else is asked
 //!   └─ failed, or HEDGE_AFTER has passed ─► those that hold its runs as well ─► whoever has all of it first
+//!                                             └─ failed, or as long again ─► the next of them, until nobody is left
 //! ```
+//!
+//! Of those that hold a run as well, who is known to be silent is asked last.
 //!
 //! Units: blocks, durations.
 //! Errors: the owner's, when nobody else has anything.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use futures_util::future::join_all;
+use futures_util::{FutureExt, future::BoxFuture, future::join_all};
 use kvproto::{
     BootId, Chain, OwnerId, Part, TierKind,
     convert::{answer, chain_to_wire, parts_to_wire},
@@ -151,6 +154,8 @@ pub(super) struct Asking {
     pub(super) strays: bool,
     /// Somebody else may have some of the runs.
     pub(super) has_others: bool,
+    /// Members that were asked for these runs before this one.
+    pub(super) tried: Vec<usize>,
 }
 
 impl Asking {
@@ -165,7 +170,7 @@ impl Asking {
             answer = &mut owner => Some(answer),
             () = recipe.clock.sleep(HEDGE_AFTER) => None,
         };
-        let mut others = Box::pin(self.clone().of_others());
+        let mut others = self.clone().of_others();
         match early {
             Some(Err(error)) if !error.is_final() => others.await.ok_or(error),
             Some(answer) => answer,
@@ -188,8 +193,10 @@ impl Asking {
                     }
                     answer = &mut others => match answer {
                         Some(answer) if answer.present == self.chain.len() => {
+                            self.overtaken(true);
                             recipe.runtime.spawn(async move {
                                 if let Ok(late) = owner.await {
+                                    self.overtaken(false);
                                     late.let_go();
                                 }
                             });
@@ -209,9 +216,19 @@ impl Asking {
         }
     }
 
+    /// Others were quicker with the same answer: they are asked first until the member's comes too, or does not.
+    fn overtaken(&self, is_late: bool) {
+        if let Some(inner) = self.roster.in_use(self.member) {
+            match is_late {
+                true => inner.pool.breaker.late(),
+                false => inner.pool.breaker.alive(),
+            }
+        }
+    }
+
     async fn of_owner(self) -> Result<OfShare, Error> {
         let inner = self.roster.node(self.member)?;
-        let call = async {
+        let call = pin!(async {
             open::ensure(inner, &self.question.namespace, self.deadline).await?;
             let asked = ask(
                 inner,
@@ -221,8 +238,9 @@ impl Asking {
                 self.deadline,
             );
             asked.await
-        };
-        let found = attended(inner, Method::LOOKUP, call).await?;
+        });
+        let found = attended(inner, Method::LOOKUP, call).await;
+        let found = found.inspect_err(|error| self.roster.hurt(self.member, error))?;
         let mut found = OfShare::of_one(inner, found);
         if self.strays {
             found.stand_ins = self.strayed().collect();
@@ -237,13 +255,20 @@ impl Asking {
         strays.map(|(run, _)| (run, self.member))
     }
 
-    /// The same of those that hold the member's runs as well. `None`: nobody does, or nobody answers.
-    async fn of_others(self) -> Option<OfShare> {
+    /// The same of those that hold the member's runs as well. `None`: nobody does, or nobody answers. Boxed, as each of
+    /// them is asked as this one was.
+    fn of_others(self) -> BoxFuture<'static, Option<OfShare>> {
+        self.ask_others().boxed()
+    }
+
+    async fn ask_others(mut self) -> Option<OfShare> {
         let run_blocks = self.question.namespace.run_blocks();
         let replicas = self.question.namespace.replicas();
+        self.tried.push(self.member);
         let other = |run: &RunHash| {
-            let mut owners = self.roster.readers(run, replicas).into_iter();
-            owners.find(|owner| *owner != self.member)
+            let readers = self.roster.readers(run, replicas).into_iter();
+            let left = readers.filter(|reader| !self.tried.contains(reader));
+            self.roster.likeliest(left)
         };
         // Up to the first run that nobody else holds.
         let mut runs = self.chain.runs(run_blocks);
@@ -258,9 +283,10 @@ impl Asking {
             let asking = Self {
                 member: share.member,
                 chain: share.chain(&held, run_blocks),
+                strays: true,
                 ..self.clone()
             };
-            asking.of_owner()
+            asking.run()
         });
         let (mut present, mut leased) = (Assembly::new(&split), Assembly::new(&split));
         let mut whole = OfShare::nothing();
@@ -277,15 +303,12 @@ impl Asking {
             leased.answered(number, answer.leased);
             tiers[number] = answer.tiers;
             whole.holders.extend(answer.holders);
+            whole.stand_ins.extend(answer.stand_ins);
             whole.boot = answer.boot;
         }
         whole.present = present.prefix();
         whole.leased = leased.prefix();
         whole.tiers = present.stretches(whole.present, &tiers);
-        whole.stand_ins = held
-            .runs(run_blocks)
-            .filter_map(|(run, _)| Some((run, other(&run)?)))
-            .collect();
         (answers > 0).then_some(whole)
     }
 }

@@ -23,6 +23,7 @@ use kvproto::{
     v1,
 };
 use parking_lot::Mutex;
+use tokio::sync::watch;
 
 use crate::{
     clock::{Clock, Tick},
@@ -37,6 +38,8 @@ pub(crate) struct Views {
     digest: AtomicU64,
     /// Changes so far.
     version: AtomicU64,
+    /// The same, for who waits for one.
+    news: watch::Sender<u64>,
     /// A member is not where it was last heard to be, which no digest tells: the next request asks for the whole list.
     is_in_doubt: AtomicBool,
     /// Such requests so far.
@@ -127,8 +130,13 @@ impl Views {
         self.is_in_doubt.store(true, Ordering::Relaxed);
     }
 
+    /// Told of every change.
+    pub(crate) fn news(&self) -> watch::Receiver<u64> {
+        self.news.subscribe()
+    }
+
     /// Changes so far.
-    pub(super) fn version(&self) -> u64 {
+    pub(crate) fn version(&self) -> u64 {
         self.version.load(Ordering::Acquire)
     }
 
@@ -150,6 +158,7 @@ impl Views {
         }
         tracing::debug!(%digest, members, "another view of the cluster");
         self.digest.store(digest.0, Ordering::Relaxed);
-        self.version.fetch_add(1, Ordering::Release);
+        let version = self.version.fetch_add(1, Ordering::Release) + 1;
+        self.news.send_replace(version);
     }
 }

@@ -134,6 +134,7 @@ impl<'a, S: Sink> Reading<'a, S> {
         let head = v1::GetResponse::decode(message).map_err(|e| wire::answer(METHOD, e))?;
         if head.context.is_some() {
             self.inner.heard(head.context.as_ref());
+            self.inner.heard_of(&head.seconds);
         }
         let slot = head.block as usize;
         if self.skipped == Some(slot) {

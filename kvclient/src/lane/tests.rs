@@ -1,13 +1,20 @@
 //! A lane against h2's server: a peer that is strict about the protocol and not written by us.
 
-use std::io;
+use std::{
+    io::{self, IoSliceMut},
+    time::Duration,
+};
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue, Response};
-use tokio::net::TcpListener;
+use tokio::{
+    io::AsyncWriteExt,
+    net::{TcpListener, TcpStream},
+};
 
-use super::{Io, Lane, Lanes, Outgoing, Question, Receiver, Request, Sender};
+use super::{Io, Lane, Lanes, Outgoing, Question, Receiver, Request, Sender, Socket};
 use crate::{
+    clock::{Clock, SystemClock, within},
     endpoint::Endpoint,
     error::Error,
     wire::{self, Method},
@@ -320,4 +327,41 @@ async fn a_peer_that_does_not_speak_http2_is_an_error() {
             .await
             .is_err()
     );
+}
+
+/// A read that leaves room is taken for the last one there is; what comes right behind it must wake the reader all the
+/// same, whichever thread hears of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_that_follows_a_read_with_room_is_missed() {
+    const WRITES: usize = 20_000;
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address");
+    let writer = tokio::spawn(async move {
+        let (mut socket, _) = listener.accept().await.expect("a client");
+        socket.set_nodelay(true).expect("a live socket");
+        for _ in 0..WRITES {
+            socket.write_all(b"abc").await.expect("a reader");
+        }
+    });
+    let io = Io::Tcp(TcpStream::connect(address).await.expect("a listener"));
+    let reading = tokio::spawn(async move {
+        let (mut total, mut buffer) = (0, [0; 64]);
+        loop {
+            io.readable().await.expect("a live socket");
+            let mut slices = [IoSliceMut::new(&mut buffer)];
+            match Socket::try_read_vectored(&io, &mut slices) {
+                Ok(0) => return total,
+                Ok(bytes) => total += bytes,
+                Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
+            }
+        }
+    });
+    let clock = SystemClock::new();
+    let deadline = clock.now().after(Duration::from_secs(30));
+    let total = within(&clock, deadline, reading).await;
+    assert_eq!(
+        total.expect("no wake-up is lost").expect("no panic"),
+        3 * WRITES
+    );
+    writer.await.expect("no panic");
 }

@@ -12,7 +12,6 @@
 //! the link that asked says when it is done. A link that stays idle says so by itself, soon.
 
 use std::{
-    collections::HashMap,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{
@@ -26,19 +25,25 @@ use bytes::Bytes;
 use kvgpu::{ReadSegment, StagingMap};
 use kvproto::{
     Reason,
-    local::{MAX_SEGMENTS_PER_MAP, VERSION},
+    local::{MAX_SEGMENTS_PER_MAP, VERSION, fixed::LAYOUTS},
     v1::{self, local_reply::Answer, local_request::Call},
 };
 use parking_lot::Mutex;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::{
+    runtime::Handle,
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
 
 use super::{
     error::LocalError,
     link::Link,
-    segments::{Segments, UNREAD},
+    segments::{Mapped, Segments, UNREAD},
     staging::Staging,
 };
-use crate::clock::{Clock, within};
+use crate::{
+    call::Waits,
+    clock::{Clock, within},
+};
 
 /// Staging memory asked for; the node may grant less.
 const STAGING_BYTES: u64 = 64 << 20;
@@ -68,6 +73,7 @@ impl Caller {
             boot_id: if join.is_empty() { 0 } else { self.boot },
             join,
             staging_bytes,
+            layouts: LAYOUTS,
         })
     }
 }
@@ -90,7 +96,7 @@ pub(super) struct Attachment {
     open: Arc<()>,
     is_flushing: AtomicBool,
     clock: Arc<dyn Clock>,
-    runtime: tokio::runtime::Handle,
+    runtime: Handle,
 }
 
 /// A link for one call. Dropped without [`Attachment::keep`], it closes.
@@ -103,16 +109,18 @@ impl Attachment {
     /// Connects and attaches.
     pub(super) async fn open(
         caller: Caller,
+        waits: Waits,
         links: usize,
         patience: Duration,
         clock: Arc<dyn Clock>,
-        runtime: tokio::runtime::Handle,
+        runtime: Handle,
     ) -> Result<Self, LocalError> {
         let open = Arc::new(());
-        let mut link = Link::open(&caller.socket, open.clone(), clock.clone()).await?;
+        let mut link = Link::open(&caller.socket, waits, open.clone(), clock.clone()).await?;
         let call = caller.attach(Bytes::new(), STAGING_BYTES);
         let (answer, fds) = link.call(call, patience).await?;
         let attached = attached(answer)?;
+        link.layouts = attached.layouts & LAYOUTS;
         if caller.boot != 0 && attached.boot_id != caller.boot {
             return Err(LocalError::answer("another node answers at this socket"));
         }
@@ -168,15 +176,20 @@ impl Attachment {
     pub(super) async fn turn(
         &self,
         permit: OwnedSemaphorePermit,
+        waits: Waits,
         patience: Duration,
     ) -> Result<Turn, LocalError> {
         let link = loop {
-            let idle = self.idle.lock().pop();
+            let idle = {
+                let mut idle = self.idle.lock();
+                let last = idle.iter().rposition(|link| link.waits() == waits);
+                last.map(|at| idle.remove(at))
+            };
             match idle {
                 Some(link) if link.is_usable() => break link,
                 Some(_) => {}
                 None => {
-                    let joined = self.join(patience).await;
+                    let joined = self.join(waits, patience).await;
                     break joined.map_err(|error| self.not_joined(error))?;
                 }
             }
@@ -188,13 +201,23 @@ impl Attachment {
     }
 
     /// One more link.
-    async fn join(&self, patience: Duration) -> Result<Link, LocalError> {
-        let mut link =
-            Link::open(&self.caller.socket, self.open.clone(), self.clock.clone()).await?;
+    async fn join(&self, waits: Waits, patience: Duration) -> Result<Link, LocalError> {
+        self.make_room();
+        let (socket, open) = (&self.caller.socket, self.open.clone());
+        let mut link = Link::open(socket, waits, open, self.clock.clone()).await?;
         let call = self.caller.attach(self.id.clone(), 0);
         let (answer, _) = link.call(call, patience).await?;
-        attached(answer)?;
+        link.layouts = attached(answer)?.layouts & LAYOUTS;
         Ok(link)
+    }
+
+    /// Idle links whose callers wait otherwise are within the bound, too; the one that was used longest ago goes.
+    fn make_room(&self) {
+        let mut idle = self.idle.lock();
+        let open = Arc::strong_count(&self.open) - 1;
+        if open >= self.links && !idle.is_empty() {
+            drop(idle.remove(0));
+        }
     }
 
     /// What a failed join says about the attachment: a node that is merely busy, or at the end of its
@@ -219,7 +242,7 @@ impl Attachment {
         let owes = !link.done.is_empty();
         {
             let mut idle = self.idle.lock();
-            if !link.is_usable() || idle.len() >= self.links {
+            if !link.is_whole() || idle.len() >= self.links {
                 return; // closing it lets go as well
             }
             idle.push(link);
@@ -236,21 +259,22 @@ impl Attachment {
         link: &mut Link,
         names: &[u32],
         patience: Duration,
-    ) -> Result<HashMap<u32, Arc<ReadSegment>>, LocalError> {
+    ) -> Result<Mapped<ReadSegment>, LocalError> {
+        let mut names = names.to_vec();
+        names.sort_unstable();
+        names.dedup();
         // Found once and kept here: another call may push them out of the table meanwhile.
-        let (mut found, mut missing) = (HashMap::new(), Vec::new());
+        let (mut found, mut missing) = (Vec::with_capacity(names.len()), Vec::new());
         {
             let (mut known, now) = (self.segments.lock(), self.clock.now());
             known.sweep(now);
-            for &name in names {
+            for name in names {
                 match known.find(name, now) {
-                    Some(memory) => drop(found.insert(name, memory)),
+                    Some(memory) => found.push((name, memory)),
                     None => missing.push(name),
                 }
             }
         }
-        missing.sort_unstable();
-        missing.dedup();
         for segments in missing.chunks(MAX_SEGMENTS_PER_MAP) {
             let call = Call::Map(v1::LocalMap {
                 segments: segments.to_vec(),
@@ -268,7 +292,7 @@ impl Attachment {
                     break; // counted above
                 };
                 let memory = Arc::new(ReadSegment::map(data, generations)?);
-                found.insert(segment.segment, memory.clone());
+                found.push((segment.segment, memory.clone()));
                 let now = self.clock.now();
                 self.segments.lock().insert(segment.segment, memory, now);
             }
@@ -277,7 +301,7 @@ impl Attachment {
             let sweep = sweep(Arc::downgrade(self), self.clock.clone());
             self.runtime.spawn(sweep);
         }
-        Ok(found)
+        Ok(Mapped::new(found))
     }
 }
 
@@ -322,34 +346,58 @@ async fn sweep(attachment: Weak<Attachment>, clock: Arc<dyn Clock>) {
     }
 }
 
-/// Lets idle links say what they are done with.
+/// Lets links say what they are done with that have been idle for so long.
 async fn flush(attachment: Weak<Attachment>, clock: Arc<dyn Clock>) {
-    // Begun here: who lets go of a hold need not be on a runtime, and a timer needs one.
-    clock.sleep(FLUSH_AFTER).await;
-    let Some(attachment) = attachment.upgrade() else {
-        return;
-    };
-    attachment.is_flushing.store(false, Ordering::Release);
     loop {
-        let owing = {
-            let mut idle = attachment.idle.lock();
-            let at = idle.iter().position(|link| !link.done.is_empty());
-            at.map(|at| idle.remove(at))
-        };
-        let Some(mut link) = owing else {
+        // Begun here: who lets go of a hold need not be on a runtime, and a timer needs one.
+        clock.sleep(FLUSH_AFTER).await;
+        let Some(attachment) = attachment.upgrade() else {
             return;
         };
-        let clock = &*clock;
-        let call = link.call(Call::Nothing(v1::LocalNothing {}), FLUSH_PATIENCE);
-        let answer = within(clock, clock.now().after(FLUSH_PATIENCE), call).await;
-        // A link that did not answer closes, which lets go as well.
-        if matches!(answer, Some(Ok(_))) {
-            let mut idle = attachment.idle.lock();
-            if idle.len() < attachment.links {
-                idle.insert(0, link); // below those that were used since
+        attachment.is_flushing.store(false, Ordering::Release);
+        let is_late = |link: &Link| link.idle() >= FLUSH_AFTER / 2;
+        loop {
+            let owing = {
+                let mut idle = attachment.idle.lock();
+                let owes = |link: &Link| !link.done.is_empty() && is_late(link);
+                let at = idle.iter().position(owes);
+                at.map(|at| idle.remove(at))
+            };
+            let Some(link) = owing else {
+                break;
+            };
+            let said = match link.waits() {
+                Waits::Task => say_done(link, &*clock).await,
+                // It may sleep in the kernel, which no worker of the runtime should.
+                Waits::Thread => {
+                    let clock = clock.clone();
+                    let say = move || Handle::current().block_on(say_done(link, &*clock));
+                    attachment.runtime.spawn_blocking(say).await.ok().flatten()
+                }
+            };
+            if let Some(link) = said {
+                let mut idle = attachment.idle.lock();
+                if idle.len() < attachment.links {
+                    idle.insert(0, link); // below those that were used since
+                }
             }
         }
+        // Those in use say it themselves with their next call, or next time.
+        let is_owed = {
+            let idle = attachment.idle.lock();
+            idle.iter().any(|link| !link.done.is_empty())
+        };
+        if !is_owed || attachment.is_flushing.swap(true, Ordering::AcqRel) {
+            return;
+        }
     }
+}
+
+/// A link that did not answer closes, which lets go as well.
+async fn say_done(mut link: Link, clock: &dyn Clock) -> Option<Link> {
+    let call = link.call(Call::Nothing(v1::LocalNothing {}), FLUSH_PATIENCE);
+    let answer = within(clock, clock.now().after(FLUSH_PATIENCE), call).await;
+    matches!(answer, Some(Ok(_))).then_some(link)
 }
 
 #[cfg(test)]

@@ -3,10 +3,13 @@
 //! The caller never sees these: the call goes over gRPC, which answers or says why not. They end up in
 //! [`crate::PathReport::why_grpc`].
 
-use std::io;
+use std::{io, time::Duration};
 
 use kvgpu::SharedError;
 use kvproto::{FieldError, Reason, local::LocalFrameError};
+
+/// A link that was silent for less speaks against the caller's deadline, not against the node.
+const SILENCE: Duration = Duration::from_millis(100);
 
 /// Why there is no answer over the same-host path.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +59,16 @@ impl LocalError {
     pub(crate) fn answer(problem: impl ToString) -> Self {
         Self::Answer {
             problem: problem.to_string(),
+        }
+    }
+
+    /// The time is up, and the node has been silent for so long.
+    pub(crate) fn ran_out(waited: Duration) -> Self {
+        if waited < SILENCE {
+            return Self::NoTime;
+        }
+        Self::Silent {
+            waited_ms: u64::try_from(waited.as_millis()).unwrap_or(u64::MAX),
         }
     }
 

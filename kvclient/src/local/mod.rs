@@ -14,6 +14,9 @@
 //! left. So a node that is killed, frozen or restarted costs what it costs over gRPC alone, and the path is
 //! taken again when the node is back: at once when its boot id changes, otherwise after the back-off.
 //!
+//! Who calls from a thread of its own ([`crate::blocking`]) has links of its own, on which it waits in the kernel
+//! ([`stream`]); everything else is the same for both.
+//!
 //! Units: durations, calls.
 //! Errors: none reach the caller but those about its own buffers; see [`error`].
 //! What stays on gRPC: namespaces, invalidation, watches, statistics, and blocks that lie in memory that cannot
@@ -26,6 +29,7 @@ mod link;
 mod read;
 mod segments;
 mod staging;
+mod stream;
 mod unary;
 mod write;
 
@@ -43,13 +47,14 @@ use kvproto::OwnerId;
 use parking_lot::Mutex;
 
 pub use self::hold::Held;
+pub(crate) use self::hold::Here;
 use self::{
     attachment::{Attachment, Caller, Turn},
     error::LocalError,
 };
 pub(crate) use self::{hold::hold, read::get, unary::unary, write::put};
 use crate::{
-    call::{Deadline, Inner},
+    call::{Deadline, Inner, Waits},
     clock::{Tick, within},
     path::{LocalPath, Path, PathReport, Tally},
     retry::BreakerState,
@@ -64,9 +69,6 @@ const ATTACH_PATIENCE: Duration = Duration::from_secs(1);
 
 /// A call with less time on this path goes over gRPC right away: it would end in the middle.
 const LEAST_SHARE: Duration = Duration::from_millis(5);
-
-/// A link that was silent for less speaks against the caller's deadline, not against the node.
-const SILENCE: Duration = Duration::from_millis(100);
 
 /// The same-host side of a client.
 pub(crate) struct Local {
@@ -98,6 +100,8 @@ pub(crate) struct Way<'a> {
     attachment: Arc<Attachment>,
     /// When the call has used up its share.
     until: Tick,
+    /// How its caller waits.
+    waits: Waits,
 }
 
 impl Local {
@@ -147,6 +151,13 @@ impl Local {
         (state.attachment, state.down, state.rounds) = (None, None, 0);
     }
 
+    /// Whether a call would try this way.
+    pub(crate) fn is_near(&self, now: Tick) -> bool {
+        let state = self.state.lock();
+        let is_down = state.down.as_ref().is_some_and(|(until, _)| now < *until);
+        self.setting != LocalPath::Off && state.socket.is_some() && !is_down
+    }
+
     pub(crate) fn report(&self) -> PathReport {
         let state = self.state.lock();
         let why_grpc = match (&self.setting, &state.attachment, &state.down, &state.socket) {
@@ -186,7 +197,7 @@ impl Local {
             Standing::Attached(attachment) => attachment,
             Standing::Attach(attaching) => {
                 let patience = share.min(ATTACH_PATIENCE);
-                attaching.attach(inner, patience).await?
+                attaching.attach(inner, patience, deadline.waits()).await?
             }
             Standing::Elsewhere => return None,
         };
@@ -194,6 +205,7 @@ impl Local {
             inner,
             attachment,
             until,
+            waits: deadline.waits(),
         })
     }
 
@@ -267,17 +279,23 @@ struct Attaching<'a> {
 }
 
 impl Attaching<'_> {
-    async fn attach(self, inner: &Inner, patience: Duration) -> Option<Arc<Attachment>> {
+    async fn attach(
+        self,
+        inner: &Inner,
+        patience: Duration,
+        waits: Waits,
+    ) -> Option<Arc<Attachment>> {
         let clock = &inner.clock;
         let opening = Attachment::open(
             self.caller.clone(),
+            waits,
             self.local.links,
             patience,
             clock.clone(),
             inner.pool.runtime().clone(),
         );
         let opened = within(&**clock, clock.now().after(patience), opening).await;
-        let opened = opened.unwrap_or_else(|| Err(ran_out(patience)));
+        let opened = opened.unwrap_or_else(|| Err(LocalError::ran_out(patience)));
         match opened {
             Ok(attachment) => {
                 let attachment = Arc::new(attachment);
@@ -357,10 +375,15 @@ impl Way<'_> {
         let permit = within(clock, self.until, attachment.permit()).await;
         let permit = permit.ok_or(LocalError::NoTime)?;
         let began = clock.now();
-        let turn = within(clock, self.until, attachment.turn(permit, self.left())).await;
+        let turn = within(
+            clock,
+            self.until,
+            attachment.turn(permit, self.waits, self.left()),
+        )
+        .await;
         let mut turn = turn.unwrap_or_else(|| {
             let waited = clock.now().since(began);
-            Err(attachment.not_joined(ran_out(waited)))
+            Err(attachment.not_joined(LocalError::ran_out(waited)))
         })?;
         match within(clock, self.until, work(&mut turn)).await {
             Some(Ok(answer)) => Ok((answer, turn)),
@@ -371,7 +394,7 @@ impl Way<'_> {
                 Err(error)
             }
             // The link goes: its answer may still come.
-            None => Err(ran_out(turn.link.silence())),
+            None => Err(LocalError::ran_out(turn.link.silence())),
         }
     }
 }
@@ -395,14 +418,4 @@ impl Local {
 /// What of a call's time this path may use up: half of it, so that gRPC has as much.
 fn share(left: Duration) -> Duration {
     left / 2
-}
-
-/// The time is up, and the node has been silent for so long.
-fn ran_out(waited: Duration) -> LocalError {
-    if waited < SILENCE {
-        return LocalError::NoTime;
-    }
-    LocalError::Silent {
-        waited_ms: u64::try_from(waited.as_millis()).unwrap_or(u64::MAX),
-    }
 }

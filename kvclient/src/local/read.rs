@@ -13,18 +13,17 @@
 //! Units: bytes.
 //! Errors: [`LocalError`]; a block that is gone, expired or corrupt is an outcome.
 
-use std::{collections::HashMap, sync::Arc};
-
 use bytes::Bytes;
 use kvgpu::{ReadSegment, Toward};
 use kvproto::{
-    BlockHeader, GetOutcome, TierKind,
+    BlockHeader, GetOutcome, TierKind, ViewDigest,
     checksum::PAGE_BYTES,
     convert,
-    v1::{self, local_reply::Answer, local_request::Call},
+    local::fixed::{Asking, GotBlock, Hit, Spot},
+    v1,
 };
 
-use super::{Local, Way, attachment::Turn, error::LocalError};
+use super::{Local, Way, attachment::Turn, error::LocalError, link, segments::Mapped};
 use crate::{
     call::{Deadline, Inner},
     error::Error,
@@ -93,7 +92,7 @@ pub(crate) async fn get<S: Sink>(
 /// What the node says of the blocks asked for.
 pub(super) struct Asked {
     pub(super) said: Vec<Said>,
-    pub(super) segments: HashMap<u32, Arc<ReadSegment>>,
+    pub(super) segments: Mapped<ReadSegment>,
     /// What keeps them there; 0: the lease does.
     pub(super) hold: u64,
 }
@@ -102,7 +101,7 @@ pub(super) struct Asked {
 pub(super) struct Found {
     pub(super) header: BlockHeader,
     pub(super) tier: Option<TierKind>,
-    place: v1::LocalPlace,
+    spot: Spot,
 }
 
 /// What the node says of a block.
@@ -145,7 +144,7 @@ impl Way<'_> {
                     continue;
                 }
             };
-            let Some(segment) = segments.get(&found.place.segment) else {
+            let Some(segment) = segments.get(found.spot.segment) else {
                 got.push(None);
                 continue;
             };
@@ -179,54 +178,59 @@ impl Way<'_> {
         turn: &mut Turn,
         wanted: &Wanted<'_>,
     ) -> Result<Asked, LocalError> {
-        let asked = Call::Get(v1::GetRequest {
+        let view_digest = self.inner.views.digest();
+        let asking = Asking {
+            sequence: 0, // the link's
+            timeout_ms: 0,
+            done: &[],
+            view_digest: ViewDigest(view_digest),
+            namespace: wanted.namespace.id(),
+            lease: wanted.lease,
+            chain: wanted.chain,
+            parts: wanted.parts,
+        };
+        let message = || v1::GetRequest {
             context: Some(self.inner.view_context()),
             namespace_id: Bytes::copy_from_slice(&wanted.namespace.id().0),
             chain: Some(convert::chain_to_wire(wanted.chain)),
             parts: convert::parts_to_wire(wanted.parts),
             lease_id: wanted.lease.map_or(0, |lease| lease.0),
             piece_bytes: 0,
-        });
-        let (answer, _) = turn.link.call(asked, self.left()).await?;
-        let Answer::Got(answer) = answer else {
-            return Err(LocalError::answer("no answer to a get"));
         };
-        self.inner.heard(answer.context.as_ref());
-        if answer.blocks.len() != wanted.count() {
-            return Err(LocalError::answer(format!(
-                "{} blocks, asked for {}",
-                answer.blocks.len(),
-                wanted.count()
-            )));
-        }
-        let parts = wanted.parts().len();
-        // Without a lease the node keeps only so much at once for a reader.
-        let is_kept = |block: &v1::LocalBlock| {
-            GetOutcome::from_wire(block.outcome) != Some(GetOutcome::Overloaded)
+        let got = turn.link.get(asking, self.left(), message).await?;
+        let (said, hold) = match got {
+            link::Got::Message(got) => {
+                self.inner.heard(got.context.as_ref());
+                self.inner.heard_of(&got.seconds);
+                let told = got.blocks.into_iter().map(Told::of_message);
+                (judge_all(wanted, told)?, got.hold)
+            }
+            link::Got::Fixed(got) => {
+                let context = v1::ResponseContext {
+                    boot_id: got.head.boot_id.0,
+                    view_digest: got.head.view_digest.0,
+                    members: Vec::new(),
+                    queue: got.head.queue,
+                };
+                self.inner.heard(Some(&context));
+                let told = got.blocks.into_iter().map(Told::of_layout);
+                (judge_all(wanted, told)?, got.head.hold)
+            }
         };
-        let kept = answer.blocks.iter().take_while(|block| is_kept(block));
-        let kept = kept.count() / parts * parts;
-        let said: Vec<Said> = answer
-            .blocks
-            .into_iter()
-            .take(kept)
-            .enumerate()
-            .map(|(slot, block)| judge(wanted, slot, block))
-            .collect::<Result<_, _>>()?;
         let named: Vec<u32> = said.iter().filter_map(Said::segment).collect();
         let mapped = self
             .attachment
             .segments(&mut turn.link, &named, self.left())
             .await;
         // Not before: the call that maps must not let go of what is to be read.
-        if mapped.is_err() && answer.hold != 0 {
-            turn.link.done.push(answer.hold);
+        if mapped.is_err() && hold != 0 {
+            turn.link.done.push(hold);
         }
         let segments = mapped?;
         Ok(Asked {
             said,
             segments,
-            hold: answer.hold,
+            hold,
         })
     }
 }
@@ -253,34 +257,98 @@ impl Said {
 
     pub(super) fn segment(&self) -> Option<u32> {
         match self {
-            Self::Found(found) => Some(found.place.segment),
+            Self::Found(found) => Some(found.spot.segment),
             _ => None,
         }
     }
 }
 
-fn judge(wanted: &Wanted<'_>, slot: usize, block: v1::LocalBlock) -> Result<Said, LocalError> {
-    let outcome = GetOutcome::from_wire(block.outcome)
-        .ok_or_else(|| LocalError::answer(format!("outcome {} is not known", block.outcome)))?;
+/// What the node says of a block, as it came.
+struct Told {
+    /// `None`: one that is not known here.
+    outcome: Option<GetOutcome>,
+    tier: Option<TierKind>,
+    header: ToldHeader,
+    spot: Option<Spot>,
+}
+
+enum ToldHeader {
+    Message(Option<v1::BlockHeader>),
+    Layout(Option<Hit>),
+}
+
+impl Told {
+    fn of_message(block: v1::LocalBlock) -> Self {
+        Self {
+            outcome: GetOutcome::from_wire(block.outcome),
+            tier: TierKind::from_wire(block.tier),
+            header: ToldHeader::Message(block.header),
+            spot: block.place.map(|place| Spot {
+                segment: place.segment,
+                offset: place.offset,
+                generation: place.generation,
+            }),
+        }
+    }
+
+    fn of_layout(block: GotBlock) -> Self {
+        Self {
+            outcome: block.outcome,
+            tier: block.tier,
+            spot: block.hit.as_ref().and_then(|hit| hit.spot),
+            header: ToldHeader::Layout(block.hit),
+        }
+    }
+}
+
+/// The leading blocks that the node kept.
+fn judge_all(
+    wanted: &Wanted<'_>,
+    told: impl ExactSizeIterator<Item = Told>,
+) -> Result<Vec<Said>, LocalError> {
+    let (count, parts) = (wanted.count(), wanted.parts().len());
+    if told.len() != count {
+        let problem = format!("{} blocks, asked for {count}", told.len());
+        return Err(LocalError::answer(problem));
+    }
+    // Without a lease the node keeps only so much at once for a reader.
+    let kept = told.take_while(|told| told.outcome != Some(GetOutcome::Overloaded));
+    let judged = kept
+        .enumerate()
+        .map(|(slot, told)| judge(wanted, slot, told));
+    let mut said: Vec<Said> = judged.collect::<Result<_, _>>()?;
+    said.truncate(said.len() / parts * parts);
+    Ok(said)
+}
+
+fn judge(wanted: &Wanted<'_>, slot: usize, told: Told) -> Result<Said, LocalError> {
+    let outcome = told
+        .outcome
+        .ok_or_else(|| LocalError::answer("an outcome that is not known"))?;
     if outcome != GetOutcome::Hit {
         return Ok(Said::Not(outcome));
     }
-    let Some(place) = block.place else {
+    let Some(spot) = told.spot else {
         return Ok(Said::Elsewhere);
     };
-    let key = wanted.key(slot);
-    let header = block
-        .header
-        .and_then(|header| convert::header(&header, wanted.namespace.header_rules()).ok())
-        .filter(|header| header.key == key && header.check_seal());
+    let (key, rules) = (wanted.key(slot), wanted.namespace.header_rules());
+    let header = match told.header {
+        ToldHeader::Message(header) => {
+            header.and_then(|header| convert::header(&header, rules).ok())
+        }
+        ToldHeader::Layout(hit) => hit
+            .map(|hit| hit.header(key))
+            .filter(|header| (1..=rules.max_block_bytes).contains(&header.length_bytes)),
+    };
+    let header = header.filter(|header| header.key == key && header.check_seal());
     let Some(header) = header else {
         tracing::warn!(%key, "block does not match its checksums and was dropped");
         return Ok(Said::Not(GetOutcome::Corrupt));
     };
     Ok(Said::Found(Found {
         header,
-        tier: TierKind::from_wire(block.tier),
-        place,
+        tier: told.tier,
+        spot,
     }))
 }
 
@@ -300,8 +368,8 @@ pub(super) fn copy<S: Sink>(
     toward: Toward,
     sink: &mut S,
 ) -> Result<GetOutcome, LocalError> {
-    let Found { header, place, .. } = found;
-    let is_there = || segment.generation(place.offset) == Some(place.generation);
+    let Found { header, spot, .. } = found;
+    let is_there = || segment.generation(spot.offset) == Some(spot.generation);
     if !is_there() {
         return Ok(GetOutcome::Expired);
     }
@@ -312,7 +380,7 @@ pub(super) fn copy<S: Sink>(
         let room = sink.room(slot);
         let page = (length - at).min(PAGE_BYTES - at % PAGE_BYTES);
         let take = room.len().min(page);
-        let (from, to) = (place.offset.saturating_add(at as u64), &mut room[..take]);
+        let (from, to) = (spot.offset.saturating_add(at as u64), &mut room[..take]);
         if take == page && at.is_multiple_of(PAGE_BYTES) {
             let sum = segment.copy_summed(from, to, toward);
             sink.landed_page(slot, take, sum.map_err(LocalError::answer)?);

@@ -20,9 +20,28 @@ pub(super) const UNREAD: Duration = Duration::from_secs(30);
 /// Most mappings between calls; the kernel lets a process have some 65,000, and a segment takes two.
 const MOST: usize = 4096;
 
+/// Calls look for mappings to let go of so often.
+const SWEEP: Duration = Duration::from_secs(1);
+
 /// Mappings by the name of their segment; `T` is one.
 pub(super) struct Segments<T> {
     known: HashMap<u32, Mapping<T>>,
+    swept: Tick,
+}
+
+/// What one call reads from: a share in each mapping, in the order of their names.
+pub(super) struct Mapped<T>(Vec<(u32, Arc<T>)>);
+
+impl<T> Mapped<T> {
+    pub(super) fn new(mut mappings: Vec<(u32, Arc<T>)>) -> Self {
+        mappings.sort_unstable_by_key(|(name, _)| *name);
+        Self(mappings)
+    }
+
+    pub(super) fn get(&self, name: u32) -> Option<&T> {
+        let at = self.0.binary_search_by_key(&name, |(name, _)| *name).ok()?;
+        Some(&self.0[at].1)
+    }
 }
 
 struct Mapping<T> {
@@ -34,6 +53,7 @@ impl<T> Default for Segments<T> {
     fn default() -> Self {
         Self {
             known: HashMap::new(),
+            swept: Tick::default(),
         }
     }
 }
@@ -60,8 +80,12 @@ impl<T> Segments<T> {
         self.known.insert(name, Mapping { memory, used: now });
     }
 
-    /// Lets go of those that nobody asked for lately.
+    /// Lets go of those that nobody asked for lately, if that was not done just now.
     pub(super) fn sweep(&mut self, now: Tick) {
+        if now.since(self.swept) < SWEEP {
+            return;
+        }
+        self.swept = now;
         self.known
             .retain(|_, mapping| now.since(mapping.used) < UNREAD);
     }
@@ -91,6 +115,15 @@ mod tests {
         assert_eq!(Arc::strong_count(&memory), 1);
         segments.sweep(at(90));
         assert!(segments.is_empty());
+    }
+
+    #[test]
+    fn what_a_call_reads_from_is_found_by_name() {
+        let mapped = Mapped::new([9, 2, 5].map(|name| (name, Arc::new(name))).into());
+        for name in 0..12 {
+            let is_there = [2, 5, 9].contains(&name);
+            assert_eq!(mapped.get(name), is_there.then_some(&name));
+        }
     }
 
     #[test]

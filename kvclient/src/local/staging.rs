@@ -12,6 +12,8 @@
 //! ever. Why a quarantine: bytes that change while the node copies them would cost that put its checksum, and
 //! nobody can say when a frozen node goes on.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use kvgpu::{OutOfBounds, Ranges, StagingMap};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -33,7 +35,7 @@ struct Book {
 pub(super) struct Grant<'a> {
     staging: &'a Staging,
     ranges: Vec<Range>,
-    is_sent: bool,
+    is_sent: AtomicBool,
 }
 
 #[derive(Clone, Copy)]
@@ -79,7 +81,7 @@ impl Staging {
                     return Some(Grant {
                         staging: self,
                         ranges,
-                        is_sent: false,
+                        is_sent: AtomicBool::new(false),
                     });
                 }
                 if book.granted == 0 {
@@ -141,22 +143,23 @@ impl Grant<'_> {
     }
 
     /// The node is about to be told: without an answer the ranges are not used again.
-    pub(super) fn sent(&mut self) {
-        self.is_sent = true;
+    pub(super) fn sent(&self) {
+        self.is_sent.store(true, Ordering::Relaxed);
     }
 
     /// The node is done with them.
-    pub(super) fn answered(&mut self) {
-        self.is_sent = false;
+    pub(super) fn answered(&self) {
+        self.is_sent.store(false, Ordering::Relaxed);
     }
 }
 
 impl Drop for Grant<'_> {
     fn drop(&mut self) {
+        let is_sent = *self.is_sent.get_mut();
         let mut book = self.staging.book.lock();
         book.granted -= 1;
         for range in &self.ranges {
-            if self.is_sent {
+            if is_sent {
                 book.quarantined_bytes += range.bytes;
             } else {
                 book.ranges.free(range.offset);
@@ -197,19 +200,19 @@ mod tests {
     #[tokio::test]
     async fn what_was_sent_and_not_answered_is_not_given_out_again() {
         let staging = staging();
-        let mut grant = staging.grant(&[BYTES / 2]).await.expect("room");
+        let grant = staging.grant(&[BYTES / 2]).await.expect("room");
         grant.sent();
         let offset = grant.offset(0);
         drop(grant);
         assert!(!staging.is_worn_out());
-        let mut other = staging.grant(&[BYTES / 2]).await.expect("the other half");
+        let other = staging.grant(&[BYTES / 2]).await.expect("the other half");
         assert_ne!(other.offset(0), offset);
         // No wait for what never comes back.
         other.sent();
         other.answered();
         drop(other);
         assert!(staging.grant(&[BYTES]).await.is_none());
-        let mut other = staging.grant(&[4096]).await.expect("the other half");
+        let other = staging.grant(&[4096]).await.expect("the other half");
         other.sent();
         drop(other);
         assert!(staging.is_worn_out());

@@ -26,5 +26,7 @@ pub use known::{GHOST_AFTER, Known, MAX_KNOWN, Table};
 pub use seconds::{FRESH, MAX_SECONDS, Seconds, WORTH, goes_second, is_worth_leaving};
 pub use split::{Share, Split};
 
+pub use crate::queue::{Queue, Queued};
+
 #[cfg(test)]
 mod tests;

@@ -25,6 +25,7 @@ use std::{
 use futures_util::{FutureExt, future::BoxFuture};
 use kvproto::{
     BlockKey, Chain, FieldError, GetOutcome, LeaseId, NamespaceId, Part, Reason, TierKind,
+    convert::answer::Second,
 };
 
 use super::{
@@ -164,6 +165,15 @@ impl GetPlan {
             let calls = self.blocks.queue();
             motion.note_get(self.namespace, &self.chain, self.run_blocks, calls);
         }
+    }
+
+    /// Who else has runs that are asked for, for a caller who is no node.
+    #[must_use]
+    pub fn seconds(&self) -> Vec<Second> {
+        let motion = self.blocks.motion();
+        motion.map_or_else(Vec::new, |motion| {
+            motion.seconds_of(self.namespace, &self.chain, self.run_blocks)
+        })
     }
 
     /// The next block and what became of it; `None` after the last.

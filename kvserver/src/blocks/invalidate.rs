@@ -1,9 +1,17 @@
 //! Invalidate: forgotten in the index at once, and on disk before it is answered.
+//!
+//! Whoever was away meanwhile forgets it when it comes back, before anybody can ask it: see `catch_up`.
+
+use std::{collections::HashSet, sync::Arc};
 
 use kvproto::{NamespaceId, RequestId, convert::request::Target};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{Blocks, BlocksError, mover::MAX_OWED};
+use super::{
+    Blocks, BlocksError,
+    invalidations::{Invalidation, Missed},
+    mover::MAX_OWED,
+};
 use crate::engine::{self, Invalidated, TenantId};
 
 impl Blocks {
@@ -51,7 +59,56 @@ impl Blocks {
             Target::All => engine::Target::All,
         };
         let id = id(request, namespace, target);
+        self.invalidations.note(Invalidation {
+            // Of one without a name nobody can tell whether a later one is the same.
+            id: match request {
+                Some(_) => id,
+                None => self.clock.random_u64(),
+            },
+            what: Some((namespace, target)),
+        });
         let forgotten = self.engine.invalidate_as(id, namespace, target);
+        self.forget_below(&[namespace], &forgotten).await?;
+        Ok(forgotten.len() as u64)
+    }
+
+    /// Forgets what another node was told of while this one was away; answers how many blocks.
+    ///
+    /// # Errors
+    /// As [`Blocks::invalidate`]; then it is not known here yet, and has to be asked for again.
+    pub(crate) async fn forget_missed(&self, told: Vec<Invalidation>) -> Result<u64, BlocksError> {
+        let Missed { mut what, and_more } = self.invalidations.missed(&told);
+        if and_more {
+            // Nobody remembers all that was invalidated meanwhile.
+            let all = self.engine.namespaces().into_iter();
+            what.extend(all.map(|namespace| (namespace, engine::Target::All)));
+        }
+        let mut count = 0;
+        if !what.is_empty() {
+            let namespaces: HashSet<NamespaceId> = what.iter().map(|(of, _)| *of).collect();
+            let namespaces: Vec<NamespaceId> = namespaces.into_iter().collect();
+            let engine = Arc::clone(&self.engine);
+            // Of a large index it takes as long as reading it all.
+            let forgetting = tokio::task::spawn_blocking(move || engine.invalidate_missed(&what));
+            let forgotten = match forgetting.await {
+                Ok(forgotten) => forgotten,
+                Err(failed) if failed.is_panic() => std::panic::resume_unwind(failed.into_panic()),
+                Err(_) => return Ok(0), // the node stops, and asks again when it starts
+            };
+            self.forget_below(&namespaces, &forgotten).await?;
+            count = forgotten.len() as u64;
+        }
+        // Only now, so that a node which dies before it asks again.
+        self.invalidations.learn(told);
+        Ok(count)
+    }
+
+    /// Has the tiers below RAM forget what the index has.
+    async fn forget_below(
+        &self,
+        namespaces: &[NamespaceId],
+        forgotten: &[Invalidated],
+    ) -> Result<(), BlocksError> {
         // Every tier is told before anything is waited for: a caller that goes away, or a tier that fails, must
         // not leave another tier with what the index has forgotten already.
         let mut removals = Vec::new();
@@ -62,7 +119,9 @@ impl Blocks {
                 gone.tiers.contains(kind) || self.mover.is_writing(kind, &gone.key)
             };
             // What an earlier call could not make durable: the index knows nothing of it any more.
-            let mut keys = self.mover.owed_removals(kind, namespace);
+            let owed = namespaces.iter();
+            let owed = owed.flat_map(|namespace| self.mover.owed_removals(kind, *namespace));
+            let mut keys: Vec<_> = owed.collect();
             keys.extend(forgotten.iter().filter(there).map(|gone| gone.key));
             if !keys.is_empty() {
                 removals.push((kind, self.mover.remove(tier, keys)));
@@ -81,7 +140,7 @@ impl Blocks {
         self.metrics
             .invalidated_blocks
             .inc_by(forgotten.len() as u64);
-        Ok(forgotten.len() as u64)
+        Ok(())
     }
 }
 

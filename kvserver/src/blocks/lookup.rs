@@ -30,6 +30,10 @@ impl Blocks {
             idempotency: asked.idempotency_key,
             id: asked.lease,
         });
+        // A peer is handed nothing that others may have been told to forget.
+        if asked.context.no_forward && self.cluster.is_behind() {
+            return Ok(answer::Lookup::default());
+        }
         // Before it is looked: what this node is told of afterwards, the blocks may not have survived.
         let survived = match asked.context.no_forward {
             true => self.engine.survived(asked.namespace, &asked.chain.hashes),
@@ -88,13 +92,21 @@ impl Blocks {
         asked: &request::Lookup,
         time_left: Duration,
     ) -> Result<Option<BoxFuture<'static, ()>>, BlocksError> {
-        // A probe leaves no trace, and a peer asks for what is here.
-        if asked.probe || asked.context.no_forward {
-            return Ok(None);
-        }
         let Some(motion) = self.motion() else {
             return Ok(None);
         };
+        // A peer asks for what is here, or is on its way already.
+        if asked.context.no_forward {
+            let Some(space) = self.spaces().get(&asked.namespace) else {
+                return Ok(None);
+            };
+            asked.chain.validate(space.run_blocks())?;
+            return Ok(motion.under_way(&space, &asked.chain, asked.probe, time_left / 2));
+        }
+        // A probe leaves no trace.
+        if asked.probe {
+            return Ok(None);
+        }
         let is_young = motion.may_ask(1);
         if !is_young && !self.namespaces.any_replicated() {
             return Ok(None);

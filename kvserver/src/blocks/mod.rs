@@ -15,8 +15,10 @@
 //! Units: bytes, milliseconds. Errors: [`BlocksError`] when the request itself is wrong; a miss, a
 //! rejection and "already there" are answers.
 
+pub(crate) mod catch_up;
 pub mod get;
 pub mod invalidate;
+pub(crate) mod invalidations;
 pub mod lookup;
 pub mod motion;
 pub mod mover;
@@ -37,6 +39,7 @@ use kvproto::{
 };
 
 use self::{
+    invalidations::Invalidations,
     motion::Motion,
     mover::Mover,
     namespaces::{Namespaces, Replicas, Spaces},
@@ -159,8 +162,9 @@ pub struct Blocks {
     pub(crate) arena: Arc<Arena>,
     pub(crate) engine: Arc<Engine>,
     pub(crate) tiers: Tiers,
-    /// Before the mover, which keeps the folder locked: its writer ends first.
+    /// Before the mover, which keeps the folder locked: the writers of these two end first.
     pub(crate) namespaces: Namespaces,
+    invalidations: Invalidations,
     pub(crate) mover: Arc<Mover>,
     tenants: Tenants,
     pub(crate) metrics: Arc<Metrics>,
@@ -187,6 +191,7 @@ impl Blocks {
         tiers: Tiers,
         mover: Arc<Mover>,
         namespaces: Namespaces,
+        invalidations: Invalidations,
         tenants: Tenants,
         metrics: Arc<Metrics>,
         clock: Arc<dyn Clock>,
@@ -201,6 +206,7 @@ impl Blocks {
             tiers,
             mover,
             namespaces,
+            invalidations,
             tenants,
             metrics,
             clock,
@@ -278,11 +284,12 @@ impl Blocks {
         }
     }
 
-    /// Calls being served, watches aside. Those of the same-host path are not among them: they are over in
-    /// microseconds, and their callers copy.
+    /// Calls being served, whichever way they came, watches aside. What a caller on this host copies after its answer is
+    /// not among them.
     #[must_use]
     pub fn queue(&self) -> u32 {
         let calls = self.metrics.calls_in_flight.get() - self.metrics.watchers.get();
+        let calls = calls + self.metrics.local.calls_in_flight.get();
         u32::try_from(calls).unwrap_or(0)
     }
 
@@ -295,6 +302,11 @@ impl Blocks {
     #[must_use]
     pub fn motion(&self) -> Option<&Arc<Motion>> {
         self.motion.get()
+    }
+
+    /// What was invalidated, for peers.
+    pub(crate) fn invalidations(&self) -> &Invalidations {
+        &self.invalidations
     }
 
     /// Every namespace, for peers.

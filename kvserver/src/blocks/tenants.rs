@@ -6,7 +6,11 @@
 //! Nodes have a token of their own (`peer_token_file`): who shows it names the tenant it acts for, because it carries
 //! every tenant's blocks.
 
-use std::{collections::HashMap, fs, path::Path};
+use std::{
+    collections::HashMap,
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 use crate::engine::TenantId;
 
@@ -20,22 +24,40 @@ const TOKEN_BYTES_LEAST: usize = 16;
 #[derive(Debug, thiserror::Error)]
 pub enum TenantsError {
     /// It cannot be read.
-    #[error("cannot read tokens_file: {0}")]
-    Unreadable(#[from] std::io::Error),
-    /// The file of the nodes' token cannot be read.
-    #[error("cannot read peer_token_file: {0}")]
-    UnreadablePeers(std::io::Error),
+    #[error("{field} = {path:?}: cannot be read: {source}")]
+    Unreadable {
+        /// The setting that names it.
+        field: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// It holds something else.
-    #[error("peer_token_file: expected one token of at least 16 characters")]
-    PeerToken,
+    #[error("peer_token_file = {path:?}: expected one token of at least 16 characters")]
+    PeerToken {
+        /// The file.
+        path: PathBuf,
+    },
     /// A line that is not a tenant and a token.
-    #[error("tokens_file line {line}: {problem}")]
+    #[error("tokens_file = {path:?}, line {line}: {problem}")]
     Line {
+        /// The file.
+        path: PathBuf,
         /// Counted from 1.
         line: usize,
         /// What is wrong; never the token itself.
         problem: &'static str,
     },
+}
+
+fn unreadable(field: &'static str, path: &Path) -> impl FnOnce(io::Error) -> TenantsError {
+    let path = path.to_owned();
+    move |source| TenantsError::Unreadable {
+        field,
+        path,
+        source,
+    }
 }
 
 /// Tenants by token.
@@ -67,7 +89,8 @@ impl Tenants {
         if path.as_os_str().is_empty() {
             Ok(Self::open())
         } else {
-            Self::parse(&fs::read_to_string(path)?)
+            let text = fs::read_to_string(path).map_err(unreadable("tokens_file", path))?;
+            Self::parse(&text, path)
         }
     }
 
@@ -79,11 +102,14 @@ impl Tenants {
         if path.as_os_str().is_empty() {
             return Ok(self);
         }
-        let text = fs::read_to_string(path).map_err(TenantsError::UnreadablePeers)?;
+        let text = fs::read_to_string(path).map_err(unreadable("peer_token_file", path))?;
         let mut words = text.split_whitespace();
         let token = match (words.next(), words.next()) {
             (Some(token), None) if token.len() >= TOKEN_BYTES_LEAST => token,
-            _ => return Err(TenantsError::PeerToken),
+            _ => {
+                let path = path.to_owned();
+                return Err(TenantsError::PeerToken { path });
+            }
         };
         self.peer_token = Some(token.to_owned());
         Ok(self)
@@ -119,11 +145,13 @@ impl Tenants {
         }
     }
 
-    fn parse(text: &str) -> Result<Self, TenantsError> {
+    /// `path`: where the text is from.
+    fn parse(text: &str, path: &Path) -> Result<Self, TenantsError> {
         let mut names: Vec<String> = Vec::new();
         let mut by_token = HashMap::new();
         for (i, line) in text.lines().enumerate() {
             let refuse = |problem| TenantsError::Line {
+                path: path.to_owned(),
                 line: i + 1,
                 problem,
             };
@@ -229,9 +257,11 @@ mod tests {
 
     #[test]
     fn the_tenant_comes_from_the_token() {
-        let tenants =
-            Tenants::parse("# who\nred 0123456789abcdef\nblue fedcba9876543210 # second\n")
-                .unwrap();
+        let tenants = Tenants::parse(
+            "# who\nred 0123456789abcdef\nblue fedcba9876543210 # second\n",
+            Path::new("t"),
+        )
+        .unwrap();
         let id = tenants
             .authenticate(Some(b"Bearer fedcba9876543210"))
             .unwrap();
@@ -251,7 +281,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("peers");
         fs::write(&file, "nodes-among-themselves\n").unwrap();
-        let tenants = Tenants::parse("red 0123456789abcdef\nblue fedcba9876543210").unwrap();
+        let tenants = Tenants::parse(
+            "red 0123456789abcdef\nblue fedcba9876543210",
+            Path::new("t"),
+        )
+        .unwrap();
         let tenants = tenants.with_peer_token(&file).unwrap();
         let node = Some(&b"Bearer nodes-among-themselves"[..]);
         let red = Some(&b"Bearer 0123456789abcdef"[..]);
@@ -273,14 +307,19 @@ mod tests {
 
     #[test]
     fn a_wrong_line_is_named_without_its_token() {
-        let message = |text| Tenants::parse(text).err().unwrap().to_string();
+        let message = |text| {
+            Tenants::parse(text, Path::new("t"))
+                .err()
+                .unwrap()
+                .to_string()
+        };
         assert_eq!(
             message("\nred"),
-            "tokens_file line 2: expected \"tenant token\", got one word"
+            "tokens_file = \"t\", line 2: expected \"tenant token\", got one word"
         );
         assert_eq!(
             message("red short"),
-            "tokens_file line 1: a token has at least 16 characters"
+            "tokens_file = \"t\", line 1: a token has at least 16 characters"
         );
         let twice = "red 0123456789abcdef\nblue 0123456789abcdef";
         assert!(!message(twice).contains("0123456789abcdef"));

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use kvproto::v1::{self, cluster_client::ClusterClient};
 use tonic::{
-    Request, Status,
+    Code, Request, Status,
     metadata::{Ascii, MetadataValue},
     transport::{Channel, Endpoint},
 };
@@ -46,6 +46,25 @@ impl Caller {
     pub(super) async fn view(&self, address: &str) -> Result<v1::ViewResponse, Status> {
         let request = self.request(v1::ViewRequest::default());
         Ok(connect(address).await?.view(request).await?.into_inner())
+    }
+
+    /// What whoever listens at `address` was told to forget, unless it is what has this digest; `None`: it is of an earlier
+    /// version, and remembers nothing.
+    pub(crate) async fn invalidations(
+        &self,
+        address: &str,
+        known: u64,
+    ) -> Result<Option<v1::InvalidationsResponse>, String> {
+        let request = self.request(v1::InvalidationsRequest {
+            known,
+            ..v1::InvalidationsRequest::default()
+        });
+        let asked = async { connect(address).await?.invalidations(request).await };
+        match asked.await {
+            Ok(told) => Ok(Some(told.into_inner())),
+            Err(status) if status.code() == Code::Unimplemented => Ok(None),
+            Err(status) => Err(status.message().to_owned()),
+        }
     }
 
     fn request<T>(&self, asked: T) -> Request<T> {

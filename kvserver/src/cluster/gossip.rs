@@ -218,7 +218,7 @@ impl Follower {
             self.cluster.merge(news);
         }
         for (id, load) in loads {
-            self.cluster.loads.lock().insert(id, load);
+            self.cluster.hear_load(&id, load);
         }
         self.judge(now);
         self.cluster.tick();

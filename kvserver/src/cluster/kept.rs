@@ -2,11 +2,15 @@
 //!
 //! ```text
 //! data_dir/node_id        16 hex digits, made at the first start
-//! data_dir/cluster.json   {"generation": of the last start, "members": [..]}   replaced as a whole
+//! data_dir/cluster.json   {"generation": of the last start, "members": [..], "before": {..}}   replaced as a whole
 //! ```
 //!
 //! A restarted node begins with its last view, so it has its old place at once and finds the others by itself, whoever
 //! told it to join the first time. Generations grow over restarts even when the machine's time went back.
+//!
+//! What lies on its disk was put under views that may be older: the one before the oldest change that was still young is
+//! kept too, so that a node which dies while it hands runs over goes on with that in its next life. Where no change was
+//! young, the last view is that one: members may come and go while a node is down.
 //!
 //! Errors: [`KeptError`]; a view that cannot be read is reported and forgotten, for gossip brings it again.
 
@@ -14,6 +18,7 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
 };
 
 use kvproto::{Member, MemberId, MemberState, View};
@@ -21,7 +26,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     clock::Clock,
-    data_dir::{write_whole, write_whole_by},
+    data_dir::{is_no_room, write_whole, write_whole_by},
 };
 
 /// Why a node's name or its view could not be kept.
@@ -63,9 +68,20 @@ pub struct Kept {
     pub generation: u64,
     /// The members known last; empty at the first start.
     pub view: View,
+    /// Under which most of what lies here was put.
+    pub before: Before,
     /// By way of which the file is replaced: another one in each life, because the last write of the one before may still
     /// be under way when a node is started again in the same process.
     beside: PathBuf,
+}
+
+/// The members before the oldest change that is young, or before this life.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Before {
+    /// When it changed, in milliseconds since 1970.
+    pub unix_ms: u64,
+    /// The members then.
+    pub view: View,
 }
 
 /// Names of such files, so that what crashes leave behind is little.
@@ -74,6 +90,14 @@ const BESIDES: usize = 16;
 #[derive(Default, Serialize, Deserialize)]
 struct Text {
     generation: u64,
+    members: Vec<Record>,
+    #[serde(default)]
+    before: TextBefore,
+}
+
+#[derive(Default, Serialize, Deserialize)]
+struct TextBefore {
+    unix_ms: u64,
     members: Vec<Record>,
 }
 
@@ -89,11 +113,17 @@ struct Record {
 }
 
 impl Kept {
-    /// Reads what `data_dir` holds, and begins another life of the node; `named`: its name, if it was given one.
+    /// Reads what `data_dir` holds, and begins another life of the node; `named`: its name, if it was given one;
+    /// `window`: how long a change is young.
     ///
     /// # Errors
     /// When the name can be neither read nor written.
-    pub fn open(data_dir: &Path, named: &str, clock: &dyn Clock) -> Result<Self, KeptError> {
+    pub fn open(
+        data_dir: &Path,
+        named: &str,
+        window: Duration,
+        clock: &dyn Clock,
+    ) -> Result<Self, KeptError> {
         let id = match named {
             "" => name(&data_dir.join("node_id"), clock)?,
             named => named.to_owned(),
@@ -105,15 +135,36 @@ impl Kept {
         });
         static LIVES: AtomicUsize = AtomicUsize::new(0);
         let life = LIVES.fetch_add(1, Ordering::Relaxed) % BESIDES;
+        let now = clock.unix_ms();
+        let view = view(text.members);
+        let TextBefore { unix_ms, members } = text.before;
+        let is_young = u128::from(now.saturating_sub(unix_ms)) < window.as_millis();
+        let before = match is_young && !members.is_empty() {
+            true => Before {
+                unix_ms,
+                view: self::view(members),
+            },
+            false => Before {
+                unix_ms: now,
+                view: view.clone(),
+            },
+        };
         let kept = Self {
             beside: file.with_extension(format!("{life}.new")),
-            generation: clock.unix_ms().max(text.generation.saturating_add(1)),
-            view: View::new(text.members.into_iter().filter_map(Record::member)),
+            generation: now.max(text.generation.saturating_add(1)),
+            view,
+            before,
             id: MemberId(id),
             file,
         };
         // Before anybody hears of this life: a later one must be above it.
-        kept.write(&kept.view)?;
+        match kept.write(&kept.view, &kept.before) {
+            // What was read stays where it is. A later life is above this one as long as the machine's time goes on.
+            Err(KeptError::View { path, source }) if is_no_room(&source) => {
+                tracing::warn!(file = %path.display(), error = %source, "the disk is full; this start is not recorded");
+            }
+            written => written?,
+        }
         Ok(kept)
     }
 
@@ -125,14 +176,19 @@ impl Kept {
         others.next().is_some()
     }
 
-    /// Keeps this view instead of the last one.
+    /// Keeps this view instead of the last one, and the one before.
     ///
     /// # Errors
     /// When it cannot be written; the last one stays.
-    pub fn write(&self, view: &View) -> Result<(), KeptError> {
+    pub fn write(&self, view: &View, before: &Before) -> Result<(), KeptError> {
+        let records = |view: &View| view.members().iter().map(Record::of).collect();
         let text = Text {
             generation: self.generation,
-            members: view.members().iter().map(Record::of).collect(),
+            members: records(view),
+            before: TextBefore {
+                unix_ms: before.unix_ms,
+                members: records(&before.view),
+            },
         };
         let bytes = serde_json::to_vec_pretty(&text).expect("plain fields");
         write_whole_by(&self.beside, &self.file, &bytes, 0o644).map_err(|source| KeptError::View {
@@ -166,6 +222,10 @@ impl Record {
             address: self.address,
         })
     }
+}
+
+fn view(members: Vec<Record>) -> View {
+    View::new(members.into_iter().filter_map(Record::member))
 }
 
 fn read(file: &Path) -> Result<Text, String> {
@@ -208,28 +268,87 @@ mod tests {
     use super::*;
     use crate::{clock::ManualClock, cluster::tests::member};
 
+    const WINDOW: Duration = Duration::from_secs(600);
+
+    fn open(dir: &TempDir, named: &str, clock: &ManualClock) -> Result<Kept, KeptError> {
+        Kept::open(dir.path(), named, WINDOW, clock)
+    }
+
     #[test]
     fn a_restart_keeps_the_name_and_the_view_and_is_a_later_life() {
         let dir = TempDir::new().unwrap();
         let clock = ManualClock::new(1);
-        let first = Kept::open(dir.path(), "", &clock).unwrap();
+        let first = open(&dir, "", &clock).unwrap();
         assert!(!first.was_member());
         let view = View::new([member("a", 2), member("b", 1)]);
-        first.write(&view).unwrap();
+        first.write(&view, &first.before).unwrap();
         // Another clock, as far behind as a machine's time may fall.
-        let again = Kept::open(dir.path(), "", &ManualClock::new(9)).unwrap();
+        let again = open(&dir, "", &ManualClock::new(9)).unwrap();
         assert_ne!(again.beside, first.beside, "their writes do not meet");
         assert_eq!((&again.id, &again.view), (&first.id, &view));
         assert!(again.was_member() && again.generation > first.generation);
     }
 
     #[test]
+    fn the_view_before_a_young_change_outlives_a_restart_and_an_old_one_does_not() {
+        let dir = TempDir::new().unwrap();
+        let clock = ManualClock::new(1);
+        let first = open(&dir, "", &clock).unwrap();
+        let before = Before {
+            unix_ms: clock.unix_ms(),
+            view: View::new([member("a", 2)]),
+        };
+        let view = View::new([member("a", 2), member("b", 1)]);
+        first.write(&view, &before).unwrap();
+        clock.advance(WINDOW / 2);
+        let second = open(&dir, "", &clock).unwrap();
+        assert_eq!((&second.view, &second.before), (&view, &before));
+        clock.advance(WINDOW);
+        // What is on the disk then was put under the last view, whatever has changed since.
+        let third = open(&dir, "", &clock).unwrap();
+        assert_eq!((&third.view, &third.before.view), (&view, &view));
+    }
+
+    #[test]
+    fn a_file_of_an_earlier_version_is_read() {
+        let dir = TempDir::new().unwrap();
+        let clock = ManualClock::new(1);
+        fs::write(
+            dir.path().join("cluster.json"),
+            br#"{"generation": 17, "members": [{"id": "a", "generation": 1, "version": 1, "weight": 2,
+                "zone": "", "state": 2, "address": "http://a:7070"}]}"#,
+        )
+        .unwrap();
+        let kept = open(&dir, "a", &clock).unwrap();
+        assert_eq!(kept.view.members().len(), 1);
+        assert_eq!(kept.before.view, kept.view);
+    }
+
+    #[test]
+    fn a_full_disk_stops_no_restart() {
+        let dir = TempDir::new().unwrap();
+        let clock = ManualClock::new(1);
+        let first = open(&dir, "", &clock).unwrap();
+        let view = View::new([member("a", 2), member("b", 1)]);
+        first.write(&view, &first.before).unwrap();
+        // Whatever is written by way of these has no room.
+        for life in 0..BESIDES {
+            let beside = dir.path().join(format!("cluster.{life}.new"));
+            std::os::unix::fs::symlink("/dev/full", beside).unwrap();
+        }
+        clock.advance(Duration::from_millis(1));
+        let again = open(&dir, "", &clock).unwrap();
+        assert_eq!((&again.id, &again.view), (&first.id, &view));
+        assert!(again.generation > first.generation);
+    }
+
+    #[test]
     fn a_torn_view_is_forgotten_and_the_name_is_not() {
         let dir = TempDir::new().unwrap();
         let clock = ManualClock::new(1);
-        let first = Kept::open(dir.path(), "", &clock).unwrap();
+        let first = open(&dir, "", &clock).unwrap();
         fs::write(dir.path().join("cluster.json"), b"{\"generation\": 17").unwrap();
-        let again = Kept::open(dir.path(), "", &clock).unwrap();
+        let again = open(&dir, "", &clock).unwrap();
         assert_eq!((again.id, again.view), (first.id, View::default()));
     }
 
@@ -237,9 +356,9 @@ mod tests {
     fn a_file_that_names_nobody_is_refused_with_its_path() {
         let dir = TempDir::new().unwrap();
         fs::write(dir.path().join("node_id"), b"\n").unwrap();
-        let error = Kept::open(dir.path(), "", &ManualClock::new(1)).unwrap_err();
+        let error = open(&dir, "", &ManualClock::new(1)).unwrap_err();
         assert!(error.to_string().contains("node_id"), "{error}");
-        let named = Kept::open(dir.path(), "west-1", &ManualClock::new(1)).unwrap();
+        let named = open(&dir, "west-1", &ManualClock::new(1)).unwrap();
         assert_eq!(named.id.0, "west-1");
     }
 }

@@ -14,7 +14,11 @@
 //! Bounds: [`MOST_PAST`] past views. Units: [`Tick`]. Errors: none.
 //! Why apart from the gossip: the same code runs on a simulator's clock.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use kvproto::{Member, MemberId, MemberState, View, ViewDigest, placement::Placement};
 
@@ -25,8 +29,9 @@ use super::{
 };
 use crate::clock::Tick;
 
-/// Views before recent changes that are kept. When there are more, the oldest stays, for most blocks were put under
-/// it, and the second oldest goes.
+/// Views before recent changes that are kept. When there are more, the oldest stays, for most blocks were put under it,
+/// and the one goes that lasted shortest: when a network heals that was in two parts, a storm of changes comes that last
+/// for milliseconds, and what was put while it was apart lies where the view before the storm says.
 pub const MOST_PAST: usize = 8;
 
 /// Steps in which a joining member's weight grows to its full size.
@@ -45,6 +50,17 @@ pub struct Times {
     pub motion_window: Duration,
     /// In which a joining member's weight grows to its full size.
     pub join_ramp: Duration,
+}
+
+/// Who may have been told what others were not, or the other way round.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct News {
+    /// Members that were not here, or gone, and are here.
+    pub appeared: BTreeSet<MemberId>,
+    /// One of them had been gone.
+    pub is_back: bool,
+    /// This node was gone for the others, because it had left or they had declared it so, and is not any more.
+    pub was_gone: bool,
 }
 
 /// The state of the membership on one node.
@@ -67,6 +83,7 @@ pub struct Members {
     placements: Arc<Placements>,
     past: Vec<(Tick, Arc<Placement>)>,
     changed: Tick,
+    news: News,
 }
 
 impl Members {
@@ -111,6 +128,7 @@ impl Members {
             placements,
             past: Vec::new(),
             changed: now,
+            news: News::default(),
             me,
         };
         if ramps {
@@ -133,6 +151,21 @@ impl Members {
         members
     }
 
+    /// What lies here was put under `before`, in an earlier life of this node: where that has changed, the change is as
+    /// young as this life.
+    pub fn remember(&mut self, before: &View, now: Tick) {
+        let digest = before.digest();
+        self.owned_by(self.placements.of(before, digest), now);
+    }
+
+    /// The same, where it is known who owned what then.
+    pub fn owned_by(&mut self, before: Arc<Placement>, now: Tick) {
+        let oldest = self.past.last().map_or(&self.placement, |(_, past)| past);
+        if !before.is_empty() && !Arc::ptr_eq(&before, oldest) {
+            self.past.push((now, before));
+        }
+    }
+
     /// What this node declares of itself.
     #[must_use]
     pub fn me(&self) -> &Member {
@@ -149,6 +182,17 @@ impl Members {
     #[must_use]
     pub fn suspects(&self) -> usize {
         self.suspects.len()
+    }
+
+    /// Who came, and came back, since [`Members::take_news`].
+    #[must_use]
+    pub fn news(&self) -> &News {
+        &self.news
+    }
+
+    /// The same; from now on only what comes after it is news.
+    pub fn take_news(&mut self) -> News {
+        std::mem::take(&mut self.news)
     }
 
     /// How a member stands.
@@ -259,6 +303,7 @@ impl Members {
             return false;
         }
         self.joining = (!self.times.join_ramp.is_zero()).then_some(now);
+        self.news.was_gone |= self.me.state == MemberState::Gone;
         self.change(now, |members| {
             let (weight, joins) = (members.weight, members.joining.is_some());
             members.declare(|me| {
@@ -296,7 +341,11 @@ impl Members {
             let before = std::mem::replace(&mut self.placement, next);
             self.past.insert(0, (now, before));
             if self.past.len() > MOST_PAST {
-                self.past.remove(MOST_PAST - 1);
+                let lasted = |at: &usize| self.past[*at].0.since(self.past[at + 1].0);
+                // Of equals the oldest.
+                if let Some(shortest) = (1..MOST_PAST).rev().min_by_key(lasted) {
+                    self.past.remove(shortest);
+                }
             }
         }
         true
@@ -317,9 +366,13 @@ impl Members {
             self.suspects.clear(&id);
             self.departed.entry(id).or_insert(now);
         } else {
-            self.departed.remove(&id);
+            let is_back = self.departed.remove(&id).is_some();
             if is_reborn {
                 self.suspects.clear(&id);
+            }
+            if is_back || generation.is_none() {
+                self.news.is_back |= is_back;
+                self.news.appeared.insert(id);
             }
         }
         true
@@ -336,6 +389,7 @@ impl Members {
         }
         let (generation, version) = above(&self.me, &news);
         (self.me.generation, self.me.version) = (generation, version);
+        self.news.was_gone |= news.state == MemberState::Gone;
         self.view.merge_one(self.me.clone());
         true
     }

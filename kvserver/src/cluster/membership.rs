@@ -12,13 +12,14 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use kvproto::{BootId, MemberId, ViewDigest, v1};
+use kvproto::{BootId, MemberId, View, ViewDigest, v1};
 use tokio::task::JoinHandle;
 
 use super::{
-    Cluster, Kept, Load, Standing,
+    Before, Cluster, Kept, Load, Roster, Standing,
     call::{ANSWER_TIME, Caller},
     gossip::{Gossip, GossipSettings},
+    members::MOST_PAST,
     wire::Datagrams,
 };
 use crate::clock::{Clock, Tick};
@@ -93,7 +94,11 @@ impl Membership {
         if let Some(why) = cluster.alone() {
             tracing::warn!(why, "this node is alone; nobody can join it");
         }
-        let mut tasks = vec![tokio::spawn(keep(Arc::clone(&cluster), kept))];
+        let mut tasks = vec![tokio::spawn(keep(
+            Arc::clone(&cluster),
+            kept,
+            Arc::clone(&clock),
+        ))];
         if let Some(hurt) = cluster.looked_after.lock().take() {
             let probing = probe(
                 Arc::clone(&cluster),
@@ -118,6 +123,11 @@ impl Membership {
             tasks,
         }
     }
+
+    /// One more task of a member, of another room.
+    pub fn also(&mut self, task: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.push(tokio::spawn(task));
+    }
 }
 
 impl Drop for Membership {
@@ -127,15 +137,19 @@ impl Drop for Membership {
 }
 
 /// Keeps each view that comes; one that comes while another is written is written next.
-async fn keep(cluster: Arc<Cluster>, kept: Kept) {
+async fn keep(cluster: Arc<Cluster>, kept: Kept, clock: Arc<dyn Clock>) {
+    let mut last = cluster.roster();
+    let mut settled = Settled::new(&last, kept.before.clone());
     let kept = Arc::new(kept);
     let mut changes = cluster.changes();
     let mut has_failed = false;
     changes.mark_changed();
     while changes.changed().await.is_ok() {
         let roster = Arc::clone(&changes.borrow_and_update());
+        let before = settled.changed(&last, &roster, clock.unix_ms());
+        last = Arc::clone(&roster);
         let file = Arc::clone(&kept);
-        let writing = tokio::task::spawn_blocking(move || file.write(&roster.view));
+        let writing = tokio::task::spawn_blocking(move || file.write(&roster.view, &before));
         match writing.await {
             Ok(Ok(())) => has_failed = false,
             // Once, until it works again: a full disk would fill the log too.
@@ -147,6 +161,36 @@ async fn keep(cluster: Arc<Cluster>, kept: Kept) {
             }
             Err(_) => return, // the runtime ends
         }
+    }
+}
+
+/// The views before the changes that are young, oldest first.
+struct Settled(Vec<(Tick, Before)>);
+
+impl Settled {
+    /// `before`: what an earlier life left to this one.
+    fn new(roster: &Roster, before: Before) -> Self {
+        let oldest = roster.past.last();
+        Self(oldest.map(|(at, _)| (*at, before)).into_iter().collect())
+    }
+
+    /// The members before the oldest change that is young; those that there are where none is.
+    fn changed(&mut self, last: &Roster, roster: &Roster, unix_ms: u64) -> Before {
+        let before = |view: &View| Before {
+            unix_ms,
+            view: view.clone(),
+        };
+        if last.digest != roster.digest {
+            self.0.push((roster.changed, before(&last.view)));
+        }
+        let oldest = roster.past.last().map(|(at, _)| *at);
+        self.0
+            .retain(|(at, _)| oldest.is_some_and(|oldest| *at >= oldest));
+        if self.0.len() > MOST_PAST {
+            self.0.remove(1);
+        }
+        let first = self.0.first().map(|(_, before)| before.clone());
+        first.unwrap_or_else(|| before(&roster.view))
     }
 }
 

@@ -29,7 +29,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -42,9 +42,9 @@ use self::wire::Traffic;
 pub use self::{
     call::Caller,
     join::{JoinError, Joined, Joining, Welcome, adopt},
-    kept::{Kept, KeptError},
+    kept::{Before, Kept, KeptError},
     load::Load,
-    members::{MOST_PAST, Members, RAMP_STEPS, TOMBSTONES_KEPT, Times},
+    members::{MOST_PAST, Members, News, RAMP_STEPS, TOMBSTONES_KEPT, Times},
     membership::{Membership, MembershipParts},
     placements::Placements,
     roster::{MOST_CANDIDATES, Roster},
@@ -70,6 +70,9 @@ pub struct Cluster {
     alone: Mutex<Option<String>>,
     /// Members that somebody's call failed at, on their way to whoever looks after them.
     hurt: mpsc::Sender<MemberId>,
+    /// See [`Cluster::is_behind`].
+    behind: watch::Sender<bool>,
+    follows_news: AtomicBool,
     looked_after: Mutex<Option<mpsc::Receiver<MemberId>>>,
 }
 
@@ -94,6 +97,8 @@ impl Cluster {
             view_changes: AtomicU64::new(0),
             alone: Mutex::default(),
             hurt,
+            behind: watch::Sender::new(false),
+            follows_news: AtomicBool::new(false),
             looked_after: Mutex::new(Some(looked_after)),
         })
     }
@@ -166,6 +171,38 @@ impl Cluster {
     #[must_use]
     pub fn declared(&self) -> Member {
         self.members.lock().me().clone()
+    }
+
+    /// As [`Members::take_news`]. From the first call on this node is behind whenever somebody was away, until
+    /// [`Cluster::has_caught_up`] is told otherwise.
+    pub fn take_news(&self) -> News {
+        self.follows_news.store(true, Ordering::Relaxed);
+        self.members.lock().take_news()
+    }
+
+    /// This node may have what others were told to forget.
+    pub fn fall_behind(&self) {
+        self.behind.send_replace(true);
+    }
+
+    /// It has not, as far as the news that were taken go.
+    pub fn has_caught_up(&self) {
+        let members = self.members.lock();
+        if *members.news() == News::default() {
+            self.behind.send_replace(false);
+        }
+    }
+
+    /// Whether this node may have what others were told to forget: then it hands nothing over.
+    #[must_use]
+    pub fn is_behind(&self) -> bool {
+        *self.behind.borrow()
+    }
+
+    /// Waits until it is not.
+    pub async fn caught_up(&self) {
+        let mut behind = self.behind.subscribe();
+        let _ = behind.wait_for(|behind| !behind).await; // the sender lives as long as this
     }
 
     /// How many members are suspect.
@@ -254,9 +291,14 @@ impl Cluster {
         self.loads.lock().get(id).copied()
     }
 
+    /// What a member says that it has to do.
+    pub fn hear_load(&self, id: &MemberId, load: Load) {
+        self.loads.lock().insert(id.clone(), load);
+    }
+
     /// What this node has to do, for the others.
     pub fn set_load(&self, load: Load) {
-        self.loads.lock().insert(self.me.clone(), load);
+        self.hear_load(&self.me, load);
     }
 
     /// How a member stands with this node. Suspicion is local and moves no owner.
@@ -286,6 +328,10 @@ impl Cluster {
         let mut members = self.members.lock();
         if !change(&mut members) {
             return false;
+        }
+        let news = members.news();
+        if (news.is_back || news.was_gone) && self.follows_news.load(Ordering::Relaxed) {
+            self.fall_behind(); // before anybody can see that they are here
         }
         let roster = Arc::new(members.roster());
         if self.digest() != roster.digest {

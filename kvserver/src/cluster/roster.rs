@@ -90,6 +90,13 @@ impl Roster {
         found
     }
 
+    /// Who owned what before the oldest change that is young.
+    #[must_use]
+    pub fn before(&self, now: Tick) -> Option<Arc<Placement>> {
+        let oldest = self.recent(now).last();
+        oldest.map(|(_, placement)| Arc::clone(placement))
+    }
+
     /// Whether runs may still lie with those who owned them before a change.
     #[must_use]
     pub fn is_young(&self, now: Tick) -> bool {

@@ -1,11 +1,15 @@
 //! The rules of membership, without a network and on time moved by hand.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use kvproto::{Member, MemberId, MemberState, View, ViewDigest, key::RunHash};
+use kvproto::{
+    Member, MemberId, MemberState, View, ViewDigest, key::RunHash, placement::Placement,
+};
 use proptest::prelude::{any, prop_assert_eq, proptest};
 
-use super::{MOST_CANDIDATES, MOST_PAST, Members, RAMP_STEPS, Standing, TOMBSTONES_KEPT, Times};
+use super::{
+    MOST_CANDIDATES, MOST_PAST, Members, News, RAMP_STEPS, Standing, TOMBSTONES_KEPT, Times,
+};
 use crate::clock::Tick;
 
 const TIMES: Times = Times {
@@ -214,6 +218,41 @@ fn who_reads_of_its_own_death_answers_above_it() {
     assert!(nodes[0].merge([after], at(32)));
     assert_eq!(nodes[0].standing(&before.id), Standing::Well);
     assert_eq!(nodes[0].view(), nodes[1].view());
+    let [news, own] = [0, 1].map(|n| nodes[n].take_news());
+    assert!(news.is_back && news.appeared.contains(&before.id) && !news.was_gone);
+    assert!(own.was_gone && !own.is_back);
+    assert_eq!(nodes[0].take_news(), News::default(), "told once");
+}
+
+#[test]
+fn a_restart_hears_of_those_it_thought_gone_and_of_newcomers() {
+    let gone = Member {
+        state: MemberState::Gone,
+        ..member("a", 8)
+    };
+    let mut node = Members::new(TIMES, member("me", 8), &View::new([gone.clone()]), at(0));
+    assert_eq!(node.take_news(), News::default());
+    let back = Member {
+        version: gone.version + 1,
+        state: MemberState::Active,
+        ..gone
+    };
+    node.merge([back, member("new", 8)], at(1));
+    let news = node.take_news();
+    assert!(news.is_back && news.appeared.len() == 2);
+    node.merge([member("other", 8)], at(2));
+    assert!(!node.take_news().is_back, "it was never here");
+}
+
+#[test]
+fn who_comes_back_after_it_left_was_gone_and_who_drained_alone_was_not() {
+    let mut node = settled(2).remove(0);
+    node.drain(at(1));
+    node.resume(at(2));
+    node.leave(at(3));
+    assert!(!node.news().was_gone, "not yet back");
+    node.resume(at(4));
+    assert!(node.news().was_gone);
 }
 
 #[test]
@@ -301,6 +340,35 @@ fn a_restarted_node_has_its_place_at_once_and_a_drained_one_begins_anew() {
 }
 
 #[test]
+fn a_restarted_node_knows_who_owned_what_before_changes_that_it_slept_through() {
+    let before = View::new([member("a", 4), member("b", 4)]);
+    let now = View::new([member("a", 4), member("b", 4), member("c", 4)]);
+    let me = Member {
+        generation: 2,
+        ..member("b", 4)
+    };
+    let mut again = Members::new(TIMES, me.clone(), &now, at(0));
+    again.remember(&before, at(0));
+    let roster = again.roster();
+    assert!(roster.is_young(at(599)) && !roster.is_young(at(600)));
+    let runs = (0..200).map(|n| RunHash([n; 32]));
+    let moved = runs.filter(|run| {
+        let was_mine = roster.former(run, at(1)) == ["b".into()];
+        was_mine && !roster.owns(&me.id, run, 1)
+    });
+    assert!(
+        (20..60).contains(&moved.count()),
+        "about a third of its half"
+    );
+    // Where nothing has changed, or nobody was known, nothing is young.
+    for before in [now.clone(), View::default()] {
+        let mut again = Members::new(TIMES, me.clone(), &now, at(0));
+        again.remember(&before, at(0));
+        assert!(!again.roster().is_young(at(1)));
+    }
+}
+
+#[test]
 fn a_drained_node_takes_nothing_until_it_resumes() {
     let mut nodes = settled(3);
     assert!(nodes[1].drain(at(5)) && !nodes[1].drain(at(6)));
@@ -370,6 +438,33 @@ fn of_many_changes_the_oldest_and_the_newest_are_remembered() {
     assert_eq!(roster.past[0].0, at(39));
     assert_eq!(roster.past[MOST_PAST - 1].0, at(1));
     assert_eq!(roster.past[MOST_PAST - 1].1.len(), 1, "a alone");
+}
+
+#[test]
+fn a_view_that_lasted_is_remembered_through_a_storm_of_changes() {
+    let mut node = alone("a");
+    let heavier = |version: u64| Member {
+        version,
+        weight: version as u32,
+        ..member("b", 4)
+    };
+    node.merge([heavier(2)], at(1));
+    node.merge([heavier(3)], at(2));
+    // A minute of this, and then many changes at once.
+    node.merge([heavier(4)], at(62));
+    let lasted = node.roster().past[0].1.clone();
+    for change in 0..40 {
+        let now = Tick(Duration::from_millis(62_001 + change));
+        node.merge([heavier(5 + change)], now);
+    }
+    let past = node.roster().past;
+    assert_eq!(past.len(), MOST_PAST);
+    let is_it = |(_, placement): &(Tick, Arc<Placement>)| Arc::ptr_eq(placement, &lasted);
+    assert!(
+        past.iter().any(is_it),
+        "what was put in that minute is found"
+    );
+    assert_eq!(past[MOST_PAST - 1].0, at(1));
 }
 
 #[test]

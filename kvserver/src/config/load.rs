@@ -17,7 +17,7 @@ pub enum Action {
     Run,
     /// Print all settings as a configuration file and stop.
     PrintConfig,
-    /// Check the settings and the machine and stop.
+    /// Try everything that a start needs and stop.
     Check,
 }
 
@@ -30,6 +30,8 @@ pub struct Loaded {
     pub action: Action,
     /// The file that was read, if one was.
     pub file: Option<PathBuf>,
+    /// Variables of the environment that look like a setting and are none.
+    pub misspelt: Vec<String>,
 }
 
 /// Why loading stopped.
@@ -78,10 +80,26 @@ pub fn load(args: impl IntoIterator<Item = OsString>) -> Result<Loaded, LoadErro
     } else {
         Action::Run
     };
+    let variables = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
     Ok(Loaded {
         config,
         action,
         file,
+        misspelt: variables.filter_map(|name| misspelt(&name)).collect(),
+    })
+}
+
+/// What is to be said of a variable that is one or two letters from a setting's. Others with our prefix are a client's.
+fn misspelt(variable: &str) -> Option<String> {
+    const MOST_EDITS: usize = 2;
+    let name = variable.strip_prefix("TERRACE_")?.to_lowercase();
+    let (nearest, edits) = nearest(&name);
+    let is_meant = (1..=MOST_EDITS).contains(&edits) && edits * 2 < name.len();
+    is_meant.then(|| {
+        format!(
+            "{variable} is no setting; did you mean {}?",
+            self::variable(nearest)
+        )
     })
 }
 
@@ -135,7 +153,7 @@ fn command() -> Command {
             "Settings as TOML; every flag below is a key of it, with underscores. Else terrace.toml in data_dir, if there",
         ))
         .arg(Arg::new("print-config").long("print-config").action(ArgAction::SetTrue).help("Print all settings as a file and stop"))
-        .arg(Arg::new("check").long("check").action(ArgAction::SetTrue).help("Check settings and machine and stop"))
+        .arg(Arg::new("check").long("check").action(ArgAction::SetTrue).help("Try everything that a start needs and stop; nothing is left behind and nobody is joined"))
         .args(settings)
 }
 
@@ -156,11 +174,16 @@ fn dashed(arg: OsString) -> OsString {
 
 /// The setting whose name differs least from `name`, if by less than half of it.
 pub(super) fn nearest_name(name: &str) -> Option<&'static str> {
-    let (candidate, distance) = SETTINGS
-        .iter()
-        .map(|(known, _)| (*known, edits(name, known)))
-        .min_by_key(|(_, d)| *d)?;
+    let (candidate, distance) = nearest(name);
     (distance * 2 < name.len().max(2)).then_some(candidate)
+}
+
+/// The setting whose name differs least from `name`, and by how many edits.
+fn nearest(name: &str) -> (&'static str, usize) {
+    let settings = SETTINGS.iter();
+    let distances = settings.map(|(known, _)| (*known, edits(name, known)));
+    let nearest = distances.min_by_key(|(_, distance)| *distance);
+    nearest.expect("there are settings")
 }
 
 /// Levenshtein distance, one row at a time.
@@ -254,6 +277,23 @@ mod tests {
                 && message.contains("did you mean \"ram_bytes\"?"),
             "{message}"
         );
+    }
+
+    #[test]
+    fn a_variable_that_is_nearly_a_setting_is_told_of() {
+        let told = misspelt("TERRACE_RAM_BYTE").unwrap();
+        assert!(told.contains("TERRACE_RAM_BYTES?"), "{told}");
+        let others = [
+            "TERRACE_RAM_BYTES",
+            "TERRACE_TOKEN",
+            "TERRACE_ENDPOINT",
+            "TERRACE_CONFIG",
+            "TERRACE_",
+            "RAM_BYTE",
+        ];
+        for other in others {
+            assert_eq!(misspelt(other), None, "{other}");
+        }
     }
 
     #[test]

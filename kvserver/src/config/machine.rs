@@ -1,11 +1,12 @@
 //! Sizes chosen from the machine, with the reason for each.
 
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
-use super::{Capacity, Config, GIB, MIB, value::show_size};
+use super::{Capacity, Config, ConfigError, GIB, MIB, value::show_size};
+use crate::data_dir::write_whole;
 
 const RAM_MOST: u64 = 64 * GIB;
 const RAM_LEAST: u64 = 64 * MIB;
@@ -109,7 +110,7 @@ impl Chosen {
     ///
     /// # Errors
     /// When the data folder cannot be written.
-    pub fn keep(&self, config: &Config) -> std::io::Result<()> {
+    pub fn keep(&self, config: &Config) -> io::Result<()> {
         let sizes = [
             ("nvme_bytes", config.nvme_bytes, self.nvme_bytes),
             ("durable_bytes", config.durable_bytes, self.durable_bytes),
@@ -120,7 +121,11 @@ impl Chosen {
         let text: String = chosen
             .map(|(name, _, bytes)| format!("{name} = {bytes}\n"))
             .collect();
-        fs::write(config.data_dir.join("sizes"), text)
+        let file = config.data_dir.join("sizes");
+        match fs::read(&file) {
+            Ok(kept) if kept == text.as_bytes() => Ok(()),
+            _ => write_whole(&file, text.as_bytes(), 0o644),
+        }
     }
 }
 
@@ -173,46 +178,103 @@ pub(super) fn default_data_dir() -> PathBuf {
         )
 }
 
+/// Refuses a size of RAM that the machine could never give: the kernel would only find out once it is used.
+///
+/// # Errors
+/// `ram_bytes`, with the most there is.
+pub(crate) fn fits_memory(config: &Config) -> Result<(), ConfigError> {
+    let group = group_memory("memory.max");
+    let most = [memory("MemTotal:"), group].into_iter().flatten().min();
+    match (config.ram_bytes, most) {
+        (Capacity::Bytes(bytes), Some(most)) if bytes > most => Err(refused(
+            "ram_bytes",
+            bytes,
+            &format!("at most {}, all the memory there is", about(most)),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses sizes on disk for which there is no room beside what the data folder holds already.
+///
+/// # Errors
+/// The larger of `nvme_bytes` and `durable_bytes`, with the most that both may have.
+pub(crate) fn fits_disk(config: &Config, chosen: &Chosen) -> Result<(), ConfigError> {
+    let of_tiers = ["nvme", "durable"].map(|tier| used_space(&config.data_dir.join(tier)));
+    let most = free_space(&config.data_dir).saturating_add(of_tiers.iter().sum());
+    if chosen.nvme_bytes.saturating_add(chosen.durable_bytes) <= most {
+        return Ok(());
+    }
+    let (field, bytes) = match chosen.nvme_bytes >= chosen.durable_bytes {
+        true => ("nvme_bytes", chosen.nvme_bytes),
+        false => ("durable_bytes", chosen.durable_bytes),
+    };
+    let most = about(most);
+    let expected = format!(
+        "nvme_bytes and durable_bytes together at most {most}, the room that {} has for them",
+        config.data_dir.display()
+    );
+    Err(refused(field, bytes, &expected))
+}
+
+fn refused(field: &'static str, bytes: u64, expected: &str) -> ConfigError {
+    ConfigError::Value {
+        field,
+        value: show_size(bytes),
+        source_name: "agreement with the machine".to_owned(),
+        expected: expected.to_owned(),
+    }
+}
+
 /// What the kernel says can be had without swapping, within the control group's limit.
 fn available_memory() -> u64 {
-    let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
-        let line = text
-            .lines()
-            .find(|line| line.starts_with("MemAvailable:"))?;
-        line.split_whitespace()
-            .nth(1)?
-            .parse::<u64>()
-            .ok()
-            .map(|kib| kib * 1024)
+    let group = group_memory("memory.max").map(|most| {
+        let used = group_memory("memory.current");
+        most.saturating_sub(used.unwrap_or(0))
     });
-    let read = |name: &str| {
-        fs::read_to_string(format!("/sys/fs/cgroup/{name}"))
-            .ok()?
-            .trim()
-            .parse::<u64>()
-            .ok()
-    };
-    let group =
-        read("memory.max").map(|most| most.saturating_sub(read("memory.current").unwrap_or(0)));
-    match (machine, group) {
-        (Some(a), Some(b)) => a.min(b),
-        (Some(a), None) | (None, Some(a)) => a,
-        (None, None) => GIB,
-    }
+    let both = [memory("MemAvailable:"), group].into_iter().flatten();
+    both.min().unwrap_or(GIB)
+}
+
+/// Bytes of a line of the kernel's account of memory.
+fn memory(line: &str) -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|found| found.starts_with(line))?;
+    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// Bytes of a file of the control group; a group without a limit has no number there.
+fn group_memory(name: &str) -> Option<u64> {
+    let text = fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?;
+    text.trim().parse().ok()
+}
+
+/// Bytes that the files in a folder and in those below it take up on the disk.
+fn used_space(folder: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt as _;
+    const SECTOR: u64 = 512;
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let sizes = entries.filter_map(|entry| {
+        let found = entry.metadata().ok()?; // of a link itself
+        Some(match found.is_dir() {
+            true => used_space(&entry.path()),
+            false => found.blocks() * SECTOR,
+        })
+    });
+    sizes.sum()
 }
 
 /// Free bytes of the file system that holds `path`, or will hold it.
 fn free_space(path: &Path) -> u64 {
-    let there = path
-        .ancestors()
-        .find(|p| p.exists())
-        .unwrap_or(Path::new("."));
-    let there = if there.as_os_str().is_empty() {
-        Path::new(".")
-    } else {
-        there
-    };
-    rustix::fs::statvfs(there).map_or(0, |fs| fs.f_bavail.saturating_mul(fs.f_frsize))
+    rustix::fs::statvfs(existing(path)).map_or(0, |fs| fs.f_bavail.saturating_mul(fs.f_frsize))
+}
+
+/// `path` if it is there, else the nearest folder above it that is.
+pub(crate) fn existing(path: &Path) -> &Path {
+    let there = path.ancestors().find(|p| p.exists());
+    let there = there.filter(|p| !p.as_os_str().is_empty());
+    there.unwrap_or(Path::new("."))
 }
 
 #[cfg(test)]
@@ -228,6 +290,43 @@ mod tests {
         };
         let chosen = choose(&config);
         assert_eq!((chosen.ram_bytes, chosen.nvme_bytes), (8 * MIB, 0));
+    }
+
+    #[test]
+    fn what_the_machine_cannot_have_is_refused_with_field_and_most() {
+        let dir = tempfile::tempdir().unwrap();
+        let most = memory("MemTotal:").unwrap();
+        let with = |ram_bytes, nvme_bytes| Config {
+            ram_bytes: Capacity::Bytes(ram_bytes),
+            nvme_bytes: Capacity::Bytes(nvme_bytes),
+            durable_bytes: Capacity::Bytes(0),
+            data_dir: dir.path().to_owned(),
+            ..Config::default()
+        };
+        assert!(fits_memory(&with(MIB, 0)).is_ok());
+        let message = fits_memory(&with(most + MIB, 0)).unwrap_err().to_string();
+        assert!(
+            message.starts_with("ram_bytes = ") && message.contains(&about(most)),
+            "{message}"
+        );
+
+        let fits = |nvme_bytes| {
+            let config = with(MIB, nvme_bytes);
+            fits_disk(&config, &choose(&config))
+        };
+        assert!(fits(MIB).is_ok());
+        let message = fits(1 << 60).unwrap_err().to_string();
+        assert!(message.starts_with("nvme_bytes = "), "{message}");
+    }
+
+    #[test]
+    fn room_that_a_tier_takes_already_is_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("nvme/ab")).unwrap();
+        assert_eq!(used_space(&dir.path().join("nvme")), 0);
+        fs::write(dir.path().join("nvme/ab/part"), vec![7; MIB as usize]).unwrap();
+        assert!(used_space(&dir.path().join("nvme")) >= MIB);
+        assert_eq!(used_space(&dir.path().join("none")), 0);
     }
 
     #[test]

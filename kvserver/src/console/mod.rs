@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! GET /          the figures that matter, with links     GET /healthz   200 while the process answers
-//! GET /metrics   Prometheus text                         GET /readyz    200 while the node takes calls, else 503;
-//!                                                                a line for every tier out of service
+//! GET /metrics   Prometheus text                         GET /readyz    200 while the node takes calls and has not left
+//!                                                                the cluster, else 503; a line for every tier out of service
 //! ```
 
 use std::{
@@ -22,6 +22,7 @@ use axum::{
     response::{Html, IntoResponse},
     routing::get,
 };
+use kvproto::MemberState;
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
@@ -115,10 +116,15 @@ async fn metrics(State(shown): State<Shown>) -> impl IntoResponse {
 }
 
 async fn readyz(State(shown): State<Shown>) -> impl IntoResponse {
-    match shown.ready.load(Ordering::Relaxed) {
-        true => (StatusCode::OK, readiness(&shown.blocks.snapshot())),
-        false => (StatusCode::SERVICE_UNAVAILABLE, "draining\n".to_owned()),
+    if !shown.ready.load(Ordering::Relaxed) {
+        return (StatusCode::SERVICE_UNAVAILABLE, "draining\n".to_owned());
     }
+    // What it had is with others, and nobody is sent to it.
+    if shown.blocks.cluster().declared().state == MemberState::Gone {
+        let text = "has left the cluster; `kvctl cluster resume` brings it back\n";
+        return (StatusCode::SERVICE_UNAVAILABLE, text.to_owned());
+    }
+    (StatusCode::OK, readiness(&shown.blocks.snapshot()))
 }
 
 /// A node without one of its tiers takes calls and is ready; who asks is told what it lacks.

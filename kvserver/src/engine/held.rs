@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use kvproto::{BlockKey, Kind, NamespaceId, Place, Reason, RunHash};
 
-use super::{Engine, Reserve, Whereabouts, budget::slot_of};
+use super::{Engine, Reserve, Whereabouts, budget::slot_of, policy::BlockId, ram::Ram};
 use crate::tier::Resident;
 
 /// A run of a namespace.
@@ -149,6 +149,26 @@ impl Engine {
     /// Blocks in RAM that may go before any other, because they lie elsewhere too. A lease still holds what it holds,
     /// and who is asked for again is an ordinary block again.
     pub fn first_to_go(&self, keys: &[BlockKey]) {
+        self.each_in_ram(keys, Ram::first_to_go);
+    }
+
+    /// Those of them that nobody has asked for since, and their runs.
+    #[must_use]
+    pub fn going(&self) -> Vec<(BlockKey, RunHash)> {
+        let ram = self.ram.lock();
+        let going = ram.going().filter_map(|id| ram.block(id));
+        going
+            .map(|block| (*block.key(), block.header().place.run))
+            .collect()
+    }
+
+    /// These go in their turn again, as any other.
+    pub fn stays(&self, keys: &[BlockKey]) {
+        self.each_in_ram(keys, Ram::stays);
+    }
+
+    /// Those of the blocks that lie in RAM, by their policy's slot and their handle.
+    fn each_in_ram(&self, keys: &[BlockKey], mut then: impl FnMut(&mut Ram, usize, BlockId)) {
         let mut ram = self.ram.lock();
         for key in keys {
             let found = {
@@ -158,7 +178,7 @@ impl Engine {
                     .and_then(|entry| Some((entry.kind, entry.ram.as_ref()?.id)))
             };
             if let Some((kind, id)) = found {
-                ram.first_to_go(slot_of(kind), id);
+                then(&mut ram, slot_of(kind), id);
             }
         }
     }

@@ -64,6 +64,47 @@ impl Engine {
         forgotten
     }
 
+    /// Forgets all of this in one pass: what a node was not told while it was away. What peers hand over is not compared
+    /// with it, for they were told when it was new.
+    pub fn invalidate_missed(&self, missed: &[(NamespaceId, Target)]) -> Vec<Invalidated> {
+        let (mut whole, mut some) = (HashSet::new(), HashSet::new());
+        let mut prefixes: HashMap<NamespaceId, HashSet<SequenceHash>> = HashMap::new();
+        for &(namespace, target) in missed {
+            match target {
+                Target::Block(hash) => {
+                    self.fences.raise_for(&namespace, &hash);
+                    some.insert((namespace, hash));
+                }
+                Target::Prefix(hash) => {
+                    self.fences.raise(&namespace);
+                    prefixes.entry(namespace).or_default().insert(hash);
+                }
+                Target::All => {
+                    self.fences.raise(&namespace);
+                    whole.insert(namespace);
+                }
+            }
+        }
+        prefixes.retain(|namespace, _| !whole.contains(namespace));
+        for (namespace, prefixes) in &prefixes {
+            let below = self.below_any(*namespace, prefixes).into_iter();
+            some.extend(below.map(|hash| (*namespace, hash)));
+        }
+        self.forget_where(|key| {
+            whole.contains(&key.namespace) || some.contains(&(key.namespace, key.hash))
+        })
+    }
+
+    /// Namespaces of which there is anything.
+    #[must_use]
+    pub fn namespaces(&self) -> HashSet<NamespaceId> {
+        let mut found = HashSet::new();
+        for shard in self.index.shards() {
+            found.extend(shard.iter().map(|(key, _)| key.namespace));
+        }
+        found
+    }
+
     /// Invalidations of late that blocks of these which are here now have survived.
     #[must_use]
     pub fn survived(&self, namespace: NamespaceId, hashes: &[SequenceHash]) -> Vec<InvalidationId> {
@@ -88,7 +129,7 @@ impl Engine {
             }
             Target::Prefix(hash) => {
                 self.fences.raise(&namespace);
-                let below = self.below_prefix(namespace, hash);
+                let below = self.below_any(namespace, &HashSet::from([hash]));
                 self.forget_where(|key| key.namespace == namespace && below.contains(&key.hash))
             }
         }
@@ -134,8 +175,12 @@ impl Engine {
         forgotten
     }
 
-    /// Every hash in the namespace that is `prefix`, or comes after it, or might.
-    fn below_prefix(&self, namespace: NamespaceId, prefix: SequenceHash) -> HashSet<SequenceHash> {
+    /// Every hash in the namespace that is one of these, or comes after it, or might.
+    fn below_any(
+        &self,
+        namespace: NamespaceId,
+        prefixes: &HashSet<SequenceHash>,
+    ) -> HashSet<SequenceHash> {
         let mut places: HashMap<SequenceHash, (u32, Option<SequenceHash>)> = HashMap::new();
         for shard in self.index.shards() {
             let known = shard.iter().filter(|(key, _)| key.namespace == namespace);
@@ -143,8 +188,13 @@ impl Engine {
                 known.map(|(key, entry)| (key.hash, (entry.place.index, entry.place.parent))),
             );
         }
-        let prefix_index = places.get(&prefix).map(|(index, _)| *index);
-        let mut verdicts: HashMap<SequenceHash, bool> = HashMap::from([(prefix, true)]);
+        // Where the highest of them is, if it is known of all.
+        let indices = prefixes.iter().map(|prefix| Some(places.get(prefix)?.0));
+        let highest: Option<u32> = indices
+            .collect::<Option<Vec<u32>>>()
+            .and_then(|indices| indices.into_iter().min());
+        let mut verdicts: HashMap<SequenceHash, bool> =
+            prefixes.iter().map(|prefix| (*prefix, true)).collect();
         let mut path = Vec::new();
         for start in places.keys() {
             path.clear();
@@ -154,13 +204,13 @@ impl Engine {
                     break *verdict;
                 }
                 let Some((index, parent)) = places.get(&at) else {
-                    // Unknown from here towards the root: it might hang below the prefix.
+                    // Unknown from here towards the root: it might hang below any.
                     break true;
                 };
                 path.push(at);
                 match parent {
-                    // At the prefix's depth or above, and not the prefix.
-                    _ if prefix_index.is_some_and(|prefix| *index <= prefix) => break false,
+                    // At the depth of the highest or above, and none of them.
+                    _ if highest.is_some_and(|highest| *index <= highest) => break false,
                     None => break false,
                     Some(parent) => at = *parent,
                 }

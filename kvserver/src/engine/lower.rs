@@ -30,7 +30,9 @@ impl Engine {
         for kind in Kind::ALL {
             coldest.clear();
             ram.policy(*kind).coldest(LOOK_AHEAD, &mut coldest);
-            for block in coldest.iter().filter_map(|id| ram.block(*id)) {
+            // What lies elsewhere too is not worth a write.
+            let stay = coldest.iter().filter(|id| !ram.is_going(*kind, **id));
+            for block in stay.filter_map(|id| ram.block(*id)) {
                 if !self.should_demote(block) {
                     continue;
                 }

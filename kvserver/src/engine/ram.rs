@@ -60,6 +60,21 @@ impl Ram {
         self.going[slot].insert(id);
     }
 
+    /// A block that goes in its turn again.
+    pub(super) fn stays(&mut self, slot: usize, id: BlockId) {
+        self.going[slot].remove(&id);
+    }
+
+    /// Blocks that go before any other.
+    pub(super) fn going(&self) -> impl Iterator<Item = BlockId> + '_ {
+        self.going.iter().flatten().copied()
+    }
+
+    /// Whether a block was said to lie elsewhere too, and nobody has asked for it since.
+    pub(super) fn is_going(&self, kind: Kind, id: BlockId) -> bool {
+        self.going[slot_of(kind)].contains(&id)
+    }
+
     pub(super) fn block(&self, id: BlockId) -> Option<&BlockRef> {
         self.blocks.get(id.slot())?.as_ref()
     }

@@ -158,6 +158,7 @@ pub(super) fn attach(
         staging_bytes: attachment.granted_bytes,
         max_block_bytes: shared.blocks.limits.max_block_bytes,
         hold_ms: u32::try_from(shared.limits.hold.as_millis()).unwrap_or(u32::MAX),
+        layouts: asked.layouts & local::fixed::LAYOUTS,
     };
     shared.owners.join(owner);
     let attached = Attached {

@@ -8,18 +8,17 @@
 //!
 //! A block in ordinary memory (a leased one that found no slot) has no place: its reader gets it over gRPC.
 
-use kvproto::{GetOutcome, TierKind, convert::request, v1};
+use kvproto::convert::request;
 
-use super::{Refused, session::Session};
+use super::{Refused, reply::Got, session::Session};
 use crate::{blocks::get::Found, clock::Tick, telemetry::metrics::GetTally, tier::BlockRef};
 
 impl Session {
     pub(super) fn get(
         &mut self,
-        wire: v1::GetRequest,
+        asked: request::Get,
         deadline: Tick,
-    ) -> Result<(v1::LocalGot, GetTally), Refused> {
-        let asked = request::Get::try_from(wire)?;
+    ) -> Result<(Got, GetTally), Refused> {
         let owner = self.owner(&asked.context)?;
         let parts = asked.parts.len();
         let engine = self.shared.blocks.engine();
@@ -37,8 +36,10 @@ impl Session {
             asked.lease,
         )?;
         let mut plan = plan.as_a_whole();
+        let mut seconds = Vec::new();
         if !asked.context.no_forward {
             plan.asks_peers(deadline);
+            seconds = plan.seconds().into_iter().map(Into::into).collect();
         }
         let mut blocks = Vec::with_capacity(count);
         loop {
@@ -52,46 +53,24 @@ impl Session {
                     taken
                 }
             };
-            blocks.push(match self.wait(plan.next_kept(keeps), deadline)? {
-                Some((_, Found::Hit { bytes, tier })) => self.hit(&bytes, tier),
-                Some((_, Found::Gone(outcome))) => gone(outcome),
-                None => break,
-            });
+            let Some((_, found)) = self.wait(plan.next_kept(keeps), deadline)? else {
+                break;
+            };
+            if let Found::Hit { bytes, .. } = &found
+                && bytes.location().is_some()
+            {
+                let metrics = &self.shared.metrics.local;
+                metrics.get_bytes.inc_by(bytes.len_bytes());
+            }
+            blocks.push(found);
         }
         let now = self.shared.clock.now();
-        let got = v1::LocalGot {
-            context: Some((&self.answer(&asked.context)).into()),
+        let got = Got {
+            context: self.answer(&asked.context),
             blocks,
             hold: self.holds.keep(kept, hold, now),
+            seconds,
         };
         Ok((got, plan.into_tally()))
-    }
-
-    fn hit(&self, block: &BlockRef, tier: TierKind) -> v1::LocalBlock {
-        let place = block.location().map(|location| v1::LocalPlace {
-            segment: location.segment,
-            offset: location.offset,
-            generation: location.generation,
-        });
-        if place.is_some() {
-            self.shared
-                .metrics
-                .local
-                .get_bytes
-                .inc_by(block.len_bytes());
-        }
-        v1::LocalBlock {
-            outcome: GetOutcome::Hit.to_wire() as i32,
-            header: Some(block.header().into()),
-            tier: tier.to_wire() as i32,
-            place,
-        }
-    }
-}
-
-fn gone(outcome: GetOutcome) -> v1::LocalBlock {
-    v1::LocalBlock {
-        outcome: outcome.to_wire() as i32,
-        ..v1::LocalBlock::default()
     }
 }

@@ -16,9 +16,9 @@ use std::{
     time::Duration,
 };
 
-use kvproto::{Reason, local};
+use kvproto::Reason;
 
-use super::{Refused, Shared, session::Session, socket};
+use super::{Refused, Shared, reply::Reply, session::Session};
 use crate::config::SocketMode;
 
 /// A connection's thread runs a few frames deep and keeps its buffers on the heap.
@@ -137,8 +137,7 @@ fn is_welcome(peer_uid: u32, own_uid: u32) -> bool {
 /// Says why and closes, without waiting for anybody.
 fn turn_away(stream: &UnixStream, refused: Refused) {
     let mut frame = Vec::new();
-    if local::encode(&socket::refusal(0, refused), &mut frame).is_ok()
-        && stream.set_nonblocking(true).is_ok()
+    if Reply::refusal(0, refused).encode(&mut frame).is_ok() && stream.set_nonblocking(true).is_ok()
     {
         let mut stream = stream;
         let _ = stream.write(&frame); // a new socket's buffer takes it whole, or the peer is gone

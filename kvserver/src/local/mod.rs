@@ -33,6 +33,7 @@ mod holds;
 mod listen;
 mod map;
 mod put;
+mod reply;
 mod session;
 mod socket;
 
@@ -150,6 +151,25 @@ struct Shared {
 struct Connections {
     open: HashMap<u64, Arc<UnixStream>>,
     next: u64,
+    /// Those of them whose put is still being told of.
+    following: Vec<Arc<UnixStream>>,
+}
+
+/// The put of a connection is told of while it is written: its connection is read from until it ends, also while the node
+/// stops.
+struct Following {
+    shared: Arc<Shared>,
+    stream: Arc<UnixStream>,
+}
+
+impl Drop for Following {
+    fn drop(&mut self) {
+        let following = &mut self.shared.connections.lock().following;
+        following.retain(|stream| !Arc::ptr_eq(stream, &self.stream));
+        if self.shared.draining.load(Ordering::Relaxed) {
+            let _ = self.stream.shutdown(std::net::Shutdown::Read);
+        }
+    }
 }
 
 impl Shared {
@@ -179,6 +199,27 @@ impl Shared {
     fn shut(&self, how: std::net::Shutdown) {
         for stream in self.connections.lock().open.values() {
             let _ = stream.shutdown(how); // its peer may be gone already
+        }
+    }
+
+    /// Ends the reading of connections, but for those whose put is still being told of.
+    fn stop_reading(&self) {
+        let connections = self.connections.lock();
+        for stream in connections.open.values() {
+            let is_it = |other: &Arc<UnixStream>| Arc::ptr_eq(other, stream);
+            if !connections.following.iter().any(is_it) {
+                let _ = stream.shutdown(std::net::Shutdown::Read);
+            }
+        }
+    }
+
+    /// A connection's put is told of while it is written, until this is dropped.
+    fn follow(self: &Arc<Self>, stream: &Arc<UnixStream>) -> Following {
+        let mut connections = self.connections.lock();
+        connections.following.push(Arc::clone(stream));
+        Following {
+            shared: Arc::clone(self),
+            stream: Arc::clone(stream),
         }
     }
 
@@ -287,7 +328,7 @@ impl Local {
         self.shared.draining.store(true, Ordering::Relaxed);
         // Ends the accept that waits; a connection accepted in this moment sees the flag.
         let _ = rustix::net::shutdown(&*self.listener, rustix::net::Shutdown::Both);
-        self.shared.shut(std::net::Shutdown::Read);
+        self.shared.stop_reading();
     }
 
     /// Lets the running calls end until `deadline` has passed, then cuts them. Blocks.
@@ -297,7 +338,7 @@ impl Local {
             let _ = accepting.join(); // a panic there was logged there
         }
         // What was accepted in the last moment.
-        self.shared.shut(std::net::Shutdown::Read);
+        self.shared.stop_reading();
         if !self.shared.wait_idle(deadline) {
             tracing::warn!("same-host calls are still running at the deadline; cutting them");
         }

@@ -13,7 +13,7 @@ use kvproto::{
         AnswerContext,
         request::{self, Context},
     },
-    local::LocalFrameError,
+    local::{LocalFrameError, fixed::GetCall},
     v1::{self, local_reply::Answer, local_request::Call},
 };
 use rustix::io::Errno;
@@ -23,13 +23,14 @@ use super::{
     attach::{Attached, attach},
     holds::Holds,
     map::map,
-    socket::{Received, Socket, Stopped, refusal},
+    reply::{Got, Reply},
+    socket::{Received, Socket, Stopped},
 };
 use crate::{
     clock::Tick,
     cluster::Told,
     engine::Owner,
-    telemetry::metrics::{GetTally, LocalCall},
+    telemetry::metrics::{GetTally, LocalCall, LocalMetrics},
 };
 
 /// A connection that does not attach within this time is closed: it holds a thread.
@@ -47,9 +48,30 @@ pub(super) struct Session {
     told: Told,
 }
 
+/// A call as it came in.
+struct Asked {
+    sequence: u64,
+    timeout_ms: u32,
+    done: Vec<u64>,
+    call: Asking,
+}
+
+enum Asking {
+    Message(Option<Call>),
+    /// In the fixed layout, and answered in it.
+    Get(Result<request::Get, FieldError>),
+    /// More of a put that is not there.
+    Stray,
+}
+
+enum Answering {
+    Message(Answer),
+    Got(Got),
+}
+
 /// What a call comes to, unless it is refused.
 struct Answered {
-    answer: Answer,
+    answer: Answering,
     /// Descriptors that go with it.
     fds: Vec<OwnedFd>,
     /// Of a get: counted once it is certain that its answer goes out.
@@ -59,9 +81,31 @@ struct Answered {
 impl From<Answer> for Answered {
     fn from(answer: Answer) -> Self {
         Self {
-            answer,
+            answer: Answering::Message(answer),
             fds: Vec::new(),
             tally: None,
+        }
+    }
+}
+
+impl From<v1::LocalRequest> for Asked {
+    fn from(request: v1::LocalRequest) -> Self {
+        Self {
+            sequence: request.sequence,
+            timeout_ms: request.timeout_ms,
+            done: request.done,
+            call: Asking::Message(request.call),
+        }
+    }
+}
+
+impl From<GetCall> for Asked {
+    fn from(call: GetCall) -> Self {
+        Self {
+            sequence: call.sequence,
+            timeout_ms: call.timeout_ms,
+            done: call.done,
+            call: Asking::Get(call.asked),
         }
     }
 }
@@ -104,58 +148,63 @@ impl Session {
             let Some(socket) = &mut self.socket else {
                 return Ok(());
             };
-            match socket.receive(time)? {
-                Received::Request(request) => {
-                    if !self.serve(request)? {
-                        return Ok(());
-                    }
-                }
-                Received::Quiet => {}
+            let asked = match socket.receive(time)? {
+                Received::Request(request) => request.into(),
+                Received::Get(call) => call.into(),
+                Received::Written(written) => Asked {
+                    sequence: written.sequence,
+                    timeout_ms: 0,
+                    done: Vec::new(),
+                    call: Asking::Stray,
+                },
+                Received::Quiet => continue,
                 Received::Closed => return Ok(()),
                 Received::Malformed(error) => return self.malformed(&error),
+            };
+            if !self.serve(asked)? {
+                return Ok(());
             }
         }
     }
 
     /// Answers one request; false when the connection is over with it.
-    fn serve(&mut self, request: v1::LocalRequest) -> io::Result<bool> {
+    fn serve(&mut self, asked: Asked) -> io::Result<bool> {
+        let _serving = LocalMetrics::serving(&self.shared.metrics);
         let started = self.shared.clock.now();
-        let v1::LocalRequest {
+        let Asked {
             sequence,
             timeout_ms,
             done,
             call,
-        } = request;
+        } = asked;
         self.holds.done(&done);
         self.holds.expire(started);
-        let name = name(call.as_ref());
+        let name = name(&call);
         let deadline = started.after(self.time(timeout_ms));
         let (mut refused, mut closes) = (None, false);
         let (mut fds, mut tally) = (Vec::new(), None);
         let answered = match self.socket.as_mut().is_some_and(Socket::has_unread_fds) {
             true => Err(pipelined()),
-            false => self.call(call, deadline),
+            false => self.call(sequence, call, deadline),
         };
         let mut reply = match answered {
             Ok(answered) => {
                 (fds, tally) = (answered.fds, answered.tally);
-                v1::LocalReply {
-                    sequence,
-                    answer: Some(answered.answer),
+                match answered.answer {
+                    Answering::Message(answer) => Reply::message(sequence, answer),
+                    Answering::Got(got) => Reply::Got { sequence, got },
                 }
             }
             Err(why) => {
                 (refused, closes) = (Some(why.reason), why.closes);
-                refusal(sequence, why)
+                Reply::refusal(sequence, why)
             }
         };
         let Some(socket) = &mut self.socket else {
             return Ok(false);
         };
         if let Err(error) = socket.put(&reply) {
-            if let Some(Answer::Got(got)) = &reply.answer {
-                self.holds.done(&[got.hold]);
-            }
+            self.holds.done(&[reply.hold()]);
             let why = Refused::new(
                 Reason::TooLarge,
                 format!("the answer would be {error}; ask for less"),
@@ -163,9 +212,11 @@ impl Session {
             refused = Some(why.reason);
             fds.clear();
             tally = None;
-            reply = refusal(sequence, why);
+            reply = Reply::refusal(sequence, why);
             socket.put(&reply).map_err(io::Error::other)?;
         }
+        // And with it the blocks that a lease keeps: who has the answer may invalidate them and look for their memory.
+        drop(reply);
         // Before the answer, so that who has it finds it counted.
         if let Some(tally) = tally {
             tally.given();
@@ -177,7 +228,7 @@ impl Session {
                 let problem = "too many descriptors are on their way to other clients; try again";
                 let why = Refused::new(Reason::Overloaded, problem);
                 (refused, closes) = (Some(why.reason), matches!(name, LocalCall::Attach));
-                let reply = refusal(sequence, why);
+                let reply = Reply::refusal(sequence, why);
                 socket.put(&reply).map_err(io::Error::other)?;
                 socket.send(&[], &*self.shared.clock)?;
             }
@@ -191,7 +242,7 @@ impl Session {
     fn malformed(&mut self, error: &LocalFrameError) -> io::Result<()> {
         let reason = match error {
             LocalFrameError::TooLong { .. } => Reason::TooLarge,
-            LocalFrameError::Undecodable(_) => Reason::InvalidField,
+            LocalFrameError::Undecodable(_) | LocalFrameError::Misshapen(_) => Reason::InvalidField,
         };
         self.shared
             .metrics
@@ -200,18 +251,34 @@ impl Session {
         let Some(socket) = &mut self.socket else {
             return Ok(());
         };
-        let reply = refusal(0, Refused::new(reason, error.to_string()));
+        let reply = Reply::refusal(0, Refused::new(reason, error.to_string()));
         socket.put(&reply).map_err(io::Error::other)?;
         socket.send(&[], &*self.shared.clock)
     }
 
-    fn call(&mut self, call: Option<Call>, deadline: Tick) -> Result<Answered, Refused> {
+    fn call(&mut self, sequence: u64, call: Asking, deadline: Tick) -> Result<Answered, Refused> {
         if self.shared.draining.load(Ordering::Relaxed) {
             let problem = "this node is stopping; try again later";
             return Err(Refused::new(Reason::Draining, problem).closing());
         }
-        let Some(call) = call else {
-            return Err(FieldError::new("call", "is missing, or of a later version").into());
+        let call = match call {
+            Asking::Message(Some(call)) => call,
+            Asking::Message(None) => {
+                return Err(FieldError::new("call", "is missing, or of a later version").into());
+            }
+            Asking::Stray => {
+                let problem = "says what is written where no put is told of so";
+                return Err(Refused::from(FieldError::new("written", problem)).closing());
+            }
+            Asking::Get(asked) => {
+                self.attached()?;
+                let (got, tally) = self.get(asked?, deadline)?;
+                return Ok(Answered {
+                    answer: Answering::Got(got),
+                    fds: Vec::new(),
+                    tally: Some(tally),
+                });
+            }
         };
         if let Call::Attach(asked) = &call {
             return self.attach(asked).map_err(Refused::closing);
@@ -228,15 +295,22 @@ impl Session {
                 });
             }
             Call::Get(asked) => {
-                let (got, tally) = self.get(asked, deadline)?;
-                let (answer, tally) = (Answer::Got(got), Some(tally));
+                let (got, tally) = self.get(request::Get::try_from(asked)?, deadline)?;
+                let (answer, tally) = (Answer::Got(got.to_wire()), Some(tally));
                 return Ok(Answered {
                     tally,
                     ..answer.into()
                 });
             }
             Call::Lookup(asked) => Answer::Lookup(self.lookup(asked, deadline)?),
-            Call::Put(asked) => Answer::Put(self.put(asked, deadline)?),
+            Call::Put(asked) => {
+                let follows = asked.follows;
+                let _following = follows.then(|| self.shared.follow(&self.stream));
+                let put = self.put(sequence, asked, deadline);
+                // What is still to come of it would be taken for something else.
+                let put = put.map_err(|why| if follows { why.closing() } else { why });
+                Answer::Put(put?)
+            }
             Call::Renew(asked) => Answer::Renew(self.renew(asked)?),
             Call::Release(asked) => Answer::Release(self.release(asked)?),
             Call::Nothing(nothing) => Answer::Nothing(nothing),
@@ -344,6 +418,39 @@ impl Session {
         }
     }
 
+    /// The sums of the next pages that are written of a put.
+    pub(super) fn written(&mut self, sequence: u64, deadline: Tick) -> Result<Vec<u64>, Refused> {
+        loop {
+            let now = self.shared.clock.now();
+            let left = deadline.since(now);
+            if left.is_zero() {
+                return Err(too_late());
+            }
+            // What a get of this connection holds goes in its time all the same.
+            self.holds.expire(now);
+            let time = self
+                .holds
+                .time_left(now)
+                .map_or(left, |hold| hold.min(left));
+            let is_cut = self.shared.cut.load(Ordering::Relaxed);
+            let Some(socket) = self.socket.as_mut().filter(|_| !is_cut) else {
+                return Err(gone());
+            };
+            let problem = match socket.receive(Some(time)) {
+                Ok(Received::Written(written)) if written.sequence == sequence => {
+                    return Ok(written.sums);
+                }
+                Ok(Received::Quiet) => continue,
+                Ok(Received::Closed) | Err(_) => return Err(gone()),
+                Ok(Received::Malformed(error)) => error.to_string(),
+                Ok(Received::Written(_) | Received::Request(_) | Received::Get(_)) => {
+                    "came before all of the put was written".to_owned()
+                }
+            };
+            return Err(FieldError::new("written", problem).into());
+        }
+    }
+
     /// Waits for what is not here at once.
     pub(super) fn wait<F: Future>(&self, work: F, deadline: Tick) -> Result<F::Output, Refused> {
         let Some(socket) = &self.socket else {
@@ -374,7 +481,12 @@ fn too_late() -> Refused {
     Refused::new(Reason::Deadline, problem)
 }
 
-fn name(call: Option<&Call>) -> LocalCall {
+fn name(asked: &Asking) -> LocalCall {
+    let call = match asked {
+        Asking::Message(call) => call.as_ref(),
+        Asking::Get(_) => return LocalCall::Get,
+        Asking::Stray => return LocalCall::Malformed,
+    };
     match call {
         Some(Call::Attach(_)) => LocalCall::Attach,
         Some(Call::Map(_)) => LocalCall::Map,

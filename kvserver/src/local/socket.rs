@@ -24,7 +24,10 @@ use std::{
 };
 
 use kvproto::{
-    local::{self, Inbox, LocalFrameError, MAX_SEGMENTS_PER_MAP},
+    local::{
+        Frame, Inbox, LocalFrameError, MAX_SEGMENTS_PER_MAP,
+        fixed::{self, GetCall, Written},
+    },
     v1,
 };
 use rustix::{
@@ -32,7 +35,9 @@ use rustix::{
     net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags},
 };
 
-use super::Refused;
+use prost::Message;
+
+use super::reply::Reply;
 use crate::clock::{Clock, Tick};
 
 /// How often a thread that waits for a disk looks whether anybody still waits for it.
@@ -45,12 +50,10 @@ const LEAST_WAIT: Duration = Duration::from_millis(1);
 const MAX_FDS: usize = 2 * MAX_SEGMENTS_PER_MAP;
 
 /// What came in.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "taken apart at once, and nearly always a request"
-)]
 pub(super) enum Received {
     Request(v1::LocalRequest),
+    Get(GetCall),
+    Written(Written),
     /// Nothing, until the time was up.
     Quiet,
     Malformed(LocalFrameError),
@@ -106,8 +109,8 @@ impl Socket {
     pub(super) fn receive(&mut self, time: Option<Duration>) -> io::Result<Received> {
         let mut has_read = false;
         loop {
-            match self.inbox.take() {
-                Ok(Some(request)) => return Ok(Received::Request(request)),
+            match self.take() {
+                Ok(Some(received)) => return Ok(received),
                 Ok(None) if has_read => return Ok(Received::Quiet),
                 Ok(None) => {}
                 Err(error) => return Ok(Received::Malformed(error)),
@@ -145,16 +148,29 @@ impl Socket {
         }
     }
 
+    /// What has come in whole.
+    fn take(&mut self) -> Result<Option<Received>, LocalFrameError> {
+        Ok(match self.inbox.take_frame()? {
+            None => None,
+            Some(Frame::Message(frame)) => Some(Received::Request(Message::decode(frame)?)),
+            Some(Frame::Fixed(frame)) => Some(match fixed::decode_request(&frame)? {
+                fixed::Request::Get(call) => Received::Get(call),
+                fixed::Request::Written(written) => Received::Written(written),
+            }),
+        })
+    }
+
     /// Makes `reply` the frame that is sent next.
-    pub(super) fn put(&mut self, reply: &v1::LocalReply) -> Result<(), LocalFrameError> {
+    pub(super) fn put(&mut self, reply: &Reply) -> Result<(), LocalFrameError> {
         self.out.clear();
-        local::encode(reply, &mut self.out)
+        reply.encode(&mut self.out)
     }
 
     /// Sends the frame, and `fds` with its first byte. The kernel is never waited in, because it would give every part
     /// of the frame a time limit of its own.
     pub(super) fn send(&mut self, fds: &[OwnedFd], clock: &dyn Clock) -> io::Result<()> {
-        let end = clock.now().after(self.write_time);
+        // Most answers leave at once: then no clock is read.
+        let mut end = None;
         let mut rest = &self.out[..];
         let mut sent = 0;
         while !rest.is_empty() {
@@ -167,7 +183,9 @@ impl Socket {
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let left = end.since(clock.now());
+                    let now = clock.now();
+                    let end = *end.get_or_insert_with(|| now.after(self.write_time));
+                    let left = end.since(now);
                     if left.is_zero() {
                         return Err(io::ErrorKind::TimedOut.into());
                     }
@@ -258,21 +276,10 @@ fn send_some(stream: &UnixStream, bytes: &[u8], fds: &[OwnedFd]) -> io::Result<u
     Ok(sent)
 }
 
-/// A refusal as the wire has it.
-pub(super) fn refusal(sequence: u64, refused: Refused) -> v1::LocalReply {
-    v1::LocalReply {
-        sequence,
-        answer: Some(v1::local_reply::Answer::Refused(v1::LocalRefusal {
-            reason: refused.reason.to_wire() as i32,
-            message: refused.message,
-        })),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::clock::SystemClock;
+    use crate::{clock::SystemClock, local::Refused};
 
     fn pair() -> (Socket, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -343,7 +350,7 @@ mod tests {
         let (mut socket, mut theirs) = pair();
         let message = "x".repeat(7 << 20);
         let refused = Refused::new(kvproto::Reason::Overloaded, message);
-        socket.put(&refusal(1, refused)).unwrap();
+        socket.put(&Reply::refusal(1, refused)).unwrap();
         // Millions of reads, each of which makes progress: far longer than the answer may take.
         let reader = thread::spawn(move || while matches!(theirs.read(&mut [0]), Ok(1)) {});
         let error = socket.send(&[], &SystemClock::new()).unwrap_err();

@@ -17,41 +17,37 @@
 //! a second, which is what moves may use by default; the lane's client end lives in `kvclient`, which a node must not
 //! know.
 
+mod call;
+mod got;
+
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream};
 use kvproto::{
-    BlockKey, Chain, GetOutcome, LeaseId, OwnerId, Reason,
-    convert::{self, AnswerContext, HeaderRules, answer, request},
-    v1::{self, blocks_client::BlocksClient},
+    LeaseId, OwnerId,
+    convert::{self, answer, request},
+    v1,
     view::MemberId,
 };
 use parking_lot::Mutex;
-use tokio::{
-    runtime::Handle,
-    sync::{OwnedSemaphorePermit, Semaphore},
-};
+use tokio::{runtime::Handle, sync::Semaphore};
 use tonic::{
-    Code, Request, Status,
     metadata::{Ascii, MetadataValue},
-    transport::{Channel, Endpoint},
+    transport::Endpoint,
 };
 
-use super::{
-    Asked, Breaker, Carried, Fetched, Fetching, Given, PEER_HEADER, Peer, PeerError, Seen, Space,
-    TENANT_HEADER, Transport, Views,
+use self::{
+    call::{Call, Line},
+    got::Answer,
 };
-use crate::clock::{Clock, Tick};
+use super::{
+    Asked, Breaker, Carried, Fetching, Given, Peer, PeerError, Seen, Space, Transport, Views,
+};
+use crate::clock::Clock;
 
 /// Payload of one message; with its head it stays below what any node takes.
 const PIECE_BYTES: usize = 1 << 20;
-
-/// A message that comes in: its piece, and a head with the sums of a 64 MiB block.
-const MESSAGE_BYTES: usize = PIECE_BYTES + (512 << 10);
-
-/// Largest block a peer may send.
-const MAX_BLOCK_BYTES: u64 = 64 << 20;
 
 /// Lines held at once; a cluster of more members opens and drops them.
 const MAX_LINES: usize = 4096;
@@ -85,14 +81,6 @@ pub struct Grpc {
     calls: usize,
     permits: Arc<Semaphore>,
     lines: Mutex<BTreeMap<MemberId, Arc<Line>>>,
-}
-
-/// One peer.
-struct Line {
-    address: String,
-    quick: Channel,
-    bulk: Channel,
-    breaker: Breaker,
 }
 
 impl Grpc {
@@ -194,95 +182,6 @@ impl Grpc {
     }
 }
 
-/// One call under way.
-struct Call {
-    line: Arc<Line>,
-    clock: Arc<dyn Clock>,
-    views: Arc<dyn Views>,
-    due: Tick,
-    deadline: Duration,
-    me: MetadataValue<Ascii>,
-    tenant: MetadataValue<Ascii>,
-    authorization: Option<MetadataValue<Ascii>>,
-    _permit: OwnedSemaphorePermit,
-}
-
-impl Call {
-    fn request<T>(&self, message: T) -> Request<T> {
-        let mut request = Request::new(message);
-        request.set_timeout(self.deadline);
-        let headers = request.metadata_mut();
-        headers.insert(PEER_HEADER, self.me.clone());
-        headers.insert(TENANT_HEADER, self.tenant.clone());
-        if let Some(token) = &self.authorization {
-            headers.insert("authorization", token.clone());
-        }
-        request
-    }
-
-    /// Waits for an answer, but not beyond the deadline, and tells the breaker.
-    async fn answer<T>(
-        &self,
-        answer: impl Future<Output = Result<T, Status>>,
-    ) -> Result<T, PeerError> {
-        let late = self.clock.sleep(self.due.since(self.clock.now()));
-        let answered = tokio::select! {
-            biased;
-            answer = answer => answer.map_err(judge),
-            () = late => Err(PeerError::Late),
-        };
-        match &answered {
-            Err(error) if error.hurts() => self.line.breaker.failure(self.clock.now()),
-            _ => self.line.breaker.success(),
-        }
-        answered
-    }
-
-    /// Takes note of what an answer says of its node's view.
-    fn heard(&self, context: Option<v1::ResponseContext>) {
-        let Some(context) = context.filter(|context| !context.members.is_empty()) else {
-            return;
-        };
-        match AnswerContext::try_from(context) {
-            Ok(context) => self.views.heard(context.members),
-            Err(error) => tracing::debug!(%error, "members that make no sense are left aside"),
-        }
-    }
-
-    fn quick(&self) -> BlocksClient<Channel> {
-        BlocksClient::new(self.line.quick.clone())
-    }
-
-    fn bulk(&self) -> BlocksClient<Channel> {
-        BlocksClient::new(self.line.bulk.clone()).max_decoding_message_size(MESSAGE_BYTES)
-    }
-}
-
-/// What a status means to a peer.
-fn judge(status: Status) -> PeerError {
-    let reason = status
-        .metadata()
-        .get(crate::rpc::REASON_TRAILER)
-        .and_then(|value| value.to_str().ok())
-        .and_then(|name| Reason::ALL.iter().copied().find(|r| r.as_str() == name));
-    match (status.code(), reason) {
-        (_, Some(Reason::UnknownNamespace)) => PeerError::UnknownNamespace,
-        (Code::DeadlineExceeded, _) => PeerError::Late,
-        // Said by the transport itself: a node that refuses says why.
-        (Code::Unavailable | Code::Unknown | Code::Internal | Code::Cancelled, None) => {
-            PeerError::Dead(status.message().to_owned())
-        }
-        _ => PeerError::Refused {
-            reason,
-            message: status.message().to_owned(),
-        },
-    }
-}
-
-fn nonsense(problem: impl ToString) -> PeerError {
-    PeerError::Nonsense(problem.to_string())
-}
-
 impl Transport for Grpc {
     fn lookup(
         &self,
@@ -339,14 +238,7 @@ impl Transport for Grpc {
             lease_id: lease.map_or(0, |lease| lease.0),
             piece_bytes: PIECE_BYTES as u32,
         };
-        let answer = Answer {
-            call,
-            asked: asked.clone(),
-            stream: None,
-            message: Some(message),
-            next: 0,
-            open: None,
-        };
+        let answer = Answer::new(call, asked.clone(), message);
         stream::unfold(Some(answer), |answer| async {
             let mut answer = answer?;
             match answer.next().await {
@@ -478,105 +370,8 @@ fn cut(block: Carried) -> impl Iterator<Item = v1::PutRequest> {
     std::iter::once(header).chain(pieces)
 }
 
-/// An answer to a get as it comes in.
-struct Answer {
-    call: Call,
-    asked: Asked,
-    message: Option<v1::GetRequest>,
-    stream: Option<tonic::Streaming<v1::GetResponse>>,
-    /// Number of the block that comes next.
-    next: u32,
-    /// The block whose pieces are coming.
-    open: Option<Carried>,
-}
-
-impl Answer {
-    /// The next block; `None` behind the last.
-    async fn next(&mut self) -> Result<Option<(u32, Fetched)>, PeerError> {
-        if let Some(message) = self.message.take() {
-            let mut client = self.call.bulk();
-            let begun = client.get(self.call.request(message));
-            self.stream = Some(self.call.answer(begun).await?.into_inner());
-        }
-        let count = self.asked.chain.len() * self.asked.parts.len();
-        let rules = HeaderRules {
-            namespace: self.asked.space.id,
-            run_blocks: self.asked.space.run_blocks(),
-            max_block_bytes: MAX_BLOCK_BYTES,
-        };
-        loop {
-            let Some(stream) = &mut self.stream else {
-                return Ok(None);
-            };
-            let Some(mut wire) = self.call.answer(stream.message()).await? else {
-                return match self.open.is_none() && self.next as usize == count {
-                    true => Ok(None),
-                    false => Err(nonsense("the answer ended early")),
-                };
-            };
-            self.call.heard(wire.context.take());
-            let data = std::mem::take(&mut wire.data);
-            let piece = answer::GetPiece::from_wire(&wire, rules, count).map_err(nonsense)?;
-            if piece.block != self.next {
-                return Err(nonsense("blocks out of order"));
-            }
-            if piece.outcome != GetOutcome::Hit {
-                self.next += 1;
-                return Ok(Some((piece.block, Fetched::Gone(piece.outcome))));
-            }
-            let mut block = match (self.open.take(), piece.header) {
-                (None, Some(header)) => {
-                    check(&self.asked, piece.block, &header)?;
-                    Carried {
-                        header,
-                        pieces: Vec::new(),
-                    }
-                }
-                (Some(block), None) => block,
-                _ => return Err(nonsense("a block begins twice, or not at all")),
-            };
-            if block.len_bytes() != piece.offset || data.is_empty() {
-                return Err(nonsense("pieces of a block leave gaps"));
-            }
-            block.pieces.push(data);
-            let (length, whole) = (block.len_bytes(), block.header.length_bytes);
-            if length > whole {
-                return Err(nonsense("a block is longer than its header says"));
-            }
-            if length < whole {
-                self.open = Some(block);
-                continue;
-            }
-            self.next += 1;
-            return Ok(Some((piece.block, Fetched::Hit(block))));
-        }
-    }
-}
-
-/// Whether a header is that of block `number` of what was asked for.
-pub(super) fn check(
-    asked: &Asked,
-    number: u32,
-    header: &kvproto::BlockHeader,
-) -> Result<(), PeerError> {
-    let parts = asked.parts.len();
-    let (i, part) = (
-        number as usize / parts,
-        asked.parts[number as usize % parts],
-    );
-    let key = BlockKey {
-        namespace: asked.space.id,
-        hash: asked.chain.hashes[i],
-        part,
-    };
-    match header.key == key && header.place == place(&asked.chain, i, asked.space.run_blocks()) {
-        true => Ok(()),
-        false => Err(nonsense("a header of another block")),
-    }
-}
-
-fn place(chain: &Chain, i: usize, run_blocks: u32) -> kvproto::Place {
-    chain.place(i, run_blocks)
+fn nonsense(problem: impl ToString) -> PeerError {
+    PeerError::Nonsense(problem.to_string())
 }
 
 fn millis(time: Duration) -> u32 {

@@ -33,7 +33,8 @@ use kvproto::{
 
 pub use self::{breaker::Breaker, grpc::Grpc, pace::Pace};
 
-/// Header that names the calling node: its calls have a bound of their own.
+/// Header that names the calling node: its calls have a bound of their own. Believed only beside the peers' token, where
+/// there is one.
 pub const PEER_HEADER: &str = "terrace-peer";
 
 /// Header that names the tenant a peer acts for; believed only beside the peers' token.

@@ -29,6 +29,17 @@ pub trait Service: Send + Sync + 'static {
     /// [`PeerError::UnknownNamespace`], and refusals.
     fn lookup(&self, asked: &Asked, lease: Option<Duration>) -> Result<Seen, PeerError>;
 
+    /// What a lookup waits for before it is answered, at most `time`: blocks that are on their way here, or from here.
+    fn under_way(
+        &self,
+        asked: &Asked,
+        lease: Option<Duration>,
+        time: Duration,
+    ) -> Option<BoxFuture<'static, ()>> {
+        let _ = (asked, lease, time);
+        None
+    }
+
     /// One block of a [`Transport::get`].
     fn get(&self, key: &BlockKey, lease: Option<LeaseId>) -> Fetched;
 
@@ -135,6 +146,11 @@ impl Net {
         }
     }
 
+    fn service(&self, id: &MemberId) -> Option<Arc<dyn Service>> {
+        let state = self.state.lock();
+        state.nodes.get(id).map(|(service, _)| Arc::clone(service))
+    }
+
     /// Has a service answer when a call has had its way; a frozen one never does.
     fn answer<T: Send + 'static>(
         &self,
@@ -172,10 +188,21 @@ impl Transport for Net {
         lease: Option<Duration>,
         deadline: Duration,
     ) -> BoxFuture<'static, Result<Seen, PeerError>> {
-        let asked = asked.clone();
-        self.answer(peer, "lookup", deadline, move |service, _| {
-            service.lookup(&asked, lease)
-        })
+        let service = self.service(&peer.id);
+        let (asked, waits) = (asked.clone(), asked.clone());
+        let arrived = self.answer(peer, "lookup", deadline, move |service, _| {
+            Ok(service.under_way(&waits, lease, deadline / 2))
+        });
+        async move {
+            if let Some(ended) = arrived.await? {
+                ended.await;
+            }
+            match service {
+                Some(service) => service.lookup(&asked, lease),
+                None => Err(PeerError::Dead("nobody listens".to_owned())),
+            }
+        }
+        .boxed()
     }
 
     fn get(

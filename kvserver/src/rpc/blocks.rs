@@ -6,20 +6,21 @@ use std::{
     task::{Context, Poll},
 };
 
-use futures_util::{FutureExt, Stream, future::BoxFuture};
+use futures_util::{FutureExt, Stream, StreamExt, future::BoxFuture};
 use kvproto::{
-    OwnerId, Reason,
+    BootId, OwnerId, Reason, ViewDigest,
     convert::{AnswerContext, request},
     v1::{self, blocks_server::Blocks as BlocksService},
 };
+use tokio_stream::wrappers::WatchStream as Views;
 use tonic::{Request, Response, Status, async_trait};
 
 use super::{
     Shared,
     dispatch::{Caller, StreamTime},
-    status,
+    status, unary,
 };
-use crate::{blocks::watch::Watcher, engine::Owner};
+use crate::{blocks::watch::Watcher, cluster::Roster, engine::Owner};
 
 /// The generated trait's implementation; everything it needs comes with the request.
 pub(crate) struct BlocksRpc;
@@ -84,15 +85,9 @@ impl BlocksService for BlocksRpc {
     ) -> Result<Response<v1::LookupResponse>, Status> {
         let caller = caller(&request);
         let time = request.extensions().get::<StreamTime>().map(|time| time.0);
-        let asked: request::Lookup = decode(request.into_inner())?;
-        let owner = caller.owner(asked.context.owner_id)?;
-        let blocks = &caller.shared.blocks;
         let time = time.unwrap_or(caller.shared.limits.deadlines.default);
-        let found = blocks.lookup_in_motion(owner, &asked, time).await;
-        let found = found.map_err(|e| status::blocks(&e))?;
-        Ok(Response::new(
-            found.into_wire(&caller.answer(&asked.context)),
-        ))
+        let answer = unary::lookup(&caller, request.into_inner(), time).await;
+        answer.map(Response::new)
     }
 
     async fn renew(
@@ -100,15 +95,7 @@ impl BlocksService for BlocksRpc {
         request: Request<v1::RenewRequest>,
     ) -> Result<Response<v1::RenewResponse>, Status> {
         let caller = caller(&request);
-        let asked: request::Renew = decode(request.into_inner())?;
-        let owner = caller.owner(asked.context.owner_id)?;
-        let blocks = &caller.shared.blocks;
-        let ttl_ms = blocks.renew(owner, asked.lease, asked.ttl_ms);
-        Ok(Response::new(v1::RenewResponse {
-            context: Some((&caller.answer(&asked.context)).into()),
-            renewed: ttl_ms.is_some(),
-            ttl_ms: ttl_ms.unwrap_or(0),
-        }))
+        unary::renew(&caller, request.into_inner()).map(Response::new)
     }
 
     async fn release(
@@ -116,14 +103,7 @@ impl BlocksService for BlocksRpc {
         request: Request<v1::ReleaseRequest>,
     ) -> Result<Response<v1::ReleaseResponse>, Status> {
         let caller = caller(&request);
-        let asked: request::Release = decode(request.into_inner())?;
-        let owner = caller.owner(asked.context.owner_id)?;
-        let blocks = &caller.shared.blocks;
-        let released = blocks.release(owner, asked.lease);
-        Ok(Response::new(v1::ReleaseResponse {
-            context: Some((&caller.answer(&asked.context)).into()),
-            released,
-        }))
+        unary::release(&caller, request.into_inner()).map(Response::new)
     }
 
     async fn invalidate(
@@ -179,8 +159,12 @@ impl BlocksService for BlocksRpc {
             .watch(caller.tenant, asked.namespace)
             .map_err(|e| status::blocks(&e))?;
         let lifetime = time.unwrap_or(caller.shared.limits.lifetimes.default);
+        let context = caller.answer(&asked.context);
         Ok(Response::new(WatchStream {
-            context: Some(caller.answer(&asked.context)),
+            boot: context.boot_id,
+            told: context.view_digest,
+            views: Views::new(caller.shared.blocks.cluster().changes()),
+            context: Some(context),
             late: caller.shared.clock.sleep(lifetime),
             draining: caller.shared.draining.clone().cancelled_owned().boxed(),
             watcher: Some(watcher),
@@ -228,9 +212,14 @@ impl Drop for Seat {
 /// Events until the watcher leaves, its time is over, or the node stops.
 ///
 /// The first message comes at once and carries the context alone, so that a watcher knows that it
-/// misses nothing from then on.
+/// misses nothing from then on. Another such message says when the cluster has changed, as a watcher may make no other
+/// calls that would tell it.
 pub(crate) struct WatchStream {
     context: Option<AnswerContext>,
+    boot: BootId,
+    /// Of the view that the watcher was told of last.
+    told: ViewDigest,
+    views: Views<Arc<Roster>>,
     watcher: Option<Watcher>,
     late: BoxFuture<'static, ()>,
     draining: BoxFuture<'static, ()>,
@@ -245,6 +234,17 @@ impl Stream for WatchStream {
         let Some(watcher) = &mut this.watcher else {
             return Poll::Ready(None);
         };
+        while this.context.is_none()
+            && let Poll::Ready(Some(roster)) = this.views.poll_next_unpin(cx)
+        {
+            this.context = (roster.digest != this.told).then(|| AnswerContext {
+                boot_id: this.boot,
+                view_digest: roster.digest,
+                members: roster.view.members().to_vec(),
+                queue: 0,
+            });
+            this.told = roster.digest;
+        }
         if let Some(context) = this.context.take() {
             let first = v1::WatchResponse {
                 context: Some((&context).into()),

@@ -186,8 +186,12 @@ impl ClusterService for ClusterRpc {
             asked => Duration::from_millis(asked).min(longest),
         };
         let until = now.after(time.saturating_sub(LAST_WORD));
+        let motion = asked.caller.shared.blocks.motion();
+        let before = motion.map(|motion| motion.progress().borrow().clone());
+        let before = before.unwrap_or_default();
         asked.cluster().drain();
         let watch = Draining {
+            before: (before.moved_runs, before.moved_bytes),
             context: asked.answer(),
             until,
             leave_anyway: wire.leave_anyway,
@@ -218,6 +222,19 @@ impl ClusterService for ClusterRpc {
             claimants,
         }))
     }
+
+    async fn invalidations(
+        &self,
+        request: Request<v1::InvalidationsRequest>,
+    ) -> Result<Response<v1::InvalidationsResponse>, Status> {
+        let asked = Asked::new(&request, request.get_ref().context.clone())?;
+        asked.must_be_peer(&request)?;
+        let told = asked.caller.shared.blocks.invalidations();
+        Ok(Response::new(v1::InvalidationsResponse {
+            context: asked.answer(),
+            ..told.answer(request.into_inner().known)
+        }))
+    }
 }
 
 /// Between a drain's own end and its stream's.
@@ -228,6 +245,8 @@ struct Draining {
     asked: Asked,
     /// Of the first message.
     context: Option<v1::ResponseContext>,
+    /// Runs and bytes that it had handed over before.
+    before: (u64, u64),
     until: Tick,
     leave_anyway: bool,
     is_over: bool,
@@ -272,8 +291,8 @@ impl Draining {
         let message = v1::DrainResponse {
             context: self.context.take(),
             phase: phase as i32,
-            moved_runs: progress.moved_runs,
-            moved_bytes: progress.moved_bytes,
+            moved_runs: progress.moved_runs.saturating_sub(self.before.0),
+            moved_bytes: progress.moved_bytes.saturating_sub(self.before.1),
             waiting_runs: progress.waiting_runs,
             at_stake_bytes: progress.at_stake_bytes(),
             left_blocks: progress.left_blocks,

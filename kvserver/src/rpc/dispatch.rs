@@ -146,6 +146,7 @@ fn method(path: &str) -> Method {
             "SetWeight" => Method::SetWeight,
             "Drain" => Method::Drain,
             "Explain" => Method::Explain,
+            "Invalidations" => Method::Invalidations,
             _ => Method::Other,
         };
     }

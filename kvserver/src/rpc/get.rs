@@ -22,7 +22,11 @@ use http_body::Frame;
 use hyper::body::Incoming;
 use kvproto::{
     GetOutcome, TierKind,
-    convert::{AnswerContext, answer::GetPiece, request},
+    convert::{
+        AnswerContext,
+        answer::{GetPiece, Second},
+        request,
+    },
     frame::head,
     v1,
 };
@@ -59,13 +63,19 @@ pub(crate) async fn serve(
 /// Answers the request that `message` is.
 pub(crate) fn answer(caller: Caller, call: Call, message: Bytes) -> Response<RpcBody> {
     match begin(&caller, &call, message) {
-        Ok((plan, piece_bytes, context)) => {
+        Ok(Begun {
+            plan,
+            piece_bytes,
+            context,
+            seconds,
+        }) => {
             let body = GetBody {
                 shared: caller.shared,
                 call: Some(call),
                 plan,
                 piece_bytes,
                 context: Some(context),
+                seconds,
                 sending: None,
                 data: None,
                 late: None,
@@ -79,11 +89,15 @@ pub(crate) fn answer(caller: Caller, call: Call, message: Bytes) -> Response<Rpc
     }
 }
 
-fn begin(
-    caller: &Caller,
-    call: &Call,
-    message: Bytes,
-) -> Result<(GetPlan, usize, AnswerContext), Status> {
+/// A get that may be answered.
+struct Begun {
+    plan: GetPlan,
+    piece_bytes: usize,
+    context: AnswerContext,
+    seconds: Vec<Second>,
+}
+
+fn begin(caller: &Caller, call: &Call, message: Bytes) -> Result<Begun, Status> {
     let shared = &caller.shared;
     let wire =
         v1::GetRequest::decode(message).map_err(|e| status::undecodable("GetRequest", &e))?;
@@ -98,10 +112,17 @@ fn begin(
         request.lease,
     );
     let mut plan = plan.map_err(|e| status::blocks(&e))?;
+    let mut seconds = Vec::new();
     if !request.context.no_forward {
         plan.asks_peers(call.deadline());
+        seconds = plan.seconds();
     }
-    Ok((plan, piece_bytes, caller.answer(&request.context)))
+    Ok(Begun {
+        plan,
+        piece_bytes,
+        context: caller.answer(&request.context),
+        seconds,
+    })
 }
 
 /// The answer as its connection draws it.
@@ -111,8 +132,9 @@ pub(crate) struct GetBody {
     call: Option<Call>,
     plan: GetPlan,
     piece_bytes: usize,
-    /// Goes with the first message.
+    /// Both go with the first message.
     context: Option<AnswerContext>,
+    seconds: Vec<Second>,
     /// The block whose pieces are on their way.
     sending: Option<Sending>,
     /// The payload of the head that has just been handed out.
@@ -178,7 +200,8 @@ impl GetBody {
             tier: first.then_some(sending.tier),
             offset: sending.offset as u64,
         };
-        let message = piece.to_wire(self.context.take().as_ref());
+        let mut message = piece.to_wire(self.context.take().as_ref());
+        message.seconds = self.seconds.drain(..).map(Into::into).collect();
         let head = head(&message, end - sending.offset);
         self.data = Some(sending.bytes.slice(sending.offset..end));
         sending.offset = end;
@@ -196,7 +219,9 @@ impl GetBody {
             tier: None,
             offset: 0,
         };
-        head(&piece.to_wire(self.context.take().as_ref()), 0)
+        let mut message = piece.to_wire(self.context.take().as_ref());
+        message.seconds = self.seconds.drain(..).map(Into::into).collect();
+        head(&message, 0)
     }
 
     /// Nothing to send yet: waits, but not beyond the deadline.

@@ -16,30 +16,27 @@
 //! Bounds: a call's time plus [`GRACE`]; those of [`kvproto::http2`]. An idle lane is kept; the kernel's
 //! keep-alive finds out when its host is gone.
 
-use std::{
-    io::{self, IoSlice, IoSliceMut},
-    pin::Pin,
-    sync::Arc,
-    task::Poll,
-};
+mod head;
+mod socket;
+
+use std::{io, pin::Pin, sync::Arc, task::Poll};
 
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
+use http::{Request, Response};
 use http_body::Body;
 use http_body_util::{BodyExt, Full};
 use kvproto::{
     frame::PREFIX_BYTES,
     http2::{
-        Fields, Lane, LaneLimits, Outgoing, Pump, Push, Receiver, Role, Socket, breach,
-        frame::put_field, put_fields,
+        Lane, LaneLimits, Outgoing, Pump, Push, Receiver, Role, breach, frame::put_field,
+        put_fields,
     },
 };
-use tokio::{
-    io::Interest,
-    net::{TcpStream, UnixStream},
-};
+use tokio::io::Interest;
 use tonic::Status;
 
+pub(crate) use self::socket::LaneSocket;
+use self::{head::Head, socket::Io};
 use super::{
     Shared,
     body::{RpcBody, failed_trailers, unframe},
@@ -48,7 +45,7 @@ use super::{
     dispatch::{Call, Caller, admit, generated, new_connection, refused},
     get,
     owners::Connection,
-    put, status,
+    put, status, unary,
 };
 use crate::telemetry::metrics::Method;
 
@@ -70,45 +67,6 @@ const TURN_PIECES: u32 = 4;
 const NO_ERROR: u32 = 0;
 const PROTOCOL_ERROR: u32 = 1;
 
-/// The two kinds of sockets.
-pub(crate) trait LaneSocket: Send + Sync {
-    fn try_readv(&self, slices: &mut [IoSliceMut<'_>]) -> io::Result<usize>;
-    fn try_writev(&self, slices: &[IoSlice<'_>]) -> io::Result<usize>;
-    fn wait(&self, interest: Interest) -> impl Future<Output = io::Result<()>> + Send;
-}
-
-macro_rules! lane_socket {
-    ($($stream:ty),*) => {$(
-        impl LaneSocket for $stream {
-            fn try_readv(&self, slices: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
-                self.try_read_vectored(slices)
-            }
-
-            fn try_writev(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
-                self.try_write_vectored(slices)
-            }
-
-            async fn wait(&self, interest: Interest) -> io::Result<()> {
-                self.ready(interest).await.map(drop)
-            }
-        }
-    )*};
-}
-
-lane_socket!(TcpStream, UnixStream);
-
-struct Io<S>(S);
-
-impl<S: LaneSocket> Socket for Io<S> {
-    fn try_read_vectored(&self, slices: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
-        self.0.try_readv(slices)
-    }
-
-    fn try_write_vectored(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
-        self.0.try_writev(slices)
-    }
-}
-
 /// Serves a lane until it ends, or drains, or is cut. `first` is what was read of it behind the preface.
 pub(crate) async fn serve<S: LaneSocket>(
     socket: S,
@@ -119,6 +77,7 @@ pub(crate) async fn serve<S: LaneSocket>(
     let mut serving = Serving {
         lane: Lane::new(Role::Server, LIMITS),
         io: Io(socket),
+        head: Head::default(),
         shared,
         connection: &connection,
     };
@@ -133,6 +92,7 @@ pub(crate) async fn serve<S: LaneSocket>(
 struct Serving<'a, S> {
     lane: Lane,
     io: Io<S>,
+    head: Head,
     shared: &'a Arc<Shared>,
     connection: &'a Arc<Connection>,
 }
@@ -141,8 +101,9 @@ impl<S: LaneSocket> Serving<'_, S> {
     async fn run(&mut self, first: &[u8]) -> io::Result<()> {
         let over = async {
             self.lane.feed(first)?;
-            while let Some(head) = self.next_call().await? {
-                self.call(head).await?;
+            while self.next_call().await? {
+                self.head.judge()?;
+                self.call().await?;
             }
             Ok(())
         };
@@ -159,15 +120,14 @@ impl<S: LaneSocket> Serving<'_, S> {
         over
     }
 
-    /// Waits for a call; `None` when the node drains.
-    async fn next_call(&mut self) -> io::Result<Option<Head>> {
-        let mut head = Head::default();
+    /// Waits for a call, whose head it leaves in `head`; false when the node drains.
+    async fn next_call(&mut self) -> io::Result<bool> {
         loop {
             let is_flushed = self.lane.flush(&self.io)?;
-            match self.lane.pump(&self.io, &mut head)? {
-                Pump::Opened => return Ok(Some(head)),
+            match self.lane.pump(&self.io, &mut self.head)? {
+                Pump::Opened => return Ok(true),
                 Pump::Moved | Pump::Ended => continue,
-                Pump::Busy if self.shared.draining.is_cancelled() => return Ok(None),
+                Pump::Busy if self.shared.draining.is_cancelled() => return Ok(false),
                 Pump::Busy => {
                     tokio::task::yield_now().await;
                     continue;
@@ -176,26 +136,28 @@ impl<S: LaneSocket> Serving<'_, S> {
             }
             tokio::select! {
                 ready = self.io.0.wait(interest(is_flushed)) => ready?,
-                () = self.shared.draining.cancelled() => return Ok(None),
+                () = self.shared.draining.cancelled() => return Ok(false),
             }
         }
     }
 
     /// One call, from its head to the last byte of its answer; cut when its time is over.
-    async fn call(&mut self, head: Head) -> io::Result<()> {
-        let (path, headers) = head.judge()?;
+    async fn call(&mut self) -> io::Result<()> {
         let clock = &self.shared.clock;
-        match admit(self.shared, self.connection, &path, &headers) {
+        let Head { path, headers, .. } = &self.head;
+        match admit(self.shared, self.connection, path, headers) {
             Ok((caller, call)) => {
-                let late = clock.sleep(call.time().saturating_add(GRACE));
+                // Timers are made on the first wait: a small call is over before that.
+                let time = call.time().saturating_add(GRACE);
+                let late = async { clock.sleep(time).await };
                 tokio::select! {
                     biased;
-                    over = self.answer(caller, call, path, headers) => over,
+                    over = self.answer(caller, call) => over,
                     () = late => Err(io::ErrorKind::TimedOut.into()),
                 }
             }
             Err(status) => {
-                let late = clock.sleep(GRACE);
+                let late = async { clock.sleep(GRACE).await };
                 tokio::select! {
                     biased;
                     over = self.send(refused(&status)) => over,
@@ -205,13 +167,7 @@ impl<S: LaneSocket> Serving<'_, S> {
         }
     }
 
-    async fn answer(
-        &mut self,
-        caller: Caller,
-        call: Call,
-        path: String,
-        headers: HeaderMap,
-    ) -> io::Result<()> {
+    async fn answer(&mut self, caller: Caller, call: Call) -> io::Result<()> {
         let response = if call.method() == Method::Put {
             self.put(caller, call).await?
         } else {
@@ -220,19 +176,27 @@ impl<S: LaneSocket> Serving<'_, S> {
                     call.over(status.code());
                     refused(&status)
                 }
-                Ok(message) if call.method() == Method::Get => match unframe(message) {
-                    Ok(message) => get::answer(caller, call, message),
-                    Err(status) => {
-                        call.over(status.code());
-                        refused(&status)
+                Ok(message) if call.method() == Method::Get || unary::is_here(call.method()) => {
+                    match unframe(message) {
+                        Ok(message) if call.method() == Method::Get => {
+                            get::answer(caller, call, message)
+                        }
+                        Ok(message) => {
+                            let answer = unary::answer(caller, call, message);
+                            watched(&mut self.lane, &self.io, answer).await?
+                        }
+                        Err(status) => {
+                            call.over(status.code());
+                            refused(&status)
+                        }
                     }
-                },
+                }
                 Ok(message) => {
                     let mut request = Request::new(Full::new(message));
                     *request.method_mut() = http::Method::POST;
-                    *request.uri_mut() =
-                        path.parse().map_err(|_| breach("a path that is no URI"))?;
-                    *request.headers_mut() = headers;
+                    let uri = self.head.path.parse();
+                    *request.uri_mut() = uri.map_err(|_| breach("a path that is no URI"))?;
+                    *request.headers_mut() = self.head.headers.clone();
                     let answer = generated(caller, call, request);
                     watched(&mut self.lane, &self.io, answer).await?
                 }
@@ -264,7 +228,8 @@ impl<S: LaneSocket> Serving<'_, S> {
         let mut receiving = put::Receiving::new(&caller);
         let answer = match self.body(&mut receiving, &call).await {
             Ok(true) => {
-                let late = self.shared.clock.sleep(call.time_left());
+                let clock = &self.shared.clock;
+                let late = async { clock.sleep(call.time_left()).await };
                 let answer = async {
                     tokio::select! {
                         biased;
@@ -282,7 +247,8 @@ impl<S: LaneSocket> Serving<'_, S> {
 
     /// Reads the request's body to its end; `false` when the call's time is over before that.
     async fn body<R: Receiver>(&mut self, receiver: &mut R, call: &Call) -> io::Result<bool> {
-        let late = self.shared.clock.sleep(call.time_left());
+        let clock = &self.shared.clock;
+        let late = async { clock.sleep(call.time_left()).await };
         let (lane, io) = (&mut self.lane, &self.io);
         let reading = async {
             while !lane.peer_has_ended() {
@@ -446,54 +412,6 @@ struct Nobody;
 impl Receiver for Nobody {
     fn chunk(&mut self, _: &[u8]) -> io::Result<()> {
         Ok(())
-    }
-}
-
-/// The head of a call.
-#[derive(Default)]
-struct Head {
-    fields: Fields,
-}
-
-impl Head {
-    /// Its path and its headers.
-    fn judge(self) -> io::Result<(String, HeaderMap)> {
-        let mut path = None;
-        let mut headers = HeaderMap::with_capacity(self.fields.len());
-        for (name, value) in self.fields {
-            match &name[..] {
-                b":method" if value == b"POST" => {}
-                b":method" => return Err(breach("a call that is not a POST")),
-                b":path" => {
-                    let text = String::from_utf8(value);
-                    path = Some(text.map_err(|_| breach("a path that is not UTF-8"))?);
-                }
-                [b':', ..] => {}
-                _ => {
-                    let name = HeaderName::from_bytes(&name);
-                    let value = HeaderValue::from_bytes(&value);
-                    let (Ok(name), Ok(value)) = (name, value) else {
-                        return Err(breach("a header field with bytes that none may have"));
-                    };
-                    headers
-                        .try_append(name, value)
-                        .map_err(|_| breach("too many header fields"))?;
-                }
-            }
-        }
-        let path = path.ok_or_else(|| breach("a call without a path"))?;
-        Ok((path, headers))
-    }
-}
-
-impl Receiver for Head {
-    fn headers(&mut self, fields: Fields) -> io::Result<()> {
-        self.fields = fields;
-        Ok(())
-    }
-
-    fn chunk(&mut self, _: &[u8]) -> io::Result<()> {
-        Err(breach("data without a call"))
     }
 }
 

@@ -27,6 +27,7 @@ mod listen;
 mod owners;
 mod put;
 mod status;
+mod unary;
 
 use std::{
     net::SocketAddr,
@@ -203,8 +204,10 @@ impl Shared {
             let problem = "authorization: expected \"Bearer <token>\" with a token this node knows";
             return Err(status::refuse(Reason::Unauthenticated, problem));
         };
-        // Who says to be a node has a bound of its own, so that no move keeps a client out.
-        let peer = match headers.contains_key(PEER_HEADER) {
+        // A node has a bound of its own, so that no move keeps a client out; and nobody but a node draws on it, so
+        // that no client keeps moves out.
+        let is_peer = headers.contains_key(PEER_HEADER) && tenants.is_peer(credential);
+        let peer = match is_peer {
             true => Some(PeerSeat::take(self)?),
             false => None,
         };

@@ -207,11 +207,15 @@ impl<'a> Receiving<'a> {
                     shared
                         .blocks
                         .put(owner.tenant, start.namespace, start.ack, start.kind)?;
-                match start.context.no_forward {
-                    true => session.is_handed_over(),
-                    false => session.passes_on(),
+                let no_forward = start.context.no_forward;
+                if !no_forward {
+                    session.passes_on();
                 }
+                // What a node alone may say of blocks: that they are on their way, and what they have been through.
                 if self.caller.is_peer {
+                    if no_forward {
+                        session.is_handed_over();
+                    }
                     session.has_survived(start.survived);
                 }
                 let rules = HeaderRules {

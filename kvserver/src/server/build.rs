@@ -21,6 +21,7 @@ use super::{
 use crate::{
     blocks::{
         BlockLimits, Blocks, Tiers,
+        invalidations::Invalidations,
         motion::{HotRules, Motion, MotionConfig, MotionParts, NodeHoldings},
         mover::{Mover, ReadLimits},
         namespaces::{Bounds, Namespaces},
@@ -122,6 +123,7 @@ pub(super) async fn build(
         &*clock,
     )
     .map_err(NodeError::Namespaces)?;
+    let invalidations = Invalidations::open(&config.data_dir).map_err(NodeError::Runtime)?;
     let cluster = entry.cluster(&config, &clock);
     let blocks = Blocks::new(
         arena,
@@ -129,6 +131,7 @@ pub(super) async fn build(
         tiers,
         Arc::clone(&mover),
         namespaces,
+        invalidations,
         tenants,
         Arc::clone(&metrics),
         Arc::clone(&clock),
@@ -140,6 +143,7 @@ pub(super) async fn build(
         boot_id,
         Arc::clone(&cluster),
     );
+    entry.catch_up(&blocks).await;
     let motion = motion(&config, &blocks, &cluster, peer_token, &clock);
     blocks.set_motion(Arc::clone(&motion));
     let owners = Arc::new(Owners::new(Arc::clone(&blocks)));

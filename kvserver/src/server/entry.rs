@@ -15,7 +15,7 @@ use tokio::net::UdpSocket;
 
 use super::NodeError;
 use crate::{
-    blocks::Blocks,
+    blocks::{Blocks, catch_up},
     clock::Clock,
     cluster::{
         Caller, Cluster, Joined, Joining, Kept, Load, Members, Membership, MembershipParts, Times,
@@ -62,7 +62,12 @@ pub(super) async fn enter(
     peer_token: Option<&str>,
     clock: &dyn Clock,
 ) -> Result<Entry, NodeError> {
-    let mut kept = Kept::open(&config.data_dir, &config.node_id, clock)?;
+    let mut kept = Kept::open(
+        &config.data_dir,
+        &config.node_id,
+        config.motion_window,
+        clock,
+    )?;
     let caller = Caller::new(peer_token);
     let mut welcomed_by = None;
     if !config.join.is_empty() {
@@ -136,8 +141,14 @@ impl Entry {
             state: MemberState::Active,
             address: address.unwrap_or_default(),
         };
-        let members = Members::new(times, me, &self.kept.view, clock.now());
+        let mut members = Members::new(times, me, &self.kept.view, clock.now());
+        members.remember(&self.kept.before.view, clock.now());
         Cluster::new(members, Arc::clone(clock))
+    }
+
+    /// Nobody is served yet: what was invalidated while this node was away is forgotten before anybody can ask for it.
+    pub(super) async fn catch_up(&self, blocks: &Blocks) {
+        catch_up::at_start(blocks, &self.caller, &self.kept.view).await;
     }
 
     /// The node listens: others hear of it from now on.
@@ -171,6 +182,7 @@ impl Entry {
         let listed = config.join.iter().map(url);
         known.extend(listed.filter(|listed| self.welcomed_by.as_ref() != Some(listed)));
         let weak = Arc::downgrade(blocks);
+        let following = catch_up::follow(weak.clone(), self.caller.clone(), Arc::clone(clock));
         let parts = MembershipParts {
             cluster,
             known,
@@ -180,7 +192,9 @@ impl Entry {
             load: Box::new(move || weak.upgrade().map_or_else(Load::default, |b| load(&b))),
             clock: Arc::clone(clock),
         };
-        Membership::start(parts, gossip).await
+        let mut membership = Membership::start(parts, gossip).await;
+        membership.also(following);
+        membership
     }
 
     /// Those who may know others: whom it was told, and whom it knew.
@@ -231,7 +245,7 @@ fn load(blocks: &Blocks) -> Load {
         .map(|motion| motion.progress().borrow().clone());
     let moves = moves.unwrap_or_default();
     Load {
-        calls: u32::try_from(blocks.metrics().calls_in_flight.get()).unwrap_or(0),
+        calls: blocks.queue(),
         // In steps of a hundredth, so that a busy node is no news all the time.
         full: u32::try_from(full / 10 * 10).unwrap_or(1000),
         waiting_bytes: moves.at_stake_bytes(),

@@ -170,6 +170,18 @@ impl Tier for FaultyTier {
         }
     }
 
+    fn first_to_go(&self, keys: &[BlockKey]) {
+        self.inner.first_to_go(keys);
+    }
+
+    fn going(&self) -> Vec<Resident> {
+        self.inner.going()
+    }
+
+    fn stays(&self, keys: &[BlockKey]) {
+        self.inner.stays(keys);
+    }
+
     fn residents(&self) -> Vec<Resident> {
         self.inner.residents()
     }

@@ -189,6 +189,22 @@ pub trait Tier: Send + Sync + 'static {
         self.remove(&keys)
     }
 
+    /// Blocks that lie elsewhere too: whoever makes room by dropping may drop them before others. Unknown keys are no
+    /// error, and a block that is read is an ordinary one again.
+    fn first_to_go(&self, keys: &[BlockKey]) {
+        let _ = keys;
+    }
+
+    /// Those that were said to, and are here and were not read since.
+    fn going(&self) -> Vec<Resident> {
+        Vec::new()
+    }
+
+    /// Blocks that are ordinary ones again.
+    fn stays(&self, keys: &[BlockKey]) {
+        let _ = keys;
+    }
+
     /// What it holds, in no order.
     fn residents(&self) -> Vec<Resident>;
 

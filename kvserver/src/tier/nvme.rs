@@ -30,7 +30,7 @@
 //! reads find that and answer `Corrupt`. Invalidations are synced. Who needs more asks for `synced` and
 //! the durable store.
 //!
-//! What the guard keeps is carried over by us (store.rs says why): it is served from RAM until it is
+//! What the guard keeps is carried over by us (store/filter.rs says why): it is served from RAM until it is
 //! written anew, so a lease never waits for it. Two limits keep a disk full of leases from standing
 //! still: what is in memory at once, and what is carried since the last new block. And `kill -9` in
 //! between loses what is being carried: then it is dropped at open, and counted.
@@ -38,6 +38,7 @@
 mod config;
 mod direct;
 mod extents;
+mod files;
 mod prepare;
 mod reading;
 mod residency;
@@ -329,6 +330,18 @@ impl Tier for NvmeTier {
         }
         let shared = Arc::clone(&self.shared);
         Box::pin(async move { shared.seal_removal().await })
+    }
+
+    fn first_to_go(&self, keys: &[BlockKey]) {
+        self.shared.residency.first_to_go(keys.iter().map(hash_of));
+    }
+
+    fn going(&self) -> Vec<Resident> {
+        self.shared.residency.going()
+    }
+
+    fn stays(&self, keys: &[BlockKey]) {
+        self.shared.residency.stays(keys.iter().map(hash_of));
     }
 
     fn residents(&self) -> Vec<Resident> {

@@ -231,6 +231,7 @@ impl GetPiece {
             header: self.header.as_ref().map(Into::into),
             tier: self.tier.map_or(0, |tier| tier.to_wire() as i32),
             offset: self.offset,
+            seconds: Vec::new(),
             data: bytes::Bytes::new(),
         }
     }

@@ -78,6 +78,7 @@ fn message() -> impl Strategy<Value = GetResponse> {
                 }),
                 block,
                 outcome,
+                seconds: Vec::new(),
                 header: hash.map(|hash| BlockHeader {
                     hash: hash.to_vec().into(),
                     page_sums,

@@ -7,6 +7,7 @@
 //!
 //! A server's lane reads only what a client's lane writes: literals that no table remembers, without Huffman coding.
 //! So it keeps no table, and no block costs more than a walk over its bytes, before anyone is known to be allowed in.
+//! A client's lane walks likewise over what a Terrace node answers, and decodes what anybody else does.
 //!
 //! Bounds: a block and what it decodes to, by the same limit; a client's table at HTTP/2's own default.
 
@@ -48,7 +49,8 @@ pub(super) struct HeaderBlocks {
 
 /// A block that has become whole.
 pub(super) struct Whole {
-    pub(super) fields: Fields,
+    /// None: it is plain, and [`HeaderBlocks::plain`] has it.
+    pub(super) fields: Option<Fields>,
     /// Bytes it decoded to, as the RFC counts them.
     pub(super) bytes: usize,
     pub(super) ends_stream: bool,
@@ -96,9 +98,14 @@ impl HeaderBlocks {
         if self.open.is_some() {
             return Ok(None);
         }
-        let (fields, bytes) = match &mut self.hpack {
-            Some(hpack) => decode(hpack, &self.block, self.limit_bytes)?,
-            None => literals(&self.block)?,
+        let (fields, bytes) = match (plain_bytes(&self.block), &mut self.hpack) {
+            (Ok(bytes), _) => (None, bytes),
+            // Other makes' servers use the table, which plain literals leave as it is.
+            (Err(_), Some(hpack)) => {
+                let (fields, bytes) = decode(hpack, &self.block, self.limit_bytes)?;
+                (Some(fields), bytes)
+            }
+            (Err(problem), None) => return Err(problem),
         };
         if bytes > self.limit_bytes {
             return Err(self.too_long());
@@ -108,6 +115,11 @@ impl HeaderBlocks {
             bytes,
             ends_stream: self.ends_stream,
         }))
+    }
+
+    /// The block that was last found whole and plain, as it came.
+    pub(super) fn plain(&self) -> &[u8] {
+        &self.block
     }
 
     fn too_long(&self) -> io::Error {
@@ -133,20 +145,34 @@ fn decode(
     Ok((fields, bytes))
 }
 
-/// A header block as [`put_field`] writes it.
-fn literals(mut block: &[u8]) -> io::Result<(Fields, usize)> {
-    let (mut fields, mut bytes) = (Fields::new(), 0);
+/// The fields of a header block as [`put_field`] writes it.
+pub(super) fn literals(block: &[u8]) -> io::Result<Fields> {
+    let mut fields = Fields::new();
+    walk(block, |name, value| {
+        fields.push((name.to_vec(), value.to_vec()));
+    })?;
+    Ok(fields)
+}
+
+/// What such a block decodes to, in bytes as the RFC counts them; nothing is kept of it.
+fn plain_bytes(block: &[u8]) -> io::Result<usize> {
+    let mut bytes = 0;
+    walk(block, |name, value| {
+        bytes += name.len() + value.len() + FIELD_OVERHEAD_BYTES;
+    })?;
+    Ok(bytes)
+}
+
+fn walk(mut block: &[u8], mut field: impl FnMut(&[u8], &[u8])) -> io::Result<()> {
     while let Some((&kind, rest)) = block.split_first() {
         if kind != 0 {
             return Err(breach("a header field that is no plain literal"));
         }
         block = rest;
-        let name = text(&mut block)?.to_vec();
-        let value = text(&mut block)?.to_vec();
-        bytes += name.len() + value.len() + FIELD_OVERHEAD_BYTES;
-        fields.push((name, value));
+        let name = text(&mut block)?;
+        field(name, text(&mut block)?);
     }
-    Ok((fields, bytes))
+    Ok(())
 }
 
 /// A string without Huffman coding, taken off the block.
@@ -209,7 +235,7 @@ mod tests {
             put_field(&mut block, &name, &value);
             fields.push((name, value));
         }
-        assert_eq!(literals(&block).expect("a block").0, fields);
+        assert_eq!(literals(&block).expect("a block"), fields);
         // Cut anywhere inside a field, it is refused and nothing panics.
         for end in 1..500 {
             let _ = literals(&block[..end]);

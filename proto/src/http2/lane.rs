@@ -51,6 +51,14 @@ pub trait Socket {
 /// Takes a stream as it comes in. An error ends the pump; the lane has counted the bytes by then, so that
 /// another receiver may go on.
 pub trait Receiver {
+    /// A header block as it came, where it is plain literals. True when that says all: then it is not decoded, and
+    /// [`Receiver::headers`] not called. Calls and answers look alike, so that whoever has seen one may know the next.
+    ///
+    /// # Errors
+    /// Whatever shall end the pump.
+    fn knows(&mut self, _: &[u8]) -> io::Result<bool> {
+        Ok(false)
+    }
     /// A header block: the head of the stream, or what stands behind its body. Passed over unless taken.
     ///
     /// # Errors

@@ -50,11 +50,43 @@ impl Draw {
     /// The greatest draw of these seeds and which it is of, the first one if there are several. Some seed there must be.
     #[inline]
     pub(super) fn greatest(key: u64, seeds: &[u64]) -> (Self, usize) {
+        // Built for a processor that multiplies whole vectors of 64 bits, blocks are three times as quick; else a little
+        // slower than one by one.
+        if cfg!(target_feature = "avx512dq") {
+            Self::greatest_of_blocks(key, seeds)
+        } else {
+            Self::greatest_one_by_one(key, seeds)
+        }
+    }
+
+    #[inline]
+    fn greatest_one_by_one(key: u64, seeds: &[u64]) -> (Self, usize) {
         let (mut greatest, mut of) = (Self::new(key, seeds[0]), 0);
         for (at, &seed) in seeds.iter().enumerate().skip(1) {
             let draw = Self::new(key, seed);
             if draw.0 > greatest.0 {
                 (greatest, of) = (draw, at);
+            }
+        }
+        (greatest, of)
+    }
+
+    /// The same without a branch inside a block, as compilers want it for vectors.
+    #[inline]
+    fn greatest_of_blocks(key: u64, seeds: &[u64]) -> (Self, usize) {
+        const BLOCK: usize = 64;
+        let (mut greatest, mut of) = (Self::new(key, seeds[0]), 0);
+        for (nth, block) in seeds.chunks(BLOCK).enumerate() {
+            let mut draws = [0; BLOCK];
+            for (draw, &seed) in draws.iter_mut().zip(block) {
+                *draw = Self::new(key, seed).0;
+            }
+            let top = draws
+                .iter()
+                .fold(0, |top, &draw| if draw > top { draw } else { top });
+            if top > greatest.0 {
+                let at = draws.iter().take_while(|&&draw| draw != top).count();
+                (greatest, of) = (Self(top), nth * BLOCK + at);
             }
         }
         (greatest, of)
@@ -113,7 +145,8 @@ const TERMS: [f64; 12] = {
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::{any, prop_assert, proptest};
+    use proptest::collection::vec;
+    use proptest::prelude::{any, prop_assert, prop_assert_eq, proptest};
 
     use super::{Draw, ln};
 
@@ -123,6 +156,13 @@ mod tests {
             let u = Draw(h >> 12).number();
             let error = (ln(u) / u.ln() - 1.0).abs();
             prop_assert!(error < 1e-15, "{u}: {error}");
+        }
+
+        #[test]
+        fn blocks_find_what_is_found_one_by_one(key in any::<u64>(), seeds in vec(0u64..400, 1..300)) {
+            let (draw, of) = Draw::greatest_of_blocks(key, &seeds);
+            let (expected, first) = Draw::greatest_one_by_one(key, &seeds);
+            prop_assert_eq!((draw.0, of), (expected.0, first));
         }
 
         #[test]

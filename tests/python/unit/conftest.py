@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
 import time
+import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -40,7 +43,7 @@ class Node:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.port = free_port()
+        self.port, self.http = free_port(), free_port()
         self.endpoint = f"127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -49,13 +52,23 @@ class Node:
         arguments = {
             "--data-dir": str(self.folder / "data"),
             "--listen": self.endpoint,
-            "--http-listen": f"127.0.0.1:{free_port()}",
+            "--http-listen": f"127.0.0.1:{self.http}",
             "--ram-bytes": "128MiB",
             "--nvme-bytes": "256MiB",
         }
         flat = [word for pair in arguments.items() for word in pair]
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen([binary, *flat], stdout=log, stderr=log)
+
+    def calls(self) -> Counter[str]:
+        """Calls answered so far, by name, whichever way they came."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.http}/metrics", timeout=10) as metrics:
+            lines = metrics.read().decode().splitlines()
+        calls: Counter[str] = Counter()
+        for line in lines:
+            if found := re.match(r'terrace_(?:local_)?calls_total{.*(?:call|method)="(\w+)".*} (\d+)', line):
+                calls[found[1].lower()] += int(found[2])
+        return calls
 
     def freeze(self) -> None:
         assert self.process is not None

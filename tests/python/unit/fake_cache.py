@@ -63,7 +63,7 @@ class FakeCache:
         self.answers, self.asked, self.leases, self.missed = {}, {}, {}, set()
         self.queue, self.ended, self.used = [], [], set()
         self.bad = set()  # hashes whose load fails
-        self.log, self.closed = [], False
+        self.log, self.closed, self.differs = [], False, None
 
     def _split(self, hashes, width):
         assert width and len(hashes) % width == 0
@@ -76,7 +76,7 @@ class FakeCache:
         return None
 
     def difference(self):
-        return None
+        return self.differs
 
     def lookup(self, request, hashes, width, first, probe=False):
         if self.state() != "ready":
@@ -117,6 +117,9 @@ class FakeCache:
 
     def miss(self, hashes, width):
         self.missed.update(self._split(hashes, width))
+
+    def saved(self, hashes, width):
+        self.missed.difference_update(self._split(hashes, width))
 
     def layout(self, layers):
         self.log.append(("layout", len(layers)))

@@ -131,7 +131,7 @@ def make_offload_key(block_hash, group):
 def install():
     """Makes `import terrace.vllm_tier` work without vLLM."""
     here = globals()
-    contents = {
+    contents: dict[str, dict[str, Any]] = {
         "vllm.config": {"get_current_vllm_config_or_none": lambda: None},
         "vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics": {
             "OffloadingConnectorStats": OffloadingConnectorStats,

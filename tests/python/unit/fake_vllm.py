@@ -106,7 +106,7 @@ class KVConnectorPromMetrics:
 def install():
     """Makes `import terrace.vllm` work without vLLM."""
     empty = lambda *bases: type("Empty", bases, {})  # noqa: E731
-    contents = {
+    contents: dict[str, dict[str, Any]] = {
         "vllm.logger": {"init_logger": logging.getLogger},
         "vllm.distributed.kv_events": {"BlockStored": BlockStored},
         "vllm.distributed.kv_transfer.kv_connector.v1.base": {

@@ -3,9 +3,10 @@
 import importlib.util
 import sys
 import types
+from typing import Any
 
 
-def put(contents: dict[str, dict]) -> None:
+def put(contents: dict[str, dict[str, Any]]) -> None:
     """Makes modules of these names and members, unless the real package is installed."""
     for name, members in contents.items():
         top = name.split(".")[0]

@@ -1,6 +1,7 @@
 """terrace.sglang against fakes of SGLang's storage classes and of the cache: call by call, without SGLang."""
 
 import hashlib
+from typing import Any
 
 import fake_hicache
 import pytest
@@ -16,6 +17,7 @@ from sglang.srt.mem_cache.hicache_storage import (  # noqa: E402
     PoolHitPolicy,
     PoolName,
 )
+from terrace._terrace import Found  # noqa: E402
 
 PREFIX = HiCacheStorageExtraInfo(prefix_keys=[])
 
@@ -129,10 +131,10 @@ def test_a_lease_that_nobody_reads_ends_by_time(make, nodes):
 def test_leases_are_bounded(make, nodes):
     storage = make()
     storage.batch_set_v1(keys("a"), storage.mem_pool_host.indices(1), PREFIX)
-    for _ in range(backend.Found.MAX_HELD + 5):
+    for _ in range(Found.MAX_HELD + 5):
         assert storage.batch_exists(keys("a"), PREFIX) == 1
     (node,) = nodes.values()
-    assert len(node.leases) == backend.Found.MAX_HELD
+    assert len(node.leases) == Found.MAX_HELD
 
 
 def test_a_failed_page_is_false_and_not_found_again(make):
@@ -247,7 +249,7 @@ def test_a_policy_that_is_not_known_gives_no_verdict(make):
 
 
 def test_a_logical_anchor_has_no_bytes_and_hides_nothing(make):
-    anchor = HostPool()
+    anchor: Any = HostPool()
     anchor.kv_buffer = None
     storage = make(anchor)
     assert storage.batch_exists(keys("a", "b"), PREFIX) == 2

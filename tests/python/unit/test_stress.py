@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import time
 from collections.abc import Callable
@@ -52,7 +53,7 @@ def test_whatever_is_reported_loaded_is_right(node: Node, connect: Callable[...,
                 for i, layers in enumerate(truth[salt]):
                     for layer, data in enumerate(layers):
                         place = (layer * memory.blocks + at + i) * piece
-                        memory.buffer[place : place + piece] = data
+                        ctypes.memmove(memory.address + place, data, piece)
                 taken = cache.save(job, names, WIDTH, 0, ids)
             else:
                 kind = "load"

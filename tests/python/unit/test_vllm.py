@@ -4,7 +4,6 @@ import pickle
 from types import SimpleNamespace
 
 import fake_vllm
-import pytest
 from fake_cache import FakeCache, FakeNode
 from fake_vllm import KVCacheBlocks, KVConnectorBlockState, KVConnectorOutput, Request, SchedulerOutput
 
@@ -12,7 +11,6 @@ fake_vllm.install()
 
 from terrace._terrace import COUNTERS, Planner  # noqa: E402
 from terrace.vllm.scheduler import Scheduler  # noqa: E402
-from terrace.vllm.setup import check, layer_span, settings_of  # noqa: E402
 from terrace.vllm.stats import TerraceMetrics, TerraceStats  # noqa: E402
 from terrace.vllm.step import Saved  # noqa: E402
 from terrace.vllm.worker import Worker  # noqa: E402
@@ -169,6 +167,7 @@ def test_a_failed_load_is_reported_and_missed_from_then_on():
     del node.blocks[(0, 0), second.block_hashes[2]]
     engine.step({second: 10})
     assert node.blocks[(0, 0), second.block_hashes[2]] == b"kv" + second.block_hashes[2]
+    assert engine.scheduler.matched(request("later"), 0) == (16, True), "saved again, so promised again"
 
 
 def test_a_step_that_saw_a_failure_saves_nothing():
@@ -420,80 +419,10 @@ def fake_counters(counter):
     return {Counter: counter, Gauge: counter, Histogram: counter}
 
 
-class Tensor:
-    """As much of a torch tensor as a layout needs."""
-
-    device = SimpleNamespace(type="cpu")
-
-    def __init__(self, shape, stride, address=4096):
-        self.shape, self._stride, self._address = shape, stride, address
-
-    def is_contiguous(self):
-        packed, size = True, 1
-        for length, stride in zip(reversed(self.shape), reversed(self._stride), strict=True):
-            packed &= stride == size
-            size *= length
-        return packed
-
-    def __getitem__(self, index):
-        return Tensor(self.shape[1:], self._stride[1:])
-
-    def stride(self, dim=None):
-        return self._stride if dim is None else self._stride[dim]
-
-    def numel(self):
-        size = 1
-        for length in self.shape:
-            size *= length
-        return size
-
-    def element_size(self):
-        return 4
-
-    def data_ptr(self):
-        return self._address
-
-
-def test_a_layer_is_whole_blocks_or_refused():
-    assert layer_span("a", Tensor((8, 2, 32), (64, 32, 1)), 8) == (4096, 8, 256, 256)
-    assert layer_span("padded", Tensor((8, 2, 32), (100, 32, 1)), 8) == (4096, 8, 400, 256)
-    assert layer_span("kernel blocks of half the size", Tensor((16, 2, 32), (64, 32, 1)), 8) == (4096, 8, 512, 512)
-    for wrong in (Tensor((2, 8, 32), (256, 32, 1)), Tensor((8, 2, 32), (32, 256, 1)), Tensor((9, 2, 32), (64, 32, 1))):
-        with pytest.raises(RuntimeError, match="whole blocks"):
-            layer_span("wrong", wrong, 8)
-    gpu = Tensor((8, 2, 32), (64, 32, 1))
-    gpu.device = SimpleNamespace(type="cuda")
-    with pytest.raises(RuntimeError, match="GPU"):
-        layer_span("gpu", gpu, 8)
-
-
-def config(device="cpu", policy="recompute", extra=None, context=1):
-    return SimpleNamespace(
-        device_config=SimpleNamespace(device_type=device),
-        kv_transfer_config=SimpleNamespace(kv_load_failure_policy=policy, kv_connector_extra_config=extra or {}),
-        parallel_config=SimpleNamespace(decode_context_parallel_size=context, prefill_context_parallel_size=1),
-    )
-
-
-def groups(*names):
-    return [SimpleNamespace(kv_cache_spec=type(name, (), {})()) for name in names]
-
-
-def test_what_cannot_work_is_refused_at_the_start():
-    check(config(), groups("FullAttentionSpec"))
-    for wrong, kinds, says in (
-        (config(device="cuda"), ["FullAttentionSpec"], "GPU"),
-        (config(policy="fail"), ["FullAttentionSpec"], "recompute"),
-        (config(), ["SlidingWindowSpec"], "full attention"),
-        (config(), ["FullAttentionSpec", "MambaSpec"], "full attention"),
-        (config(context=2), ["FullAttentionSpec"], "context"),
-    ):
-        with pytest.raises(ValueError, match=says):
-            check(wrong, groups(*kinds))
-
-
-def test_a_setting_nobody_knows_is_refused(monkeypatch):
-    monkeypatch.setenv("TERRACE_TOKEN", "secret")
-    assert settings_of(config(extra={"endpoint": "x:1"})) == {"endpoint": "x:1", "token": "secret"}
-    with pytest.raises(ValueError, match="endpiont"):
-        settings_of(config(extra={"endpiont": "x:1"}))
+def test_what_keeps_an_engine_from_the_others_is_told_by_the_half_that_hears_of_it(caplog):
+    engine, first = Engine(warm()), request()
+    engine.workers[0].cache.differs = 'kv_dtype was "u8", is "bf16"'
+    for _ in range(3):
+        engine.step({first: 0})
+    (line,) = [record.getMessage() for record in caplog.records if "no prefix is shared" in record.getMessage()]
+    assert line.endswith('kv_dtype was "u8", is "bf16"')

@@ -9,7 +9,7 @@ import json
 import sys
 import time
 
-from engine import Engine, prompt
+from engine import MANY_TOKENS, A, B, Engine, prompt
 
 PATIENCE_S = 60
 
@@ -27,15 +27,14 @@ def stored_once(engine, workers):
 
 
 def main(model, endpoint, options):
-    prompts = [prompt(1, 900), prompt(2, 937)]
     with Engine(model, endpoint, **options) as engine:
         stored_once(engine.ready(), options.get("tensor_parallel_size", 1))
         before = engine.counts("saved_blocks")
-        cold, none = engine.loaded(*prompts, tokens=64)
+        cold, none = engine.loaded(A, B, tokens=MANY_TOKENS)
         engine.settle()
         saved = engine.counts("saved_blocks") - before
         engine.forget()
-        warm, loaded = engine.loaded(*prompts, tokens=64)
+        warm, loaded = engine.loaded(A, B, tokens=MANY_TOKENS)
         drafted = [metric.value for metric in engine.llm.get_metrics() if "spec_decode_num_draft" in metric.name]
         failed = engine.counts("failed_blocks") + engine.counts("dropped_blocks")
     said = {"cold": cold, "warm": warm, "loaded": [none, loaded], "saved": saved, "failed": failed}

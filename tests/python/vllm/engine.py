@@ -19,7 +19,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
 BLOCK = 32
-TOKENS = 16
+TOKENS, MANY_TOKENS = 16, 64  # generated: as a rule, and where more is to be shown
 CACHE_BYTES = 64 << 20  # 8 KiB per token and four layers: 256 blocks of 256 KiB
 
 
@@ -27,6 +27,12 @@ def prompt(seed: int, tokens: int) -> list[int]:
     """Token ids that depend on nothing but the seed; a longer one begins with the shorter."""
     chance = random.Random(seed)
     return [chance.randrange(3, 512) for _ in range(tokens)]
+
+
+A, B = prompt(1, 900), prompt(2, 937)
+LONGER = A + prompt(3, 300)  # begins with all of A
+CROWD = [prompt(10 + i, 600) for i in range(4)]
+SHORT = prompt(20, 20)  # no whole block
 
 
 def loadable(tokens: int) -> int:

@@ -9,7 +9,6 @@ import dataclasses
 import importlib
 import inspect
 import pathlib
-import signal
 import sys
 import time
 
@@ -225,18 +224,62 @@ def test_a_node_killed_and_restarted_is_used_again(engine, node):
     assert other.read(late, range(6)) == [fill(i) for i in range(6)]
 
 
+# A call that waits for a frozen node waits for a deadline, 1 s or more. One that does not is done in well under 1 ms,
+# and has this long on a machine that is busy with something else.
+CALL_S = 0.25
+CALLS = ("lookup", "submit_store", "submit_load", "get_finished_jobs")
+OTHER_CALLS = ("on_new_request", "on_schedule_end", "on_request_finished", "touch", "has_pending_work", "get_stats")
+
+
+def timed(tier):
+    """The longest that each of the tier's calls takes from here on."""
+    worst = {}
+
+    def watch(name, call):
+        def watched(*args, **more):
+            began = time.monotonic()
+            try:
+                return call(*args, **more)
+            finally:
+                worst[name] = max(worst.get(name, 0.0), time.monotonic() - began)
+
+        setattr(tier, name, watched)
+
+    for name in CALLS + OTHER_CALLS:
+        watch(name, getattr(tier, name))
+    return worst
+
+
 def test_a_frozen_node_holds_nobody_up(engine, node):
-    first, second = engine(), engine(lookup_timeout_ms=200, transfer_timeout_ms=500)
+    lookup_s, transfer_s = 1, 2
+    first, second = engine(), engine(lookup_timeout_ms=1000 * lookup_s, transfer_timeout_ms=1000 * transfer_s)
     first.compute(first.request("a", PROMPT), range(6), content(first.pool.strides[0], 6))
     first.settle()
-    node.signal(signal.SIGSTOP)
+    promised = second.request("b", [*PROMPT, 9])
+    keys, context = second.keys(promised)
+
+    def found():
+        second.tier.on_schedule_end(ScheduleEndContext((), ()))
+        return second.tier.lookup(keys[0], context) is LookupResult.HIT
+
+    wait_until(found, "the node has said that it has the block")
+    worst = timed(second.tier)
+    node.freeze()
     began = time.monotonic()
-    request = second.request("b", [*PROMPT, 9])
-    assert second.hits(request) == 0
-    second.compute(request, range(6), content(second.pool.strides[0], 6))
+    assert second.manager.lookup(keys[0], context) is LookupResult.HIT_PENDING  # a load that cannot end
+    request = second.request("c", [9, *PROMPT])
+    second.compute(request, range(3), content(second.pool.strides[0], 7))  # a store that cannot either
+    assert second.tier._cache.state() == "ready", "nobody knows yet that it is frozen"
+    asked = second.request("d", [8, *PROMPT])
+    assert second.hits(asked) == 0
+    second.manager.get_stats()
     second.settle()
-    assert time.monotonic() - began < 10
-    node.signal(signal.SIGCONT)
+    second.finish(asked)
+    assert second.manager.lookup(keys[0], context) is LookupResult.MISS
+    assert time.monotonic() - began < lookup_s + transfer_s + 4
+    assert set(CALLS) <= set(worst), "each of them was called"
+    assert max(worst.values()) < CALL_S, worst
+    node.thaw()
     wait_until(lambda: second.tier._cache.state() == "ready", "the node that woke is used again", 60)
     third = engine()
     assert third.hits(third.request("c", [*PROMPT, 9])) == len(PROMPT)
@@ -271,6 +314,10 @@ def test_events_and_metrics_are_those_vllm_expects(engine):
 def test_identity_is_the_engines_own_and_the_log_says_what_differs(engine, caplog):
     first = engine(label="shared name")
     second = engine(label="shared name", hashing="sha256_cbor")
+    for one in (first, second):
+        one.manager.get_stats()
+    (line,) = [record.getMessage() for record in caplog.records if "no prefix is shared" in record.getMessage()]
+    assert "hashes sha256_cbor" in line
     assert first.tier._cache.difference() is None
     assert "hashes sha256_cbor" in second.tier._cache.difference()
     assert first.tier._weights == second.tier._weights != "not found"

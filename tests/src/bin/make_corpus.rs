@@ -6,8 +6,11 @@ use std::{fs, path::Path};
 
 use bytes::Bytes;
 use kvproto::{
-    BlockHeader, BlockKey, NamespaceId, Part, Place, RunHash, SequenceHash, frame,
+    BlockHeader, BlockKey, Chain, NamespaceId, Part, Place, RunHash, SequenceHash,
+    convert::request,
+    frame,
     http2::frame::{END_HEADERS, END_STREAM, Kind, put_field, put_frame},
+    local::fixed,
     v1::{self, local_request::Call},
 };
 use kvserver::tier::{Resident, journal, record};
@@ -240,6 +243,7 @@ fn main() -> std::io::Result<()> {
             boot_id: 2,
             join: Bytes::from_static(&[9; 16]),
             staging_bytes: 1 << 20,
+            layouts: 1,
         }),
         Call::Map(v1::LocalMap {
             segments: vec![0, 3],
@@ -252,6 +256,7 @@ fn main() -> std::io::Result<()> {
                 header: Some(wire.clone()),
                 offset: 4096,
             }],
+            follows: false,
         }),
     ];
     for (i, call) in calls.into_iter().enumerate() {
@@ -264,6 +269,44 @@ fn main() -> std::io::Result<()> {
         kvproto::local::encode(&request, &mut local).expect("short");
     }
     save(&root, "local", "five_calls", &local)?;
+    let asked =
+        request::Get::try_from(v1::GetRequest::decode(&requests[2].1[..]).expect("our own"));
+    let asked = asked.expect("in order");
+    let chain = Chain {
+        jumps: Vec::new(),
+        ..asked.chain
+    };
+    let asking = fixed::Asking {
+        sequence: 6,
+        timeout_ms: 500,
+        done: &[3],
+        view_digest: kvproto::ViewDigest(4),
+        namespace: asked.namespace,
+        lease: asked.lease,
+        chain: &chain,
+        parts: &asked.parts,
+    };
+    let mut gets = Vec::new();
+    fixed::encode_get(&asking, &mut gets).expect("short");
+    let head = fixed::GotHead {
+        sequence: 6,
+        boot_id: kvproto::BootId(2),
+        view_digest: kvproto::ViewDigest(4),
+        queue: 1,
+        hold: 9,
+    };
+    let hit = fixed::Telling::Hit {
+        header: &header,
+        tier: kvproto::TierKind::Ram,
+        spot: Some(fixed::Spot {
+            segment: 1,
+            offset: 4096,
+            generation: 3,
+        }),
+    };
+    let miss = fixed::Telling::Not(kvproto::GetOutcome::Miss);
+    fixed::encode_got(&head, [hit, miss].into_iter(), &mut gets).expect("short");
+    save(&root, "local", "fixed_get_and_answer", &gets)?;
     save(&root, "trace", "two_requests", b"{\"timestamp\": 0, \"input_length\": 1000, \"output_length\": 10, \"hash_ids\": [1, 2]}\n{\"timestamp\": 5, \"input_length\": 600, \"output_length\": 1, \"hash_ids\": [1, 3]}\n")?;
     save(
         &root,

@@ -2,15 +2,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use kvclient::{
-    Client, GetOutcome, LocalPath, LookupOptions, Namespace, PutBlock, PutOptions, PutOutcome,
-};
+use kvclient::{GetOutcome, LookupOptions, Namespace, PutBlock, PutOptions, PutOutcome};
 use kvproto::Member;
-use kvtests::{circle::Circle, node::filled, patience::within_awake};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
-    sync::watch,
+use kvtests::{
+    circle::Circle, client::over_grpc, node::filled, patience::within_awake, wires::Gate,
 };
 
 const RUN_BLOCKS: u32 = 4;
@@ -21,52 +16,18 @@ const BLOCK_BYTES: usize = 3000;
 const SOON: Duration = Duration::from_secs(3);
 const DEADLINE: Duration = Duration::from_secs(30);
 
-/// A way to a node that can be frozen: connections stay, and nothing passes.
-async fn freezable(to: std::net::SocketAddr) -> (String, watch::Sender<bool>) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = format!("http://{}", listener.local_addr().unwrap());
-    let (freeze, frozen) = watch::channel(false);
-    tokio::spawn(async move {
-        while let Ok((near, _)) = listener.accept().await {
-            let far = TcpStream::connect(to).await.expect("the node listens");
-            let ((near_in, near_out), (far_in, far_out)) = (near.into_split(), far.into_split());
-            tokio::spawn(pass(near_in, far_out, frozen.clone()));
-            tokio::spawn(pass(far_in, near_out, frozen.clone()));
-        }
-    });
-    (address, freeze)
-}
-
-async fn pass(
-    mut from: tokio::net::tcp::OwnedReadHalf,
-    mut to: tokio::net::tcp::OwnedWriteHalf,
-    mut frozen: watch::Receiver<bool>,
-) {
-    let mut bytes = vec![0; 64 << 10];
-    while let Ok(count) = from.read(&mut bytes).await
-        && count > 0
-        && frozen.wait_for(|frozen| !frozen).await.is_ok()
-        && to.write_all(&bytes[..count]).await.is_ok()
-    {}
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_frozen_owner_costs_its_blocks_and_not_the_deadline() {
     let circle = Circle::start(2).await;
-    let (address, freeze) = freezable(circle.nodes[1].node.grpc_addr()).await;
+    let gate = Gate::before(circle.nodes[1].node.grpc_addr()).await;
     // Clients are told of the way that can be frozen. No digest covers an address.
     let told = Member {
         version: circle.member(1).version + 1,
-        address,
+        address: gate.url(),
         ..circle.member(1)
     };
     circle.tell(0, [told]);
-    let client = Client::builder(&circle.endpoint(0))
-        .local(LocalPath::Off)
-        .connect()
-        .await
-        .unwrap()
-        .with_deadline(DEADLINE);
+    let client = over_grpc(&circle.endpoint(0)).await.with_deadline(DEADLINE);
     let spec = Namespace::opaque("frozen", 16, RUN_BLOCKS);
     let ns = Arc::new(client.open_namespace(&spec, false).await.unwrap());
     let roster = circle.nodes[0].node.cluster().roster();
@@ -97,7 +58,7 @@ async fn a_frozen_owner_costs_its_blocks_and_not_the_deadline() {
     let whole = client.get(&ns, &chain, None).await.unwrap();
     assert!(whole.iter().all(|got| got.outcome == GetOutcome::Hit));
 
-    freeze.send_replace(true);
+    gate.close();
     let got = within_awake(SOON, client.get(&ns, &chain, None)).await;
     let got = got.expect("long before its deadline").expect("an answer");
     for (got, of_frozen) in got.iter().zip(&of_frozen) {
@@ -113,7 +74,7 @@ async fn a_frozen_owner_costs_its_blocks_and_not_the_deadline() {
     let found = within_awake(quick, client.lookup(&ns, &chain, &LookupOptions::default())).await;
     assert_eq!(found.expect("at once").unwrap().present_blocks, cut as u32);
 
-    freeze.send_replace(false);
+    gate.open();
     kvtests::patience::until("it is asked again", async || {
         let got = client.get(&ns, &chain, None).await.unwrap();
         got.iter().all(|got| got.outcome == GetOutcome::Hit)

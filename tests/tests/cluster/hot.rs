@@ -14,10 +14,11 @@ use kvclient::{
     PutBlock, PutOptions, PutOutcome, Target,
 };
 use kvproto::v1::{self, blocks_client::BlocksClient};
-use kvserver::{Node, config::Config};
+use kvserver::config::Config;
 use kvtests::{
+    client::over_grpc,
     cluster::TestCluster,
-    node::{Stock, filled},
+    node::{Stock, figure, filled},
     patience::{HANG, eventually, until},
 };
 use tonic::{Request, transport::Endpoint};
@@ -42,11 +43,7 @@ async fn cluster() -> TestCluster {
 }
 
 async fn connect(cluster: &TestCluster) -> (Client, NamespaceHandle) {
-    let client = Client::builder(&cluster.node(0).endpoint())
-        .local(LocalPath::Off)
-        .connect()
-        .await
-        .expect("a client");
+    let client = over_grpc(&cluster.node(0).endpoint()).await;
     let ns = open(&client).await;
     (client, ns)
 }
@@ -55,13 +52,6 @@ async fn open(client: &Client) -> NamespaceHandle {
     let spec = Namespace::opaque("hot", 16, RUN_BLOCKS);
     let ns = client.open_namespace(&spec, false).await;
     ns.expect("a namespace")
-}
-
-fn figure(node: &Node, name: &str) -> f64 {
-    let text = node.blocks().metrics_text();
-    let samples = kvserver::telemetry::metrics::samples(&text);
-    let of_name = samples.filter(|(sample, _)| sample.starts_with(name));
-    of_name.map(|(_, value)| value).sum()
 }
 
 fn hits(cluster: &TestCluster, number: usize) -> f64 {
@@ -161,6 +151,14 @@ impl Crowd {
         }
     }
 
+    /// Once the second owner has been drawn in.
+    async fn served_by_two(cluster: &TestCluster, ns: &NamespaceHandle, chain: &Chain) -> Self {
+        let crowd = Self::gather(cluster, ns, chain).await;
+        let second = owners(cluster, chain)[1];
+        eventually("the second owner serves it", || hits(cluster, second) > 0.0).await;
+        crowd
+    }
+
     /// How many reads did not get all.
     async fn leave(mut self) -> u64 {
         self.readers_leave().await;
@@ -246,11 +244,7 @@ async fn another_process_reads_under_a_lease_that_was_taken_of_the_second_owner(
     // By that each learns of the others.
     open(&scheduler).await;
     open(&worker).await;
-    let crowd = Crowd::gather(&cluster, &ns, &chain).await;
-    eventually("the second owner serves it", || {
-        hits(&cluster, second) > 0.0
-    })
-    .await;
+    let crowd = Crowd::served_by_two(&cluster, &ns, &chain).await;
     // The readers go; those who wait at the first owner stay, so that the second is asked.
     let waiting = crowd.leave_waiting().await;
     let mut taken = None;
@@ -275,7 +269,7 @@ async fn another_process_reads_under_a_lease_that_was_taken_of_the_second_owner(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_second_owner_lacks_its_owner_is_asked_for() {
+async fn a_client_that_only_gets_is_told_of_the_second_owner() {
     let cluster = cluster().await;
     let (client, ns) = connect(&cluster).await;
     let chain = put(&client, &ns).await;
@@ -285,6 +279,31 @@ async fn what_a_second_owner_lacks_its_owner_is_asked_for() {
         hits(&cluster, second) > 0.0
     })
     .await;
+    // The readers go; those who wait at the first owner stay, so that it has a queue.
+    let waiting = crowd.leave_waiting().await;
+    for local in [LocalPath::Off, LocalPath::Auto] {
+        let builder = Client::builder(&cluster.node(0).endpoint()).local(local.clone());
+        let getter = builder.connect().await.expect("a client");
+        let its = open(&getter).await;
+        let before = hits(&cluster, second);
+        until(&format!("it is read there, {local:?}"), async || {
+            let got = getter.get(&its, &chain, None).await.expect("an answer");
+            let outcomes = got.iter().map(|got| got.outcome);
+            assert!(outcomes.clone().all(|outcome| outcome == GetOutcome::Hit));
+            hits(&cluster, second) > before
+        })
+        .await;
+    }
+    drop(waiting);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_second_owner_lacks_its_owner_is_asked_for() {
+    let cluster = cluster().await;
+    let (client, ns) = connect(&cluster).await;
+    let chain = put(&client, &ns).await;
+    let second = owners(&cluster, &chain)[1];
+    let crowd = Crowd::served_by_two(&cluster, &ns, &chain).await;
     // It loses what it was given, and nobody tells: a node may evict a copy whenever it likes.
     let lost = cluster.node(second).blocks().clone();
     let held = lost
@@ -306,12 +325,7 @@ async fn an_invalidation_reaches_the_second_owner() {
     let cluster = cluster().await;
     let (client, ns) = connect(&cluster).await;
     let chain = put(&client, &ns).await;
-    let second = owners(&cluster, &chain)[1];
-    let crowd = Crowd::gather(&cluster, &ns, &chain).await;
-    eventually("the second owner serves it", || {
-        hits(&cluster, second) > 0.0
-    })
-    .await;
+    let crowd = Crowd::served_by_two(&cluster, &ns, &chain).await;
     crowd.leave().await;
     client
         .invalidate(&ns, Target::All)

@@ -5,10 +5,18 @@
     reason = "measured times are shown with --nocapture"
 )]
 
+mod away;
 mod frozen;
 mod gossip_turmoil;
+mod hold;
 mod hot;
 mod joins;
 mod motion;
+mod peers;
+mod reports;
 mod routing;
+mod silent;
+mod size;
+mod tenants;
 mod views;
+mod watch;

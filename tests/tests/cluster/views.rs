@@ -1,29 +1,11 @@
 //! Two nodes whose views differ learn from any call between them, gossip or no gossip.
 
-use std::net::UdpSocket;
-
 use kvproto::{MemberId, key::RunHash};
 use kvtests::{
     circle::{Circle, pretended},
     node::RUN_BLOCKS,
     patience::{eventually, until},
 };
-use parking_lot::Mutex;
-
-/// Two nodes without gossip: somebody else has their UDP ports. What goes between them is what they call each other for.
-async fn two_without_gossip() -> (Circle, Vec<UdpSocket>) {
-    let taken = Mutex::new(Vec::new());
-    let circle = Circle::start_strangers(2, |config| {
-        let udp = UdpSocket::bind("127.0.0.1:0").expect("a free port");
-        config.listen = udp.local_addr().expect("a bound socket has an address");
-        taken.lock().push(udp);
-    })
-    .await;
-    for node in &circle.nodes {
-        assert!(node.node.cluster().alone().is_some(), "it cannot gossip");
-    }
-    (circle, taken.into_inner())
-}
 
 fn knows(circle: &Circle, number: usize, id: &str) -> bool {
     let roster = circle.nodes[number].node.cluster().roster();
@@ -32,7 +14,7 @@ fn knows(circle: &Circle, number: usize, id: &str) -> bool {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_whose_gossip_is_cut_learns_from_a_call_to_a_peer() {
-    let (circle, _taken) = two_without_gossip().await;
+    let circle = Circle::start_deaf(2).await;
     circle.acquaint(0..2);
     circle.tell(1, [pretended("n9", "http://127.0.0.1:9")]);
     let mut client = circle.nodes[0].client().await;
@@ -61,7 +43,7 @@ async fn a_node_whose_gossip_is_cut_learns_from_a_call_to_a_peer() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_hands_over_blocks_learns_from_who_takes_them() {
-    let (circle, _taken) = two_without_gossip().await;
+    let circle = Circle::start_deaf(2).await;
     let mut client = circle.nodes[0].client().await;
     let block = [kvtests::node::filled(1, 1000)];
     for seed in 0..16 {

@@ -145,5 +145,12 @@ async fn the_console_shows_metrics_and_readiness() {
         metrics.contains("terrace_tier_capacity_bytes{tier=\"ram\"} 67108864"),
         "{metrics}"
     );
+    // Nobody is sent to a node whose blocks are with others now.
+    node.node.cluster().leave();
+    let left = fetch("/readyz").await;
+    assert!(
+        left.starts_with("HTTP/1.1 503") && left.contains("kvctl cluster resume"),
+        "{left}"
+    );
     node.stop().await;
 }

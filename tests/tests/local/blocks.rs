@@ -8,7 +8,11 @@ use std::{
     thread,
 };
 
-use kvproto::v1::{self, GetOutcome, PutOutcome, Reason, local_reply::Answer, local_request::Call};
+use kvproto::{
+    BlockKey, LeaseId, Part, ViewDigest,
+    local::fixed::Asking,
+    v1::{self, GetOutcome, PutOutcome, Reason, local_reply::Answer, local_request::Call},
+};
 use kvserver::tier::{Fault, Faults};
 use kvtests::{
     local::{Raw, Space, pattern},
@@ -67,6 +71,61 @@ async fn a_chain_is_read_where_it_lies_with_and_without_a_lease() {
     }
     let gone = reader.raw.get(space.get(&chain, lease.id));
     assert_eq!(got(&gone.blocks), [GetOutcome::Expired; 6]);
+}
+
+#[tokio::test]
+async fn a_get_in_the_fixed_layout_is_answered_as_its_message_is() {
+    let node = TestNode::start(|_| {}).await;
+    let space = Space::open(&node.node, "default").await;
+    let mut client = Client::new(&node, "", 1);
+    let chain = space.chain(1, 6);
+    client.put_chain(&space, &chain.slice(0..4, RUN_BLOCKS), MIB + 12_345);
+    let lookup = space.lookup(&chain, 60_000);
+    let lease = client.raw.lookup(lookup).lease.expect("a lease");
+    for lease in [None, Some(LeaseId(lease.id))] {
+        let asking = Asking {
+            sequence: 0,
+            timeout_ms: 0,
+            done: &[],
+            view_digest: ViewDigest(0),
+            namespace: space.id,
+            lease,
+            chain: &chain,
+            parts: &[],
+        };
+        // The first answers tell of the cluster, and are messages.
+        let message = client
+            .raw
+            .get(space.get(&chain, lease.map_or(0, |lease| lease.0)));
+        let got = client.raw.get_fixed(asking);
+        let context = message.context.expect("who answers");
+        assert_eq!(got.head.boot_id.0, context.boot_id);
+        assert_eq!(got.head.view_digest.0, context.view_digest);
+        assert_eq!(
+            (got.head.hold == 0, message.hold == 0),
+            (lease.is_some(), lease.is_some())
+        );
+        assert_eq!(got.blocks.len(), message.blocks.len());
+        for (i, (block, told)) in got.blocks.into_iter().zip(&message.blocks).enumerate() {
+            assert_eq!(block.outcome.map(|o| o.to_wire()), Some(told.outcome()));
+            let Some(hit) = block.hit else {
+                assert!(told.header.is_none() && i >= 4);
+                continue;
+            };
+            let (spot, place) = (hit.spot.expect("mapped"), told.place.expect("mapped"));
+            assert_eq!(
+                (spot.segment, spot.offset, spot.generation),
+                (place.segment, place.offset, place.generation)
+            );
+            let key = BlockKey {
+                namespace: space.id,
+                hash: chain.hashes[i],
+                part: Part::default(),
+            };
+            let header = space.judge(told.header.as_ref().expect("of a hit"));
+            assert_eq!(hit.header(key), header);
+        }
+    }
 }
 
 #[tokio::test]

@@ -49,6 +49,21 @@ async fn a_held_block_stays_in_its_slot_until_its_reader_is_done() {
 }
 
 #[tokio::test]
+async fn a_call_is_in_the_queue_that_its_answer_tells_of() {
+    let node = TestNode::start(|_| {}).await;
+    let space = Space::open(&node.node, "default").await;
+    let mut client = Client::new(&node, "", 1);
+    let (chain, _) = put_one(&mut client, &space, 1, MIB);
+    for lease in [0, 1] {
+        let answer = client.raw.get(space.get(&chain, lease));
+        assert_eq!(answer.context.expect("a context").queue, 1);
+    }
+    let in_flight = || metric(&node, "terrace_local_calls_in_flight");
+    eventually("it is over", || in_flight() == 0.0).await;
+    assert_eq!(node.node.blocks().queue(), 0);
+}
+
+#[tokio::test]
 async fn a_hold_ends_by_time_even_if_its_reader_says_nothing() {
     let node = TestNode::start(|config| config.local_hold = Duration::from_millis(30)).await;
     let space = Space::open(&node.node, "default").await;

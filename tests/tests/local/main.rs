@@ -3,6 +3,7 @@
 mod attach;
 mod blocks;
 mod death;
+mod following;
 mod holds;
 mod hostile;
 mod tenants;

@@ -43,7 +43,11 @@ fn hand_on(mut client: UnixStream, mut node: Raw, change: Change) -> Option<()> 
         node.send(&frame).ok()?;
         let mut reply = node.reply().ok()??;
         let mut fds = std::mem::take(&mut node.fds);
-        change(reply.answer.as_mut()?, &mut fds);
+        let answer = reply.answer.as_mut()?;
+        if let Answer::Attached(attached) = answer {
+            attached.layouts = 0; // messages alone are what is changed here
+        }
+        change(answer, &mut fds);
         frame.clear();
         encode(&reply, &mut frame).ok()?;
         send(&client, &frame, &fds)?;

@@ -16,7 +16,7 @@ const BLOCKS: usize = 12;
 /// How soon a dead client's things must be back.
 const AT_ONCE: Duration = Duration::from_secs(1);
 
-fn metric(node: &TestNode, name: &str) -> f64 {
+pub(crate) fn metric(node: &TestNode, name: &str) -> f64 {
     let stats = node.node.blocks().stats();
     let counter = stats.counters.iter().find(|counter| counter.name == name);
     counter.unwrap_or_else(|| panic!("no metric {name}")).value

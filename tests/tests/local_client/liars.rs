@@ -10,8 +10,8 @@ use std::{
 use bytes::Bytes;
 use kvclient::{Client, LocalPath, Path};
 use kvproto::{
-    Reason,
-    local::{Inbox, encode},
+    BlockHeader, BlockKey, BootId, Reason, ViewDigest,
+    local::{Frame, Inbox, encode, fixed},
     v1::{self, local_reply::Answer, local_request::Call},
 };
 use kvtests::{
@@ -19,10 +19,12 @@ use kvtests::{
     patience::{HANG, until, within_awake},
 };
 
+use prost::Message;
+
 use crate::{MIB, chain, get, open, over_grpc, put};
 
 #[derive(Clone, Copy, Debug)]
-enum Lie {
+pub(crate) enum Lie {
     Closes,
     Silent,
     Garbage,
@@ -34,11 +36,17 @@ enum Lie {
     WrongSequence,
     /// Attaches, then says nothing about some of the blocks.
     TooFew,
+    /// Knows the fixed layout of gets by its word, and answers in none.
+    Misshapen,
+    /// Answers in the fixed layout, about blocks that it does not show.
+    Unshown,
+    /// Answers in the fixed layout, about fewer blocks.
+    FixedTooFew,
     /// Refuses to attach, as a node does to which the kernel said `ETOOMANYREFS`.
     Crowded,
 }
 
-const LIES: [Lie; 8] = [
+pub(crate) const LIES: [Lie; 11] = [
     Lie::Closes,
     Lie::Silent,
     Lie::Garbage,
@@ -46,6 +54,9 @@ const LIES: [Lie; 8] = [
     Lie::NoMemory,
     Lie::WrongSequence,
     Lie::TooFew,
+    Lie::Misshapen,
+    Lie::Unshown,
+    Lie::FixedTooFew,
     Lie::Crowded,
 ];
 
@@ -54,12 +65,22 @@ const CROWDED: &str = "too many descriptors are on their way to other clients; t
 fn serve(mut stream: UnixStream, lie: Lie, boot: u64) -> Option<()> {
     let mut inbox = Inbox::new();
     loop {
-        let request: v1::LocalRequest = loop {
-            if let Some(request) = inbox.take().ok()? {
-                break request;
+        let frame = loop {
+            if let Some(frame) = inbox.take_frame().ok()? {
+                break frame;
             }
             let bytes = stream.read(inbox.room()).ok().filter(|bytes| *bytes > 0)?;
             inbox.filled(bytes);
+        };
+        let request = match frame {
+            Frame::Message(bytes) => v1::LocalRequest::decode(bytes).ok()?,
+            Frame::Fixed(bytes) => {
+                let Ok(fixed::Request::Get(call)) = fixed::decode_request(&bytes) else {
+                    return None;
+                };
+                stream.write_all(&fixed_lie(&call, lie)?).ok()?;
+                continue;
+            }
         };
         let mut sequence = request.sequence;
         let answer = match (request.call?, lie) {
@@ -79,6 +100,10 @@ fn serve(mut stream: UnixStream, lie: Lie, boot: u64) -> Option<()> {
                 staging_bytes: u64::from(matches!(lie, Lie::NoMemory)) << 20,
                 max_block_bytes: 64 << 20,
                 hold_ms: 10_000,
+                layouts: match lie {
+                    Lie::Misshapen | Lie::Unshown | Lie::FixedTooFew => u32::MAX,
+                    _ => 0,
+                },
             }),
             (Call::Get(asked), lie) => {
                 sequence += u64::from(matches!(lie, Lie::WrongSequence));
@@ -97,6 +122,7 @@ fn serve(mut stream: UnixStream, lie: Lie, boot: u64) -> Option<()> {
                     context: None,
                     blocks: vec![block; count],
                     hold: 0,
+                    seconds: Vec::new(),
                 })
             }
             _ => Answer::Nothing(v1::LocalNothing {}),
@@ -111,8 +137,47 @@ fn serve(mut stream: UnixStream, lie: Lie, boot: u64) -> Option<()> {
     }
 }
 
+fn fixed_lie(call: &fixed::GetCall, lie: Lie) -> Option<Vec<u8>> {
+    if matches!(lie, Lie::Misshapen) {
+        return Some(vec![3, 0, 0, 0x80, 2, 0, 255]);
+    }
+    let asked = call.asked.as_ref().ok()?;
+    let headers = (0..asked.chain.len()).map(|i| {
+        let key = BlockKey {
+            namespace: asked.namespace,
+            hash: asked.chain.hashes[i],
+            part: asked.parts[0],
+        };
+        BlockHeader::describe(key, asked.chain.place(i, 4), &[7; 100])
+    });
+    let mut headers: Vec<BlockHeader> = headers.collect();
+    if matches!(lie, Lie::FixedTooFew) {
+        headers.pop();
+    }
+    let head = fixed::GotHead {
+        sequence: call.sequence,
+        boot_id: BootId(0),
+        view_digest: ViewDigest(0),
+        queue: 0,
+        hold: 0,
+    };
+    let spot = Some(fixed::Spot {
+        segment: 77,
+        offset: 0,
+        generation: 1,
+    });
+    let blocks = headers.iter().map(|header| fixed::Telling::Hit {
+        header,
+        tier: kvproto::TierKind::Ram,
+        spot,
+    });
+    let mut frame = Vec::new();
+    fixed::encode_got(&head, blocks, &mut frame).ok()?;
+    Some(frame)
+}
+
 /// A socket at which nobody tells the truth, as long as the test runs.
-fn liar(dir: &std::path::Path, lie: Lie, boot: u64) -> PathBuf {
+pub(crate) fn liar(dir: &std::path::Path, lie: Lie, boot: u64) -> PathBuf {
     let path = dir.join(format!("{lie:?}.sock"));
     let listener = UnixListener::bind(&path).unwrap();
     std::thread::spawn(move || {

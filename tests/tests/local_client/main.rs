@@ -1,6 +1,7 @@
 //! The same-host path as an engine meets it: chosen by itself, the same bytes, and gone without a trace when it fails.
 
 mod answers;
+mod blocking;
 mod death;
 mod liars;
 mod limits;

@@ -9,7 +9,9 @@ use kvtests::{
     processes::{Fleet, agree},
 };
 
-use crate::{AGREED, BACK, NOTICED, PROGRAMS, SETTINGS, SHORT, scenario, show};
+use crate::{
+    AGREED, BACK, NOTICED, PROGRAMS, SETTINGS, SHORT, assert_all_left, full_level, scenario, show,
+};
 
 /// More than handing over a few MiB takes.
 const DRAIN: Duration = Duration::from_secs(30);
@@ -21,10 +23,7 @@ fn a_rolling_restart_loses_nothing() {
         let mut fleet = Fleet::start(PROGRAMS, 3, SETTINGS).await;
         let mut load = fleet.load(&Plan::default());
         load.fill(false).await;
-        load.go(false);
-        let level = load.level().await;
-        println!("  level before: {level:.4}");
-        assert!(level > 0.99, "all that was put is there");
+        let level = full_level(&mut load).await;
         for node in 0..3 {
             let from = load.tally();
             fleet.stop(node).await;
@@ -33,10 +32,7 @@ fn a_rolling_restart_loses_nothing() {
             load.returns_to("hits are back", level - SHORT, BACK).await;
             show(&format!("{} restarted", fleet.place(node)), &load, &from);
         }
-        load.stop().await;
-        let all = load.audit().await;
-        assert_eq!(all.readable, all.blocks, "nothing is lost");
-        load.assert_clean();
+        assert_all_left(&mut load, "nothing is lost").await;
     });
 }
 
@@ -48,10 +44,7 @@ fn a_node_that_is_added_takes_its_share_and_one_that_is_drained_loses_nothing() 
         let mut fleet = Fleet::start(PROGRAMS, 3, SETTINGS).await;
         let mut load = fleet.load(&Plan::default());
         load.fill(false).await;
-        load.go(false);
-        let level = load.level().await;
-        println!("  level before: {level:.4}");
-        assert!(level > 0.99, "all that was put is there");
+        let level = full_level(&mut load).await;
 
         let from = load.tally();
         let added = fleet.seat();
@@ -81,9 +74,6 @@ fn a_node_that_is_added_takes_its_share_and_one_that_is_drained_loses_nothing() 
         fleet.stop(0).await;
         load.returns_to("hits are back", level - SHORT, BACK).await;
         show("one drained", &load, &from);
-        load.stop().await;
-        let all = load.audit().await;
-        assert_eq!(all.readable, all.blocks, "a drain loses nothing");
-        load.assert_clean();
+        assert_all_left(&mut load, "a drain loses nothing").await;
     });
 }

@@ -5,10 +5,21 @@ use std::time::Duration;
 use kvtests::{
     load::Plan,
     patience::{HANG, pause, until},
-    processes::{Fleet, agree},
+    processes::{Fleet, Sight, agree},
 };
 
-use crate::{AGREED, ANEW, BACK, GRACE, NOTICED, PROGRAMS, SETTINGS, SHORT, scenario, show};
+use crate::{
+    AGREED, ANEW, BACK, GRACE, NOTICED, PROGRAMS, SETTINGS, SHORT, assert_all_left, full_level,
+    scenario, show,
+};
+
+/// The first and the last of three notice in time that the second is silent.
+async fn missed(fleet: &Fleet) {
+    let all_miss_it = |sights: &[Sight]| sights.iter().all(|sight| sight.misses(1));
+    fleet
+        .see("the others miss it", NOTICED, &[0, 2], all_miss_it)
+        .await;
+}
 
 #[test]
 fn a_killed_node_comes_back_with_what_it_had_stored_and_one_that_stays_away_costs_its_blocks() {
@@ -17,19 +28,12 @@ fn a_killed_node_comes_back_with_what_it_had_stored_and_one_that_stays_away_cost
         let mut fleet = Fleet::start(PROGRAMS, 3, SETTINGS).await;
         let mut load = fleet.load(&Plan::default());
         load.fill(true).await;
-        load.go(false);
-        let level = load.level().await;
-        println!("  level before: {level:.4}");
-        assert!(level > 0.99, "all that was put is there");
+        let level = full_level(&mut load).await;
 
         // Quickly back, with its disk.
         let from = load.tally();
         fleet.kill(1);
-        fleet
-            .see("the others miss it", NOTICED, &[0, 2], |s| {
-                s.iter().all(|s| s.misses(1))
-            })
-            .await;
+        missed(&fleet).await;
         fleet.start_node(1);
         fleet.is_one(3, HANG).await;
         load.returns_to("hits are back, from its disk", level - SHORT, BACK)
@@ -41,11 +45,7 @@ fn a_killed_node_comes_back_with_what_it_had_stored_and_one_that_stays_away_cost
         let from = load.tally();
         fleet.kill(1);
         fleet.wipe(1);
-        fleet
-            .see("the others miss it", NOTICED, &[0, 2], |s| {
-                s.iter().all(|s| s.misses(1))
-            })
-            .await;
+        missed(&fleet).await;
         fleet
             .see("and know it lost", GRACE + AGREED, &[0, 2], |s| agree(s, 2))
             .await;
@@ -70,10 +70,7 @@ fn a_killed_node_comes_back_with_what_it_had_stored_and_one_that_stays_away_cost
         load.returns_to("hits are back, moved to it", level - SHORT, BACK)
             .await;
         show("a new one in its place", &load, &from);
-        load.stop().await;
-        let all = load.audit().await;
-        assert_eq!(all.readable, all.blocks, "nothing is lost by coming back");
-        load.assert_clean();
+        assert_all_left(&mut load, "nothing is lost by coming back").await;
     });
 }
 
@@ -102,11 +99,7 @@ fn a_frozen_node_delays_nobody_and_has_its_blocks_when_it_goes_on() {
         for frozen in [Duration::from_secs(3), Duration::from_secs(8)] {
             let (from, from_beside) = (load.tally(), beside.tally());
             fleet.freeze(1);
-            fleet
-                .see("the others miss it", NOTICED, &[0, 2], |s| {
-                    s.iter().all(|s| s.misses(1))
-                })
-                .await;
+            missed(&fleet).await;
             pause(frozen).await;
             fleet.thaw(1);
             fleet.is_one(3, NOTICED + AGREED).await;
@@ -139,10 +132,7 @@ fn where_runs_have_two_owners_a_frozen_node_costs_no_block() {
         });
         // Answered when both have it.
         load.fill(true).await;
-        load.go(false);
-        let level = load.level().await;
-        println!("  level before: {level:.4}");
-        assert!(level > 0.99, "all that was put is there");
+        let level = full_level(&mut load).await;
 
         let from = load.tally();
         fleet.freeze(1);
@@ -158,10 +148,7 @@ fn where_runs_have_two_owners_a_frozen_node_costs_no_block() {
         fleet.is_one(3, NOTICED + AGREED).await;
         load.returns_to("and when it goes on", level - SHORT, BACK)
             .await;
-        load.stop().await;
-        let all = load.audit().await;
-        assert_eq!(all.readable, all.blocks, "nothing is lost");
-        load.assert_clean();
+        assert_all_left(&mut load, "nothing is lost").await;
     });
 }
 
@@ -180,10 +167,7 @@ fn what_had_owners_enough_survives_each_of_them_one_after_the_other() {
         fleet
             .hold("all have everything", BACK, &[0, 1, 2], blocks)
             .await;
-        load.go(false);
-        let level = load.level().await;
-        println!("  level before: {level:.4}");
-        assert!(level > 0.99, "all that was put is there");
+        let level = full_level(&mut load).await;
 
         let from = load.tally();
         fleet.kill(1);
@@ -209,10 +193,7 @@ fn what_had_owners_enough_survives_each_of_them_one_after_the_other() {
         load.returns_to("hits are back from it alone", level - SHORT, BACK)
             .await;
         show("the other two died", &load, &from);
-        load.stop().await;
-        let all = load.audit().await;
-        assert_eq!(all.readable, all.blocks, "nothing is lost");
-        load.assert_clean();
+        assert_all_left(&mut load, "nothing is lost").await;
     });
 }
 

@@ -70,6 +70,23 @@ fn scenario(test: &str, body: impl Future<Output = ()>) {
     });
 }
 
+/// Lets a load read on, and answers its hit share, which is all that was put.
+async fn full_level(load: &mut Load) -> f64 {
+    load.go(false);
+    let level = load.level().await;
+    println!("  level before: {level:.4}");
+    assert!(level > 0.99, "all that was put is there");
+    level
+}
+
+/// Stops a load that had no offence to tell, and reads all that it has put.
+async fn assert_all_left(load: &mut Load, why: &str) {
+    load.stop().await;
+    let all = load.audit().await;
+    assert_eq!(all.readable, all.blocks, "{why}");
+    load.assert_clean();
+}
+
 /// What a load saw since `from`, in a line.
 fn show(what: &str, load: &Load, from: &Tally) {
     let now = load.tally();

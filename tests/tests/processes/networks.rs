@@ -9,7 +9,10 @@ use kvtests::{
     processes::{Fleet, agree},
 };
 
-use crate::{AGREED, ANEW, BACK, GRACE, NOTICED, PROGRAMS, SETTINGS, SHORT, scenario, show};
+use crate::{
+    AGREED, ANEW, BACK, GRACE, NOTICED, PROGRAMS, SETTINGS, SHORT, assert_all_left, full_level,
+    scenario, show,
+};
 
 #[test]
 fn both_sides_of_a_partition_go_on_serving_and_are_one_again_when_it_heals() {
@@ -69,10 +72,7 @@ fn a_slow_link_costs_hits_and_no_more_time_than_a_call_has() {
         let mut fleet = Fleet::start(PROGRAMS, 3, SETTINGS).await;
         let mut load = fleet.load(&Plan::default());
         load.fill(false).await;
-        load.go(false);
-        let level = load.level().await;
-        println!("  level before: {level:.4}");
-        assert!(level > 0.99, "all that was put is there");
+        let level = full_level(&mut load).await;
 
         for kbit in [20_000, 1_000] {
             let from = load.tally();
@@ -85,9 +85,6 @@ fn a_slow_link_costs_hits_and_no_more_time_than_a_call_has() {
             fleet.is_one(3, NOTICED + AGREED).await;
             load.returns_to("hits are back", level - SHORT, BACK).await;
         }
-        load.stop().await;
-        let all = load.audit().await;
-        assert_eq!(all.readable, all.blocks, "nothing is lost");
-        load.assert_clean();
+        assert_all_left(&mut load, "nothing is lost").await;
     });
 }

@@ -118,6 +118,64 @@ async fn leased_blocks_survive_being_overwritten_four_times() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_lies_elsewhere_too_goes_before_what_is_older() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let config = NvmeConfig::new(dir.path(), 64 * MIB);
+    let leases = Arc::new(Leases::default());
+    let tier = NvmeTier::open(config, clock(), leases.clone())
+        .await
+        .expect("it opens");
+    let extent = tier.geometry().extent_bytes;
+    let per_extent = extent / (256 * KIB as u64);
+    let extents = tier.geometry().capacity_bytes() / extent;
+    assert!(extents >= 4, "{extents} extents");
+    // All but what foyer keeps clean: the last write that makes no room.
+    let full = (extents - 2) * per_extent;
+    let blocks: Vec<BlockRef> = (0..full).map(|n| block(n as u32, 256 * KIB)).collect();
+    for batch in blocks.chunks(8) {
+        write_patiently(&tier, batch).await;
+    }
+    tier.look().await;
+    let is_held = |block: &&BlockRef| tier.residents().iter().any(|r| r.key == *block.key());
+    let held: Vec<&BlockRef> = blocks.iter().filter(is_held).collect();
+    assert!(
+        held.len() * 4 > blocks.len() * 3,
+        "{} are there",
+        held.len()
+    );
+    // What lies in the middle has moved.
+    let moved = &held[held.len() / 3..][..3 * per_extent as usize];
+    let keys: Vec<BlockKey> = moved.iter().map(|block| *block.key()).collect();
+    tier.first_to_go(&keys);
+    assert_eq!(tier.going().len(), keys.len());
+    // One comes back for a moment: then it is an ordinary one.
+    tier.stays(&keys[..1]);
+    assert!(tier.going().iter().all(|resident| resident.key != keys[0]));
+    tier.first_to_go(&keys[..1]);
+    let before = leases.let_go.lock().clone();
+    for batch in 0..per_extent / 4 {
+        let new: Vec<BlockRef> = (0..4)
+            .map(|n| block((10_000 + batch * 4 + n) as u32, 256 * KIB))
+            .collect();
+        write_patiently(&tier, &new).await;
+    }
+    eventually("room was made", || {
+        leases.let_go.lock().len() > before.len()
+    })
+    .await;
+    let let_go: Vec<BlockKey> = leases.let_go.lock().difference(&before).copied().collect();
+    let moved_first = let_go.iter().filter(|key| keys.contains(key)).count();
+    assert!(
+        moved_first * 2 > let_go.len(),
+        "{moved_first} of {} that went had moved",
+        let_go.len()
+    );
+    for block in &held[..4] {
+        assert!(has(&tier, block).await, "the oldest are there");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn if_everything_is_leased_new_blocks_still_find_room() {
     let dir = tempfile::tempdir().expect("a folder");
     struct KeepAll;

@@ -12,6 +12,7 @@ use kvexamples::reuse::Prefiller;
 use kvexamples::screen::{Screen, thousands};
 use kvexamples::stopwatch::Stopwatch;
 use kvexamples::weights::WeightSource;
+use tokio::time::{MissedTickBehavior, interval};
 
 use crate::Arguments;
 use crate::fleet::{Fleet, Tally};
@@ -24,8 +25,10 @@ const DOCUMENT_TOKENS: usize = 768;
 const QUESTION_TOKENS: usize = 24;
 /// A lookup or a get that waits longer than this for a dead node is given up, and the rest is computed.
 const DEADLINE: Duration = Duration::from_secs(2);
-/// Passes that wait for the nodes to settle; each takes a second or more.
-const MOST_PASSES: usize = 30;
+/// How long the nodes may take to settle: what a death or a join costs in seconds, with much to spare for a busy machine.
+const SETTLED_WITHIN: Duration = Duration::from_secs(90);
+/// Passes that wait for it begin no closer together, so that a small model on a quick machine does not fill the screen.
+const PASS_EVERY: Duration = Duration::from_millis(500);
 
 /// Runs everything; true when what was to be shown was shown.
 pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<bool> {
@@ -217,12 +220,16 @@ impl Theatre {
 
     /// Asks again and again until the nodes agree on who is here and nothing is on its way.
     async fn until_settled(&mut self, stage: &'static str, fleet: &Fleet) -> anyhow::Result<()> {
-        for _ in 0..MOST_PASSES {
+        let watch = Stopwatch::start();
+        let mut next = interval(PASS_EVERY);
+        next.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        while watch.elapsed() < SETTLED_WITHIN {
+            next.tick().await;
             self.pass(stage, fleet).await?;
             if fleet.agrees().await? && self.counted.waiting_runs == 0 {
                 return Ok(());
             }
         }
-        anyhow::bail!("the nodes have not settled after {MOST_PASSES} passes over the documents")
+        anyhow::bail!("{stage}: the nodes have not settled within {SETTLED_WITHIN:?}")
     }
 }

@@ -1,8 +1,8 @@
 //! `kvctl cluster weight`, `drain` and `resume`: what people change about a node. Each needs the nodes' token where
 //! there is one.
 
-use anyhow::{Result, anyhow, bail};
-use kvproto::v1;
+use anyhow::{Context as _, Result, anyhow, bail};
+use kvproto::{MemberState, v1};
 use serde::Serialize;
 
 use super::service::{Service, members, named, said};
@@ -11,7 +11,7 @@ use crate::context::{Context, Unit, size};
 /// Flags of `weight`.
 #[derive(clap::Args)]
 pub(super) struct Weight {
-    /// Its name, or as much of it as is its own
+    /// Its name, or as much of it as is its own; or its address, as `kvctl cluster` shows them
     node: String,
     /// Share of the blocks, relative to the others'; 0: none
     weight: u32,
@@ -20,7 +20,7 @@ pub(super) struct Weight {
 /// Flags of `drain`.
 #[derive(clap::Args)]
 pub(super) struct Drain {
-    /// Its name, or as much of it as is its own
+    /// Its name, or as much of it as is its own; or its address, as `kvctl cluster` shows them
     node: String,
     /// How long to wait for it
     #[arg(long, default_value = "10min")]
@@ -33,7 +33,7 @@ pub(super) struct Drain {
 /// Flags of `resume`.
 #[derive(clap::Args)]
 pub(super) struct Resume {
-    /// Its name, or as much of it as is its own
+    /// Its name, or as much of it as is its own; or its address, as `kvctl cluster` shows them
     node: String,
 }
 
@@ -58,7 +58,15 @@ async fn find(context: &Context, name: &str) -> Result<(Service, String)> {
     let view = Service::connect(context).await?.view(context).await?;
     let view = members(&view)?;
     let member = named(&view, name)?;
-    let service = Service::at(context, &member.address).await?;
+    let service = Service::at(context, &member.address).await;
+    let service = service.with_context(|| match member.state {
+        MemberState::Gone => format!("{} has left the cluster, and does not answer", member.id),
+        _ => format!(
+            "{} has to be asked itself, and does not answer; who is dead leaves by itself when its grace is over \
+             (`suspect_grace`)",
+            member.id
+        ),
+    })?;
     Ok((service, member.id.0.clone()))
 }
 
@@ -124,8 +132,13 @@ pub(super) async fn drain(context: &Context, args: Drain) -> Result<()> {
 
 fn drained(report: &Drained) -> String {
     let moved = format!(
-        "{} runs handed over, {}",
+        "{} {} handed over, {}",
         report.moved_runs,
+        if report.moved_runs == 1 {
+            "run"
+        } else {
+            "runs"
+        },
         size(report.moved_bytes)
     );
     match (report.phase, report.at_stake_bytes) {

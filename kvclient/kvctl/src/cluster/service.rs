@@ -2,11 +2,11 @@
 
 use anyhow::{Context as _, Result, anyhow};
 use kvproto::{
-    Member, View,
+    Member, MemberState, View,
     v1::{self, cluster_client::ClusterClient},
 };
 use tonic::{
-    Request, Status,
+    Code, Request, Status,
     metadata::{Ascii, MetadataValue},
     transport::{Channel, Endpoint},
 };
@@ -20,11 +20,16 @@ pub(super) struct Service {
 }
 
 impl Service {
-    /// The node that kvctl was told of.
+    /// The node that kvctl was told of; of a list of members the first that can be reached.
     pub(super) async fn connect(context: &Context) -> Result<Self> {
-        // Of a list of members any one will do.
-        let first = context.endpoint().split(',').next().unwrap_or_default();
-        Self::at(context, first.trim()).await
+        let mut failed = None;
+        for address in context.endpoint().split(',') {
+            match Self::at(context, address.trim()).await {
+                Ok(service) => return Ok(service),
+                Err(error) => _ = failed.get_or_insert(error),
+            }
+        }
+        Err(failed.expect("a text has a first piece"))
     }
 
     /// The node at an address or URL.
@@ -71,7 +76,13 @@ impl Service {
 
 /// What a node said instead of an answer.
 pub(super) fn said(status: &Status) -> anyhow::Error {
-    anyhow!("{}", status.message())
+    match status.code() {
+        Code::Unauthenticated => anyhow!(
+            "{}; give it with --token or TERRACE_TOKEN",
+            status.message()
+        ),
+        _ => anyhow!("{}", status.message()),
+    }
 }
 
 /// The members of a view.
@@ -81,8 +92,19 @@ pub(super) fn members(view: &v1::ViewResponse) -> Result<View> {
     Ok(View::new(members?))
 }
 
-/// The member that `text` names: its id, or as much of it as is nobody else's.
+/// The member that `text` names: its id, or as much of it as is nobody else's, or its address.
 pub(super) fn named<'a>(view: &'a View, text: &str) -> Result<&'a Member> {
+    let bare = |address: &str| address.trim_start_matches("http://").to_owned();
+    let there = view.members().iter();
+    let there = there.filter(|member| bare(&member.address) == bare(text));
+    // An address may have been that of others before.
+    let (gone, here): (Vec<&Member>, Vec<&Member>) =
+        there.partition(|member| member.state == MemberState::Gone);
+    for those in [here, gone] {
+        if let [member] = those[..] {
+            return Ok(member);
+        }
+    }
     let mut found = view
         .members()
         .iter()
@@ -115,14 +137,24 @@ mod tests {
             weight: 1,
             zone: String::new(),
             state: MemberState::Active,
-            address: String::new(),
+            address: format!("http://{id}.example:7070"),
         }))
     }
 
     #[test]
-    fn a_member_is_found_by_as_much_of_its_name_as_is_its_own() {
+    fn a_member_is_found_by_as_much_of_its_name_as_is_its_own_or_by_its_address() {
         let view = view(&["ab12", "ab34", "node", "node-2"]);
-        assert_eq!(named(&view, "ab1").unwrap().id.0, "ab12");
+        for text in ["ab1", "ab12.example:7070", "http://ab12.example:7070"] {
+            assert_eq!(named(&view, text).unwrap().id.0, "ab12");
+        }
+        // One that has left can be resumed by its address, while nobody else has it.
+        let mut members = view.members().to_vec();
+        members[0].state = MemberState::Gone;
+        let left = View::new(members.clone());
+        assert_eq!(named(&left, "ab12.example:7070").unwrap().id.0, "ab12");
+        members[1].address = members[0].address.clone();
+        let taken = View::new(members);
+        assert_eq!(named(&taken, "ab12.example:7070").unwrap().id.0, "ab34");
         assert_eq!(
             named(&view, "node").unwrap().id.0,
             "node",

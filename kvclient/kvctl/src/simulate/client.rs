@@ -18,37 +18,30 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{FutureExt, future::BoxFuture, future::join_all};
+use futures_util::future::join_all;
 use kvclient::{
     clock::Tick,
-    route::{Assembly, Known, Split, Table},
+    route::{Assembly, Known, Split},
 };
-use kvproto::{Chain, LeaseId, Member, RunHash, checksum::page_sums};
+use kvproto::{Chain, RunHash, checksum::page_sums};
 use kvserver::{
-    blocks::motion::MotionConfig,
     clock::{Clock, Tick as SimTick},
-    peers::{Asked, Fetched, Seen, net::Service},
+    peers::{Fetched, net::Service},
 };
 
 use super::{
+    asking::{Asking, Leased},
     clock::mix,
-    gossip::{LONGEST_SILENCE, LONGEST_WAY},
+    hot::{Fashion, HOT_PAUSE_MS, HOT_PROMPT, HotTally, Readers},
     links::Place,
-    node::{Health, Node},
-    town::{LATENCY, PARTS, RUN_BLOCKS, TIMES, Town},
+    node::Health,
+    town::{LATENCY, RUN_BLOCKS, Town},
 };
 
 /// Of every call.
 const DEADLINE: Duration = Duration::from_millis(500);
-/// Of every lease.
-const LEASE: Duration = Duration::from_secs(10);
 /// The longest that a lease is held before it is read.
 const THINK_MS: u64 = 1500;
-/// When those are asked that hold an owner's runs as well.
-const HEDGE_AFTER: Duration = Duration::from_millis(30);
-/// Who has been silent for so long is asked by nobody any more: noticed, given up after its grace, told to all nodes,
-/// and told to callers with the next answer.
-const FORGOTTEN: Duration = Duration::from_secs(8);
 
 /// What all callers saw.
 #[derive(Debug, Default)]
@@ -73,34 +66,17 @@ pub(super) struct Tally {
     /// Calls to those who had been silent for so long that nobody should ask them any more.
     pub(super) stale_calls: AtomicU64,
     pub(super) slowest_lookup_us: AtomicU64,
+    pub(super) hot: HotTally,
 }
 
-/// A lease at one owner, and the positions that it covers.
-struct Leased {
-    node: Arc<Node>,
-    /// The life in which it was given.
-    life: u64,
-    id: LeaseId,
-    positions: Vec<usize>,
-}
-
-/// What came of one share of a lookup.
-#[derive(Default)]
-struct OfShare {
-    present: usize,
+/// What a lookup found.
+struct Found {
+    prefix: usize,
     leases: Vec<Leased>,
-    /// Views of those who see another one.
-    views: Vec<Vec<Member>>,
-}
-
-/// Who asks what, until when.
-#[derive(Clone)]
-struct Asking {
-    town: Arc<Town>,
-    tally: Arc<Tally>,
-    table: Arc<Table>,
-    number: usize,
-    until: SimTick,
+    /// How many did not answer.
+    silent: usize,
+    /// The first run behind the prefix was asked of who has it for a while.
+    was_guest: bool,
 }
 
 /// One caller.
@@ -108,6 +84,7 @@ pub(super) struct Caller {
     town: Arc<Town>,
     tally: Arc<Tally>,
     known: Known,
+    readers: Arc<Readers>,
     prompts: u32,
     chance: u64,
     number: usize,
@@ -129,6 +106,7 @@ impl Caller {
             town,
             tally,
             known,
+            readers: Arc::default(),
             prompts,
             chance,
             number,
@@ -144,44 +122,72 @@ impl Caller {
         }
     }
 
+    /// One of the crowd: reads one prompt over and over, for as long as that lasts.
+    pub(super) async fn follow(mut self, fashion: Fashion) {
+        let clock = self.town.clock.clone();
+        clock.sleep(fashion.from.since(clock.now())).await;
+        while fashion.is_on(clock.now()) {
+            let wait = HOT_PAUSE_MS / 2 + mix(&mut self.chance) % HOT_PAUSE_MS;
+            clock.sleep(Duration::from_millis(wait)).await;
+            self.ask(HOT_PROMPT, true).await;
+        }
+    }
+
     async fn turn(&mut self) {
         // Some prompts are asked for much more often than others.
         let (a, b) = (mix(&mut self.chance), mix(&mut self.chance));
-        let number = (a % u64::from(self.prompts)).min(b % u64::from(self.prompts)) as u32;
+        let number = (a % u64::from(self.prompts)).min(b % u64::from(self.prompts));
+        self.ask(number as u32, false).await;
+    }
+
+    /// Looks a prompt up, reads what is there, and puts what is not.
+    async fn ask(&mut self, number: u32, is_hot: bool) {
         let chain = self.town.prompt(number);
         let began = self.town.clock.now();
         let digest = self.known.digest();
         // So that a call by an outdated view can be made again.
         let until = began.after(DEADLINE * 3 / 4);
-        let (mut prefix, mut leases, mut silent) = self.lookup(&chain, until).await;
-        if prefix < chain.len() && silent == 0 && self.known.digest() != digest {
-            leases.into_iter().for_each(Leased::let_go);
-            (prefix, leases, silent) = self.lookup(&chain, began.after(DEADLINE)).await;
+        let mut found = self.lookup(&chain, until).await;
+        let has_moved = |me: &Self| found.silent == 0 && me.known.digest() != digest;
+        if found.prefix < chain.len() && (has_moved(self) || found.was_guest) {
+            found.leases.into_iter().for_each(Leased::let_go);
+            found = self.lookup(&chain, began.after(DEADLINE)).await;
         }
         let took = self.town.clock.now().since(began);
-        self.account(&chain, number, prefix, silent, took);
+        self.account(&chain, number, &found, took);
+        let think_ms = if is_hot { HOT_PAUSE_MS } else { THINK_MS };
         self.town
             .clock
-            .sleep(Duration::from_millis(mix(&mut self.chance) % THINK_MS))
+            .sleep(Duration::from_millis(mix(&mut self.chance) % think_ms))
             .await;
-        for lease in leases {
-            self.read(&chain, lease, prefix).await;
+        let prefix = found.prefix;
+        let reads = found.leases.into_iter();
+        match is_hot {
+            true => {
+                join_all(reads.map(|lease| self.read(&chain, lease, prefix, is_hot))).await;
+            }
+            false => {
+                for lease in reads {
+                    self.read(&chain, lease, prefix, is_hot).await;
+                }
+            }
         }
         self.put(&chain, prefix).await;
     }
 
-    /// The prefix that is there, its leases, and how many owners did not answer.
-    async fn lookup(&mut self, chain: &Chain, until: SimTick) -> (usize, Vec<Leased>, usize) {
+    /// The prefix that is there, and its leases.
+    async fn lookup(&mut self, chain: &Chain, until: SimTick) -> Found {
         let asking = Asking {
             town: Arc::clone(&self.town),
             tally: Arc::clone(&self.tally),
             table: Arc::clone(self.known.table()),
+            readers: Arc::clone(&self.readers),
             number: self.number,
             until,
         };
-        // Nobody takes runs only in a cluster of nobody.
-        let owner = |run: &RunHash| asking.table.owner(run).unwrap_or(0);
-        let split = Split::new(chain, RUN_BLOCKS, owner);
+        let now = moment(&self.town);
+        let reader = |run: &RunHash| self.readers.reader(&asking.table, run, now);
+        let split = Split::new(chain, RUN_BLOCKS, reader);
         let calls = split.shares.iter().map(|share| {
             let positions = share.ranges.iter().cloned().flatten().collect();
             let chain = share.chain(chain, RUN_BLOCKS);
@@ -200,6 +206,7 @@ impl Caller {
             }
         }
         let prefix = assembly.prefix();
+        let was_guest = prefix < chain.len() && self.shun_guests(chain, prefix, &asking, &split);
         let mut leases = Vec::new();
         for answer in answers.into_iter().flatten() {
             for members in answer.views {
@@ -213,11 +220,34 @@ impl Caller {
                 }
             }
         }
-        (prefix, leases, silent)
+        Found {
+            prefix,
+            leases,
+            silent,
+            was_guest,
+        }
     }
 
-    fn account(&self, chain: &Chain, number: u32, prefix: usize, silent: usize, took: Duration) {
+    /// Whether the prefix ends in a run that was asked of a guest; then those behind it are asked of their owners, until
+    /// these say anew who else has them.
+    fn shun_guests(&self, chain: &Chain, prefix: usize, asking: &Asking, split: &Split) -> bool {
+        let shares = split.shares_by_position();
+        let is_guest = |at: usize, run: &RunHash| {
+            let asked = shares[at].map(|share| split.shares[share].member);
+            asked.is_some() && asked != asking.table.owner(run)
+        };
+        let was_guest = is_guest(prefix, &chain.place(prefix, RUN_BLOCKS).run);
+        if was_guest {
+            let behind = chain.runs(RUN_BLOCKS).filter(|(_, at)| at.end > prefix);
+            let lacking = behind.filter(|(run, at)| is_guest(at.start, run));
+            lacking.for_each(|(run, _)| self.readers.shun(&run));
+        }
+        was_guest
+    }
+
+    fn account(&self, chain: &Chain, number: u32, found: &Found, took: Duration) {
         let (town, tally) = (&self.town, &self.tally);
+        let (prefix, silent) = (found.prefix, found.silent);
         tally.lookups.fetch_add(1, Relaxed);
         tally.asked_blocks.fetch_add(chain.len() as u64, Relaxed);
         tally.hit_blocks.fetch_add(prefix as u64, Relaxed);
@@ -226,6 +256,9 @@ impl Caller {
             town.ledger.has(&key) && town.is_anywhere(&key)
         };
         let there = (prefix..chain.len()).take_while(is_there).count();
+        if silent > 0 && there > 0 && town.setting.hot.is_some() {
+            self.account_unsaved(chain, prefix);
+        }
         let why = if silent > 0 {
             &tally.behind_silence_blocks
         } else {
@@ -260,13 +293,49 @@ impl Caller {
         ));
     }
 
-    async fn read(&self, chain: &Chain, lease: Leased, prefix: usize) {
+    /// Whether the run behind the prefix lies whole with another than who was silent, and this caller knew.
+    fn account_unsaved(&self, chain: &Chain, prefix: usize) {
+        let (town, table) = (&self.town, self.known.table());
+        let (run, range) = match chain.runs(RUN_BLOCKS).find(|(_, at)| at.contains(&prefix)) {
+            Some(found) => found,
+            None => return,
+        };
+        let second = self.readers.second(table, &run, moment(town));
+        let readers = table.owner(&run).into_iter().chain(second);
+        let has_it = |member: usize| {
+            let node = table.members().get(member);
+            let node = node.and_then(|member| town.named(&member.id));
+            let has = |at: usize| {
+                node.as_ref()
+                    .is_some_and(|node| node.shelf.has(&town.key_of(chain, at)))
+            };
+            node.as_ref().is_some_and(|node| node.is_up()) && range.clone().all(has)
+        };
+        if second.is_some() && readers.into_iter().any(has_it) {
+            let blocks = (range.end - prefix) as u64;
+            self.tally.hot.unsaved_blocks.fetch_add(blocks, Relaxed);
+            town.history
+                .note(format_args!("unsaved {} {run}", self.number));
+        }
+    }
+
+    async fn read(&self, chain: &Chain, lease: Leased, prefix: usize, is_hot: bool) {
         let (town, tally) = (&self.town, &self.tally);
         let node = &lease.node;
         let until = town.clock.now().after(DEADLINE);
         let (from, to) = (Place::Caller(self.number), Place::Node(node.index));
-        let way = town.clock.sleep(LATENCY);
+        let queue = self.readers.queue(&node.id);
+        let under_way = queue.enter();
+        let way = async {
+            town.clock.sleep(LATENCY).await;
+            match town.setting.hot {
+                Some(_) => self.wait(&lease, is_hot).await,
+                None => 0,
+            }
+        };
         let reached = town.links.carry(from, to, until, way).await;
+        drop(under_way);
+        queue.heard(reached.unwrap_or(0), moment(town));
         // A node that was started anew meanwhile has forgotten its leases, and says so.
         let is_here = {
             let life = node.life.lock();
@@ -306,6 +375,27 @@ impl Caller {
             .note(format_args!("read {} {} {read}", self.number, node.id));
     }
 
+    /// A get is counted as it comes in, and waits for its turn; how many are there when it has been served.
+    async fn wait(&self, lease: &Leased, is_hot: bool) -> u32 {
+        let (town, node, tally) = (&self.town, &lease.node, &self.tally.hot);
+        let waiting = node.desk.enter();
+        let calls = node.desk.calls();
+        tally.longest_queue.fetch_max(calls.into(), Relaxed);
+        let motion = Arc::clone(&node.life.lock().motion);
+        motion.note_get(town.space.id, &lease.chain, RUN_BLOCKS, calls);
+        if is_hot {
+            for (run, _) in lease.chain.runs(RUN_BLOCKS) {
+                let is_owner = town.ledger.owners(&run).contains(&node.id);
+                tally.reads.fetch_add(1, Relaxed);
+                tally
+                    .reads_elsewhere
+                    .fetch_add(u64::from(!is_owner), Relaxed);
+            }
+        }
+        waiting.served(&town.clock).await;
+        node.desk.calls()
+    }
+
     /// What was missing has been computed, and goes to its owner.
     async fn put(&self, chain: &Chain, prefix: usize) {
         if prefix == chain.len() {
@@ -333,190 +423,7 @@ impl Caller {
         }
     }
 }
-
-impl Asking {
-    /// One share: of its owner, and of those that hold its runs as well where it fails or takes long. `None`: nobody
-    /// answers in time.
-    async fn share(self, member: usize, chain: Chain, positions: Vec<usize>) -> Option<OfShare> {
-        let town = Arc::clone(&self.town);
-        let owner = self.clone().one(member, chain.clone(), positions.clone());
-        if town.setting.replicas < 2 {
-            return owner.await;
-        }
-        // It goes on by itself while others are asked.
-        let mut owner = tokio::spawn(owner).map(|ended| ended.ok().flatten());
-        let early = tokio::select! {
-            biased;
-            answer = &mut owner => Some(answer),
-            () = town.clock.sleep(HEDGE_AFTER) => None,
-        };
-        match early {
-            Some(Some(answer)) => Some(answer),
-            Some(None) => self.others(member, &chain, &positions).await,
-            None => {
-                let others = self.others(member, &chain, &positions).await;
-                if others.as_ref().is_some_and(|o| o.present == chain.len()) {
-                    tokio::spawn(owner.map(|late| late.into_iter().for_each(OfShare::let_go)));
-                    return others;
-                }
-                // The owner may have more.
-                match owner.await {
-                    Some(answer) => {
-                        others.into_iter().for_each(OfShare::let_go);
-                        Some(answer)
-                    }
-                    None => others,
-                }
-            }
-        }
-    }
-
-    /// The same of those that hold the owner's runs as well.
-    async fn others(&self, member: usize, chain: &Chain, positions: &[usize]) -> Option<OfShare> {
-        let replicas = self.town.setting.replicas;
-        let other = |run: &RunHash| {
-            let mut owners = self.table.owners(run, replicas).into_iter();
-            owners.find(|owner| *owner != member)
-        };
-        let mut runs = chain.runs(RUN_BLOCKS);
-        let end = runs.find(|(run, _)| other(run).is_none());
-        let end = end.map_or(chain.len(), |(_, range)| range.start);
-        if end == 0 {
-            return None;
-        }
-        let held = chain.slice(0..end, RUN_BLOCKS);
-        let split = Split::new(&held, RUN_BLOCKS, |run| other(run).unwrap_or(member));
-        let calls = split.shares.iter().map(|share| {
-            let of_whole = share.ranges.iter().cloned().flatten();
-            let of_whole = of_whole.filter_map(|at| positions.get(at).copied());
-            let part = share.chain(&held, RUN_BLOCKS);
-            self.clone().one(share.member, part, of_whole.collect())
-        });
-        let answers = join_all(calls.collect::<Vec<_>>()).await;
-        let (mut assembly, mut whole, mut any) = (Assembly::new(&split), OfShare::default(), false);
-        for (number, answer) in answers.into_iter().enumerate() {
-            let Some(answer) = answer else {
-                assembly.lost(number);
-                continue;
-            };
-            any = true;
-            assembly.answered(number, answer.present);
-            whole.leases.extend(answer.leases);
-            whole.views.extend(answer.views);
-        }
-        whole.present = assembly.prefix();
-        any.then_some(whole)
-    }
-
-    /// One node's answer; `None` when there is none in time.
-    fn one(
-        self,
-        member: usize,
-        chain: Chain,
-        positions: Vec<usize>,
-    ) -> BoxFuture<'static, Option<OfShare>> {
-        async move {
-            let member = self.table.members().get(member)?;
-            let node = self.town.named(&member.id)?;
-            let (from, to) = (Place::Caller(self.number), Place::Node(node.index));
-            let (town, until) = (Arc::clone(&self.town), self.until);
-            self.judge(&node);
-            let asked = Asked {
-                space: Arc::clone(&town.space),
-                chain,
-                parts: PARTS.to_vec(),
-            };
-            let called = self.served(&node, &asked);
-            let (seen, views, life) = town.links.carry(from, to, until, called).await??;
-            let leases = seen.lease.map(|(id, blocks)| Leased {
-                node,
-                life,
-                id,
-                positions: positions.into_iter().take(blocks as usize).collect(),
-            });
-            Some(OfShare {
-                present: seen.blocks as usize,
-                leases: leases.into_iter().collect(),
-                views,
-            })
-        }
-        .boxed()
-    }
-
-    /// Whether this one should have been forgotten by now.
-    fn judge(&self, node: &Node) {
-        let now = self.town.clock.now();
-        let known_by = TIMES.suspect_grace + LONGEST_SILENCE + LONGEST_WAY + FORGOTTEN;
-        let silent = self.town.talk.silent.lock().get(&node.index).copied();
-        if silent.is_some_and(|since| now.since(since) > known_by) {
-            self.tally.stale_calls.fetch_add(1, Relaxed);
-            self.town
-                .history
-                .note(format_args!("stale {} {}", self.number, node.id));
-        }
-    }
-
-    /// As the node's own lookup does: what is missing and may lie elsewhere is brought first.
-    async fn served(&self, node: &Node, asked: &Asked) -> Option<(Seen, Vec<Vec<Member>>, u64)> {
-        let town = &self.town;
-        town.clock.sleep(LATENCY).await;
-        let (health, cluster, motion, number) = {
-            let life = node.life.lock();
-            (
-                life.health,
-                Arc::clone(&life.cluster),
-                Arc::clone(&life.motion),
-                life.number,
-            )
-        };
-        match health {
-            Health::Up => {}
-            Health::Down | Health::Away => return None,
-            Health::Frozen => {
-                town.clock.sleep(self.until.since(town.clock.now())).await;
-                return None;
-            }
-        }
-        if motion.may_ask(asked.space.replicas) {
-            let began = town.clock.now();
-            let left = self.until.since(began);
-            motion
-                .bring_prefix(&asked.space, &asked.chain, &asked.parts, left)
-                .await;
-            let most = MotionConfig::default().wait.min(left / 2);
-            if town.clock.now().since(began) > most {
-                self.tally.late_calls.fetch_add(1, Relaxed);
-                town.history.note(format_args!("late {}", node.id));
-            }
-        }
-        let seen = node.shelf.lease(asked, LEASE);
-        town.clock.sleep(LATENCY).await;
-        let (_, members) = cluster.answer(self.table.digest());
-        let views = match members.is_empty() {
-            true => Vec::new(),
-            false => vec![members],
-        };
-        let is_up = {
-            let life = node.life.lock();
-            life.health == Health::Up && life.number == number
-        };
-        is_up.then_some((seen, views, number))
-    }
-}
-
-impl Leased {
-    fn let_go(self) {
-        self.node.shelf.release(self.id);
-    }
-}
-
-impl OfShare {
-    fn let_go(self) {
-        self.leases.into_iter().for_each(Leased::let_go);
-    }
-}
-
 /// The present moment as the client counts it.
-fn moment(town: &Town) -> Tick {
+pub(super) fn moment(town: &Town) -> Tick {
     Tick(town.clock.now().0)
 }

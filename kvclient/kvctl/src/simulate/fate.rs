@@ -21,9 +21,10 @@ use kvserver::{
 use super::{
     feed::Event,
     gossip::LONGEST_WAY,
+    hot::HOT_PROMPT,
     links::Place,
     node::Health,
-    town::{Town, UNIT, declared, id, spread},
+    town::{RUN_BLOCKS, Town, UNIT, declared, id, index_of, spread},
 };
 
 /// How long a drain has to hand over.
@@ -42,6 +43,10 @@ impl Town {
                 Some(index) => index,
                 None => return,
             },
+            Event::KillOwner { run, place } => match self.owner_at(run, place) {
+                Some(index) => index,
+                None => return,
+            },
         };
         self.history
             .note(format_args!("befalls {} {event:?}", id(index)));
@@ -49,10 +54,10 @@ impl Town {
             Event::Join { weight } => {
                 let asked = self.neighbour(index).unwrap_or(0);
                 let view = self.node(asked).life.lock().cluster.roster().view.clone();
-                self.build(index, declared(index, UNIT * weight, 1), &view);
+                self.build(index, declared(index, UNIT * weight, 1), &view, None);
                 self.round(index);
             }
-            Event::Kill { .. } => {
+            Event::Kill { .. } | Event::KillOwner { .. } => {
                 self.stop(index, Health::Down).await;
                 let now = self.clock.now();
                 self.ledger
@@ -89,10 +94,13 @@ impl Town {
     }
 
     async fn restart(self: &Arc<Self>, index: usize, down: Duration) {
-        let (view, me) = {
+        // As on disk: the members, and who owned what before the changes that were young.
+        let (roster, before, me) = {
             let node = self.node(index);
             let life = node.life.lock();
-            (life.cluster.roster().view.clone(), life.cluster.declared())
+            let roster = life.cluster.roster();
+            let before = roster.before(self.clock.now());
+            (roster, before, life.cluster.declared())
         };
         self.stop(index, Health::Away).await;
         self.clock.sleep(down).await;
@@ -104,7 +112,7 @@ impl Town {
         };
         self.talk.silent.lock().remove(&index);
         self.talk.back.lock().insert(index, self.clock.now());
-        self.build(index, me, &view);
+        self.build(index, me, &roster.view, before);
         // Its first call to another brings what it has missed.
         if let Some(asked) = self.neighbour(index) {
             let told = self.node(asked).life.lock().cluster.roster();
@@ -193,6 +201,15 @@ impl Town {
         let living: Vec<usize> = (0..nodes.len()).filter(is_living).collect();
         // Never the last few: somebody has to be there.
         (living.len() > 3).then(|| living[(nth % living.len() as u64) as usize])
+    }
+
+    /// The owner of a run of the prompt that a crowd reads, or who comes so many places after it.
+    fn owner_at(&self, run: u32, place: usize) -> Option<usize> {
+        let first = (run * RUN_BLOCKS) as usize;
+        let run = self.prompt(HOT_PROMPT).place(first, RUN_BLOCKS).run;
+        let ranked = self.ledger.ranked(&run, place + 1);
+        let index = index_of(ranked.get(place)?)?;
+        self.node(index).is_up().then_some(index)
     }
 
     /// Somebody else who answers `index`.

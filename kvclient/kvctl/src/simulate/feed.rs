@@ -8,6 +8,7 @@
 //! replicas   two owners per run; deaths so far apart that copies are made in between, and joins, drains, restarts
 //! evictions  churn where nobody has room for all of its share
 //! slow       churn over links of which some are slow and some lose messages
+//! hot        a crowd reads one prompt; then an owner of one of its runs dies, and a second owner of another
 //! mixed      all of it at once, and some who answer other bytes than they were given
 //! ```
 //!
@@ -18,7 +19,7 @@ use std::time::Duration;
 
 use kvserver::clock::Tick;
 
-use super::clock::mix;
+use super::{clock::mix, hot::Fashion, town::PROMPT_RUNS};
 
 /// How the members fare.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
@@ -42,6 +43,8 @@ pub(super) enum Scenario {
     Evictions,
     /// Churn over slow and lossy links
     Slow,
+    /// A crowd reads one prompt, and owners of its runs die
+    Hot,
     /// All of it at once
     Mixed,
 }
@@ -56,6 +59,8 @@ pub(super) struct Setting {
     /// Whether the bytes moved are held to what had to move: where two sides each take the other for dead, they move
     /// what nobody who sees all of it would.
     pub(super) is_bill_judged: bool,
+    /// When a crowd reads one prompt.
+    pub(super) hot: Option<Fashion>,
 }
 
 /// Something that happens.
@@ -69,6 +74,8 @@ pub(super) enum Event {
     Restart { nth: u64, down: Duration },
     /// It answers nobody for a while and then goes on as if nothing had been.
     Freeze { nth: u64, down: Duration },
+    /// The owner of a run of the prompt that a crowd reads is killed, or who comes after it.
+    KillOwner { run: u32, place: usize },
     /// It hands over what it has and leaves.
     Drain { nth: u64 },
     /// It sends other bytes than it should to other nodes.
@@ -81,7 +88,7 @@ pub(super) enum Event {
 
 impl Scenario {
     /// What it has besides its events.
-    pub(super) fn setting(self, seed: u64) -> Setting {
+    pub(super) fn setting(self, seed: u64, seconds: u64) -> Setting {
         let is_mixed = self == Self::Mixed;
         Setting {
             replicas: match self == Self::Replicas || (is_mixed && seed % 2 == 1) {
@@ -90,13 +97,17 @@ impl Scenario {
             },
             is_tight: self == Self::Evictions || (is_mixed && seed % 3 == 2),
             is_bill_judged: !is_mixed && self != Self::Partition,
+            hot: (self == Self::Hot).then(|| Fashion {
+                from: tick(seconds * 100),
+                until: tick(seconds * 600),
+            }),
         }
     }
 
     /// One member's fate after the other, over and over.
     fn kinds(self) -> &'static [u64] {
         match self {
-            Self::Calm | Self::Partition => &[],
+            Self::Calm | Self::Partition | Self::Hot => &[],
             Self::Grow => &[0],
             Self::Drain => &[4],
             Self::Crash => &[1, 2],
@@ -119,7 +130,7 @@ pub(super) fn events(
     let tenth = (nodes / 10).clamp(1, 8);
     let kinds = scenario.kinds();
     let count = match scenario {
-        Scenario::Calm | Scenario::Partition => 0,
+        Scenario::Calm | Scenario::Partition | Scenario::Hot => 0,
         Scenario::Grow | Scenario::Drain | Scenario::Crash => tenth,
         _ => (tenth * 3 / 2).max(kinds.len()),
     };
@@ -174,6 +185,16 @@ fn of_all(scenario: Scenario, seconds: u64, chance: &mut u64) -> Vec<(Tick, Even
                 (tick(at(jitter(least, most))), Event::Kill { nth })
             };
             vec![kill(80, 130), kill(530, 600)]
+        }
+        Scenario::Hot => {
+            let mut kill = |least, most, run, place| {
+                (
+                    tick(at(jitter(least, most))),
+                    Event::KillOwner { run, place },
+                )
+            };
+            // Its last run, so that the others go on being read.
+            vec![kill(300, 350, PROMPT_RUNS - 1, 0), kill(420, 480, 2, 1)]
         }
         Scenario::Slow => {
             let (salt, down) = (jitter(0, u64::MAX), of_time(jitter(450, 550)));

@@ -11,12 +11,15 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
 };
 
 use kvproto::{Member, MemberId, MemberState, ViewDigest};
-use kvserver::clock::{Clock, Tick};
+use kvserver::{
+    clock::{Clock, Tick},
+    cluster::Load,
+};
 use parking_lot::Mutex;
 
 use super::{
@@ -74,6 +77,9 @@ impl Town {
             self.listen_across(index, &life, cut, now);
         }
         life.looked = now;
+        if self.setting.hot.is_some() {
+            self.hear_loads(index, &life);
+        }
         self.tell(&node, &mut life, now);
     }
 
@@ -147,6 +153,21 @@ impl Town {
         }
     }
 
+    /// What each node said at its last round that it has to do.
+    fn hear_loads(&self, index: usize, life: &Life) {
+        for node in &*self.nodes.read() {
+            if node.index == index {
+                node.desk.told.store(node.desk.calls(), Relaxed);
+                continue;
+            }
+            let load = Load {
+                calls: node.desk.told.load(Relaxed),
+                ..Load::default()
+            };
+            life.cluster.hear_load(&node.id, load);
+        }
+    }
+
     /// What a node declares goes on its way, and what it sees is written down.
     fn tell(&self, node: &Node, life: &mut Life, now: Tick) {
         let me = life.cluster.declared();
@@ -194,18 +215,20 @@ impl Town {
         });
     }
 
-    /// Who was killed does not contradict a tombstone of its that somebody across a cut wrote before: it is true now.
+    /// Who was killed does not contradict a tombstone of its that somebody across a cut wrote before: it is true now, unless
+    /// the contradiction was told already. One that nobody has heard of is none.
     pub(super) fn answers_no_more(&self, index: usize, now: Tick) {
         let me = self.node(index).life.lock().cluster.declared();
         let buried = self.talk.buried.lock().clone();
-        let tombstones = buried.into_iter().filter(|(id, generation, version)| {
-            *id == me.id && *generation == me.generation && *version > me.version
-        });
-        let tombstones = tombstones.map(|(_, _, version)| Member {
-            version,
-            state: MemberState::Gone,
-            ..me.clone()
-        });
+        let tombstones = buried
+            .into_iter()
+            .filter(|(id, generation, _)| *id == me.id && *generation == me.generation)
+            .map(|(_, _, version)| Member {
+                version,
+                state: MemberState::Gone,
+                ..me.clone()
+            });
+        // What was told later outweighs them.
         self.learn(tombstones, now);
     }
 

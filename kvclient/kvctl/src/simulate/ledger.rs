@@ -282,6 +282,29 @@ impl Ledger {
         (state.view.clone(), state.bill)
     }
 
+    /// Blocks that lie with somebody and with no owner of theirs.
+    pub(super) fn stranded(
+        &self,
+        has: impl Fn(&MemberId, &BlockKey) -> bool,
+        is_anywhere: impl Fn(&BlockKey) -> bool,
+    ) -> u64 {
+        let state = self.state.lock();
+        let of_run = |run: &Run| {
+            let is_owned = |key: &&BlockKey| run.owners.iter().any(|owner| has(owner, key));
+            let stranded = run
+                .blocks
+                .iter()
+                .filter(|key| !is_owned(key) && is_anywhere(key));
+            stranded.count() as u64
+        };
+        state.runs.values().map(of_run).sum()
+    }
+
+    /// Who owns a run in truth, and who comes next: so many.
+    pub(super) fn ranked(&self, run: &RunHash, count: usize) -> Vec<MemberId> {
+        owners(&self.state.lock().placement, run, count)
+    }
+
     /// Who owns a run in truth.
     pub(super) fn owners(&self, run: &RunHash) -> Vec<MemberId> {
         owners(&self.state.lock().placement, run, self.replicas)

@@ -4,9 +4,10 @@
 //! seed ─► feed (what befalls whom) ─► town (nodes) ◄─ callers        clock: events in order, no moment twice
 //!                                       │   └─► ledger: what really is        history: every event, as a digest
 //!                                       └─► report: what it cost, and which promise was broken
-//! real     placement, view merging, membership transitions, motion (reads during changes, moves, drains, copies), client routing
+//! real     placement, view merging, membership transitions, motion (reads during changes, moves, drains, copies, hot
+//!          runs), client routing
 //! models   gossip (delays), the engine (a map with leases and a room), the network (250 µs, cuts, slow and lossy links),
-//!          the client's loop around its routing
+//!          the client's loop around its routing; how long a get takes, where many read a few prompts
 //! ```
 //!
 //! The same seed gives the same history to the byte; `history_digest` says so, `--history FILE` keeps it. A promise that
@@ -14,12 +15,14 @@
 //! exercised elsewhere, where bounds are asserted instead of histories.
 //! Units: simulated seconds, bytes. Errors: a file that cannot be written.
 
+mod asking;
 mod client;
 mod clock;
 mod fate;
 mod feed;
 mod gossip;
 mod history;
+mod hot;
 mod ledger;
 mod links;
 mod node;
@@ -47,6 +50,7 @@ use self::{
     clock::SimClock,
     feed::{Scenario, events},
     history::History,
+    hot::CROWD,
     report::Report,
     town::{PROMPTS_PER_NODE, Town},
 };
@@ -128,7 +132,7 @@ fn simulate(args: &Args) -> Result<Report> {
 async fn live(args: &Args, file: Option<Box<dyn Write + Send>>) -> Result<Report> {
     let clock = SimClock::new(args.seed);
     let history = History::new(clock.clone(), file);
-    let setting = args.scenario.setting(args.seed);
+    let setting = args.scenario.setting(args.seed, args.seconds);
     let town = Town::new(clock.clone(), Arc::clone(&history), setting);
     town.found(args.nodes as usize);
     let prompts = (args.nodes * PROMPTS_PER_NODE).max(16);
@@ -144,6 +148,14 @@ async fn live(args: &Args, file: Option<Box<dyn Write + Send>>) -> Result<Report
             args.seed,
         );
         tokio::spawn(caller.work(PAUSE_MS));
+    }
+    if let Some(fashion) = setting.hot {
+        let crowd = args.clients as usize..(args.clients + CROWD) as usize;
+        for number in crowd {
+            let (town, tally) = (Arc::clone(&town), Arc::clone(&tally));
+            let caller = Caller::new(town, tally, prompts, number, args.seed);
+            tokio::spawn(caller.follow(fashion));
+        }
     }
     let feed = events(args.scenario, args.nodes as usize, args.seconds, args.seed);
     let befallen = feed.len() as u64;

@@ -7,19 +7,18 @@
 //!
 //! The shelf survives a restart, as a disk does; everything else of a life begins anew. Errors: those of peers.
 
-use std::{
-    sync::{Arc, OnceLock, Weak},
-    time::Duration,
-};
+use std::sync::Arc;
 
-use kvproto::{Kind, LeaseId, MemberId, PutOutcome, ViewDigest, convert::answer::PutResult};
+use kvproto::{Kind, MemberId, ViewDigest};
 use kvserver::{
     blocks::motion::{Motion, Passing, Shelf},
     clock::Tick,
     cluster::Cluster,
-    peers::{Asked, Carried, Fetched, Given, PeerError, Seen, Space, net::Service},
+    peers::{Carried, Space},
 };
 use parking_lot::Mutex;
+
+use super::hot::Desk;
 
 /// Whether a node answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +39,7 @@ pub(super) struct Node {
     /// Once it has joined.
     pub(super) weight: u32,
     pub(super) shelf: Arc<Shelf>,
+    pub(super) desk: Desk,
     pub(super) life: Mutex<Life>,
 }
 
@@ -58,64 +58,6 @@ pub(super) struct Life {
     pub(super) digest: ViewDigest,
     /// Its last round.
     pub(super) looked: Tick,
-}
-
-/// What a node answers its peers.
-pub(super) struct Served {
-    shelf: Arc<Shelf>,
-    motion: OnceLock<Weak<Motion>>,
-}
-
-impl Served {
-    pub(super) fn new(shelf: Arc<Shelf>) -> Arc<Self> {
-        Arc::new(Self {
-            shelf,
-            motion: OnceLock::new(),
-        })
-    }
-
-    /// Its motion, once that is there.
-    pub(super) fn moves_by(&self, motion: &Arc<Motion>) {
-        // Told once, when the node is built.
-        let _ = self.motion.set(Arc::downgrade(motion));
-    }
-}
-
-impl Service for Served {
-    fn lookup(&self, asked: &Asked, lease: Option<Duration>) -> Result<Seen, PeerError> {
-        self.shelf.lookup(asked, lease)
-    }
-
-    fn get(&self, key: &kvproto::BlockKey, lease: Option<LeaseId>) -> Fetched {
-        self.shelf.get(key, lease)
-    }
-
-    /// As the node's own path does: what is new here goes on to the owner behind this one.
-    fn put(&self, given: Given) -> Result<Vec<PutResult>, PeerError> {
-        let passes = given.passes_on.then(|| given.blocks.clone());
-        let (space, ack, kind) = (Arc::clone(&given.space), given.ack, given.kind);
-        let results = Service::put(&*self.shelf, given)?;
-        if let Some(blocks) = passes {
-            let mut passing = Passing::default();
-            for (number, (block, result)) in blocks.into_iter().zip(&results).enumerate() {
-                if result.is_kept() && result.outcome != PutOutcome::Present {
-                    passing.push(number, block);
-                }
-            }
-            if let Some(motion) = self.motion.get().and_then(Weak::upgrade) {
-                drop(motion.pass_on(&space, ack, kind, passing));
-            }
-        }
-        Ok(results)
-    }
-
-    fn open(&self, space: &Arc<Space>) {
-        self.shelf.open(space);
-    }
-
-    fn release(&self, lease: LeaseId) {
-        self.shelf.release(lease);
-    }
 }
 
 impl Node {

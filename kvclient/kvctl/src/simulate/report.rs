@@ -24,6 +24,25 @@ const MOST_MOVED: f64 = 1.02;
 /// answer to all.
 const LONGEST_CONVERGENCE: Duration = Duration::from_secs(6);
 
+/// Of the reads of runs that many read: half at each of two that have one, and all at its owner where the one behind it is as
+/// busy itself, or was not named yet.
+const ELSEWHERE: std::ops::Range<f64> = 0.1..0.6;
+
+/// In less than this what many read has not spread yet.
+const SPREAD: Duration = Duration::from_secs(10);
+
+/// What a run is held to.
+struct Bars {
+    /// See [`Setting`](super::feed::Setting).
+    is_bill_judged: bool,
+    /// All could agree.
+    was_quiet: bool,
+    /// Many read a few prompts for long enough.
+    is_spread_judged: bool,
+    /// They have stopped for long enough.
+    has_cooled: bool,
+}
+
 /// The outcome of a run.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Report {
@@ -51,6 +70,17 @@ pub(super) struct Report {
     pub(super) moved_over_ideal: f64,
     /// Bytes of new blocks that went on to further owners.
     pub(super) copied_bytes: u64,
+    /// Where many read a few prompts: how often a run got a second owner, bytes that went there, reads of these runs and
+    /// those of them at another than their owner, the longest queue of gets at a node.
+    pub(super) hot_copies: u64,
+    pub(super) hot_bytes: u64,
+    pub(super) hot_reads: u64,
+    pub(super) hot_reads_elsewhere: u64,
+    pub(super) longest_queue: u64,
+    /// Blocks missed for a silent member although somebody else was known to have them, and had.
+    pub(super) unsaved_blocks: u64,
+    /// Runs of which a second owner is named at the end.
+    pub(super) named_runs: u64,
     /// The greatest share of runs, relative to its weight's, in the last view.
     pub(super) max_share: f64,
     pub(super) lookups: u64,
@@ -80,11 +110,15 @@ pub(super) struct Report {
     /// Bytes that drains said they left behind, and that they did not say.
     pub(super) drain_lost_bytes: u64,
     pub(super) drain_unsaid_bytes: u64,
+    /// Blocks that lie with somebody at the end, and with no owner of theirs.
+    pub(super) stranded_blocks: u64,
     /// How often a node was seen to hold more than it has room for.
     pub(super) overfull: u64,
     /// The longest time from a change (or the end of a cut) to all seeing it; whether all see the same at the end.
     pub(super) convergence_ms: u64,
     pub(super) is_converged: bool,
+    /// What one of them sees otherwise.
+    pub(super) disagreement: Option<String>,
     pub(super) peer_calls: u64,
     pub(super) history_lines: u64,
     pub(super) history_digest: String,
@@ -112,6 +146,11 @@ impl Args {
 }
 
 impl Report {
+    /// Of the reads of runs that many read, those at another than their owner.
+    fn hot_share(&self) -> f64 {
+        self.hot_reads_elsewhere as f64 / self.hot_reads.max(1) as f64
+    }
+
     pub(super) fn new(
         args: &Args,
         town: &Town,
@@ -145,6 +184,13 @@ impl Report {
             came_again_bytes: bill.came_again_bytes,
             moved_over_ideal: moved as f64 / bill.changed_owner_bytes.max(1) as f64,
             copied_bytes: of(&traffic.copied_bytes),
+            hot_copies: town.hot_copies(),
+            hot_bytes: of(&traffic.hot_bytes),
+            hot_reads: of(&tally.hot.reads),
+            hot_reads_elsewhere: of(&tally.hot.reads_elsewhere),
+            longest_queue: of(&tally.hot.longest_queue),
+            unsaved_blocks: of(&tally.hot.unsaved_blocks),
+            named_runs: town.named_runs(),
             max_share: max_share(&view, args.share_runs),
             lookups: of(&tally.lookups),
             asked_blocks,
@@ -168,9 +214,11 @@ impl Report {
             lost_copied_blocks: bill.lost_copied_blocks,
             drain_lost_bytes: bill.drain_lost_bytes,
             drain_unsaid_bytes: bill.drain_unsaid_bytes,
+            stranded_blocks: town.stranded(),
             overfull: watched.overfull,
             convergence_ms: u64::try_from(watched.longest.as_millis()).unwrap_or(u64::MAX),
             is_converged: watched.is_reached,
+            disagreement: town.disagreement(),
             peer_calls: of(&traffic.calls),
             history_lines,
             history_digest,
@@ -178,8 +226,8 @@ impl Report {
                 "kvproto::placement",
                 "kvproto::view (merging, digests)",
                 "kvserver::cluster (suspicion, grace, tombstones, ramp, drain)",
-                "kvserver::blocks::motion (reads during changes, moves, drains, copies)",
-                "kvclient::route (what is known, split, assembly)",
+                "kvserver::blocks::motion (reads during changes, moves, drains, copies, hot runs)",
+                "kvclient::route (what is known, split, assembly, whom of two to ask)",
             ],
             models: [
                 "gossip: news arrive after 0.2 to 1.4 s, silence is noticed after 1 to 2.5 s",
@@ -189,12 +237,20 @@ impl Report {
             ],
         };
         let quiet = town.clock.now().since(town.ledger.changed());
-        report.broken = report.judge(town.setting.is_bill_judged, quiet >= LONGEST_CONVERGENCE);
+        report.broken = report.judge(&Bars {
+            is_bill_judged: town.setting.is_bill_judged,
+            was_quiet: quiet >= LONGEST_CONVERGENCE,
+            is_spread_judged: town.setting.hot.is_some_and(|hot| hot.lasts() >= SPREAD),
+            has_cooled: town
+                .setting
+                .hot
+                .is_some_and(|hot| hot.is_long_over(town.clock.now())),
+        });
         report
     }
 
     /// Which promises were broken.
-    fn judge(&self, is_bill_judged: bool, was_quiet: bool) -> Vec<String> {
+    fn judge(&self, bars: &Bars) -> Vec<String> {
         let counts = [
             (
                 self.unreadable_under_lease,
@@ -212,6 +268,10 @@ impl Report {
                 self.drain_unsaid_bytes,
                 "bytes that a drain lost and did not say",
             ),
+            (
+                self.unsaved_blocks,
+                "blocks not read where they were known to be",
+            ),
             (self.overfull, "times that a node held more than its room"),
         ];
         let mut broken: Vec<String> = counts
@@ -219,12 +279,22 @@ impl Report {
             .filter(|(count, _)| *count > 0)
             .map(|(count, what)| format!("{count} {what}"))
             .collect();
-        if is_bill_judged && self.moved_over_ideal > MOST_MOVED {
+        if bars.is_bill_judged && self.moved_over_ideal > MOST_MOVED {
             let over = self.moved_over_ideal;
             broken.push(format!("moved {over:.4} of what had to move"));
         }
-        if !self.is_converged && was_quiet {
-            broken.push("members do not agree at the end".to_owned());
+        if bars.is_spread_judged && !ELSEWHERE.contains(&self.hot_share()) {
+            let share = 100.0 * self.hot_share();
+            broken.push(format!(
+                "{share:.1} % of the reads of hot runs at a second owner"
+            ));
+        }
+        if bars.has_cooled && self.named_runs > 0 {
+            broken.push(format!("{} cool runs have second owners", self.named_runs));
+        }
+        if !self.is_converged && bars.was_quiet {
+            let why = self.disagreement.as_deref().unwrap_or_default();
+            broken.push(format!("members do not agree at the end {why}"));
         }
         broken
     }
@@ -348,6 +418,14 @@ pub(super) fn text(report: &Report) -> String {
             format!("and said so; {} unsaid", size(r.drain_unsaid_bytes)),
         ),
         row(
+            "reads elsewhere",
+            format!("{:.1} %", 100.0 * r.hot_share()),
+            format!(
+                "of {} of hot runs; {} times a second owner, longest queue {}",
+                r.hot_reads, r.hot_copies, r.longest_queue
+            ),
+        ),
+        row(
             "convergence",
             format!("{} ms", r.convergence_ms),
             match r.is_converged {
@@ -390,6 +468,7 @@ pub(super) fn text(report: &Report) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::Bars;
     use crate::simulate::{Args, feed::Scenario, simulate, tests::args};
 
     #[test]
@@ -403,7 +482,13 @@ mod tests {
         let spoilt = |spoil: fn(&mut super::Report)| {
             let mut report = report.clone();
             spoil(&mut report);
-            report.judge(true, true).len()
+            let bars = Bars {
+                is_bill_judged: true,
+                was_quiet: true,
+                is_spread_judged: false,
+                has_cooled: true,
+            };
+            report.judge(&bars).len()
         };
         assert_eq!(spoilt(|_| ()), 0);
         assert_eq!(spoilt(|r| r.unreadable_under_lease = 1), 1);
@@ -416,6 +501,8 @@ mod tests {
         assert_eq!(spoilt(|r| r.overfull = 1), 1);
         assert_eq!(spoilt(|r| r.moved_over_ideal = 1.03), 1);
         assert_eq!(spoilt(|r| r.is_converged = false), 1);
+        assert_eq!(spoilt(|r| r.unsaved_blocks = 1), 1);
+        assert_eq!(spoilt(|r| r.named_runs = 1), 1);
         assert_eq!(
             report.again,
             "kvctl simulate --nodes 24 --scenario calm --seed 1 --seconds 4 --clients 6"

@@ -15,10 +15,10 @@ use std::{
 use bytes::Bytes;
 use kvproto::{
     BlockHeader, BlockKey, Chain, Kind, Member, MemberId, MemberState, Namespace, NamespaceKey,
-    Part, View, hash,
+    Part, View, hash, placement::Placement,
 };
 use kvserver::{
-    blocks::motion::{Kept, Motion, MotionConfig, MotionParts, Shelf},
+    blocks::motion::{Kept, Motion, MotionConfig, MotionParts, Served, Shelf},
     clock::{Clock, Tick},
     cluster::{Cluster, Members, Placements, Times},
     peers::{Carried, Pace, Space, net::Net},
@@ -32,9 +32,10 @@ use super::{
     feed::Setting,
     gossip::{ROUND, Talk},
     history::History,
+    hot::{Desk, HOT_PROMPT, HOT_TIME, RULES},
     ledger::Ledger,
     links::Links,
-    node::{Health, Life, Node, Served},
+    node::{Health, Life, Node},
     wire::{Lines, Traffic, Wire},
 };
 
@@ -132,13 +133,20 @@ impl Town {
         let member = |index: usize| declared(index, UNIT * (1 + (index % 2) as u32), 1);
         let view = View::new((0..count).map(member));
         for index in 0..count {
-            self.build(index, member(index), &view);
+            self.build(index, member(index), &view, None);
         }
         self.learn(view.members().iter().cloned(), self.clock.now());
     }
 
-    /// A node that knows `view`, living from now on.
-    pub(super) fn build(self: &Arc<Self>, index: usize, me: Member, view: &View) {
+    /// A node that knows `view`, living from now on; `before`: who owned what when most of what it has was put there, if
+    /// that is known from an earlier life.
+    pub(super) fn build(
+        self: &Arc<Self>,
+        index: usize,
+        me: Member,
+        view: &View,
+        before: Option<Arc<Placement>>,
+    ) {
         let clock: Arc<dyn Clock> = Arc::new(self.clock.clone());
         let known = self.nodes.read().get(index).cloned();
         let (id, weight) = (me.id.clone(), me.weight);
@@ -150,7 +158,10 @@ impl Town {
         let served = Served::new(Arc::clone(&shelf));
         self.net.attach(id.clone(), served.clone());
         let now = self.clock.now();
-        let members = Members::sharing(TIMES, me, view, now, Arc::clone(&self.placements));
+        let mut members = Members::sharing(TIMES, me, view, now, Arc::clone(&self.placements));
+        if let Some(before) = before {
+            members.owned_by(before, now);
+        }
         let cluster = Cluster::new(members, Arc::clone(&clock));
         self.lines.knows(index, &cluster);
         let wire = Wire {
@@ -159,10 +170,7 @@ impl Town {
             lines: Arc::clone(&self.lines),
         };
         let motion = Motion::new(
-            MotionConfig {
-                settle: SETTLE,
-                ..MotionConfig::default()
-            },
+            self.patience(),
             MotionParts {
                 cluster: Arc::clone(&cluster),
                 transport: Arc::new(wire),
@@ -199,6 +207,7 @@ impl Town {
                 index,
                 weight,
                 shelf,
+                desk: Desk::default(),
                 life: Mutex::new(life),
             })),
         }
@@ -211,6 +220,39 @@ impl Town {
                 clock.sleep(ROUND).await;
             }
         });
+    }
+
+    /// How patient nodes are, and from when on a run is hot.
+    fn patience(&self) -> MotionConfig {
+        let settled = MotionConfig {
+            settle: SETTLE,
+            ..MotionConfig::default()
+        };
+        match self.setting.hot {
+            None => settled,
+            Some(_) => MotionConfig {
+                hot: RULES,
+                hot_time: HOT_TIME,
+                ..settled
+            },
+        }
+    }
+
+    /// Runs of the prompt that many read of which somebody says that another has them too.
+    pub(super) fn named_runs(&self) -> u64 {
+        let nodes = self.nodes.read();
+        let motions = nodes.iter().filter(|node| node.is_up());
+        let motions: Vec<_> = motions
+            .map(|node| Arc::clone(&node.life.lock().motion))
+            .collect();
+        let chain = self.prompt(HOT_PROMPT);
+        let of = |motion: &Arc<Motion>| motion.seconds_of(self.space.id, &chain, RUN_BLOCKS);
+        motions.iter().map(|motion| of(motion).len() as u64).sum()
+    }
+
+    /// How often a run got a second owner.
+    pub(super) fn hot_copies(&self) -> u64 {
+        self.metrics.motion.hot_copies.get()
     }
 
     /// Bytes that a node of this weight has room for.
@@ -265,6 +307,18 @@ impl Town {
         nodes.iter().any(|node| node.shelf.has(key))
     }
 
+    /// Blocks that are there, and not where readers look for them once no change is young.
+    pub(super) fn stranded(&self) -> u64 {
+        let has = |id: &MemberId, key: &BlockKey| {
+            let node = self.named(id);
+            node.is_some_and(|node| node.is_up() && node.shelf.has(key))
+        };
+        let nodes = self.nodes.read().clone();
+        let is_anywhere =
+            |key: &BlockKey| nodes.iter().any(|node| node.is_up() && node.shelf.has(key));
+        self.ledger.stranded(has, is_anywhere)
+    }
+
     /// Whether all who are up see the same members, and those that there are.
     pub(super) fn is_agreed(&self) -> bool {
         let truth = self.ledger.digest();
@@ -273,6 +327,32 @@ impl Town {
             let life = node.life.lock();
             life.health != Health::Up || life.cluster.digest() == truth
         })
+    }
+
+    /// Who is seen in another state than the true one, by whom: the first of them.
+    pub(super) fn disagreement(&self) -> Option<String> {
+        let (truth, _) = self.ledger.close();
+        let nodes = self.nodes.read();
+        let of = |node: &Arc<Node>| {
+            let life = node.life.lock();
+            let roster = life.cluster.roster();
+            if life.health != Health::Up || roster.digest == truth.digest() {
+                return None;
+            }
+            let told = |member: &Member| (member.id.clone(), member.weight, member.state);
+            let seen: Vec<_> = roster.view.members().iter().map(told).collect();
+            let is_other = |member: &&Member| !seen.contains(&told(member));
+            let missed = truth.members().iter().find(is_other).map(|member| {
+                let (seen, is) = (roster.view.get(&member.id), member.state);
+                let seen =
+                    seen.map(|seen| (seen.generation, seen.version, seen.weight, seen.state));
+                let true_one = (member.generation, member.version, member.weight, is);
+                format!("{} is {true_one:?} and seen as {seen:?}", member.id)
+            });
+            let missed = missed.unwrap_or_else(|| "somebody is seen who is not there".to_owned());
+            Some(format!("at {}: {missed}", node.id))
+        };
+        nodes.iter().find_map(of)
     }
 
     /// How many nodes hold more than they have room for.

@@ -11,7 +11,7 @@ use std::{
 };
 
 use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream};
-use kvproto::{BlockKey, LeaseId, PutOutcome, convert::answer::PutResult};
+use kvproto::{BlockKey, LeaseId, MemberId, PutOutcome, convert::answer::PutResult};
 use kvserver::{
     clock::Clock,
     cluster::Cluster,
@@ -39,6 +39,8 @@ pub(super) struct Traffic {
     pub(super) fetched_bytes: AtomicU64,
     /// Bytes of new blocks that owners passed on to the next.
     pub(super) copied_bytes: AtomicU64,
+    /// Bytes of blocks that many read, on their way to a second owner.
+    pub(super) hot_bytes: AtomicU64,
     /// Calls of all kinds.
     pub(super) calls: AtomicU64,
 }
@@ -78,6 +80,17 @@ impl Lines {
     pub(super) fn knows(&self, index: usize, cluster: &Arc<Cluster>) {
         let mut clusters = self.clusters.write();
         clusters.insert(index, Arc::downgrade(cluster));
+    }
+
+    /// Whether `caller` gives away a copy of what is and stays its own: to somebody who does not own it.
+    fn is_copy(&self, caller: usize, to: &MemberId, given: &Given) -> bool {
+        let cluster = self.clusters.read().get(&caller).and_then(Weak::upgrade);
+        let (Some(cluster), Some(block)) = (cluster, given.blocks.first()) else {
+            return false;
+        };
+        let (roster, run) = (cluster.roster(), &block.header.place.run);
+        let replicas = given.space.replicas;
+        roster.owns(cluster.me(), run, replicas) && !roster.owns(to, run, replicas)
     }
 
     /// An answer brings a caller the members that it lacks, as between real nodes.
@@ -183,13 +196,14 @@ impl Transport for Wire {
         deadline: Duration,
     ) -> BoxFuture<'static, Result<Vec<PutResult>, PeerError>> {
         self.note("put", peer, given.blocks.len());
-        let (to, lines) = (peer.clone(), Arc::clone(&self.lines));
+        let (to, lines, me) = (peer.clone(), Arc::clone(&self.lines), self.index);
         self.over(peer, deadline, move |net, left| async move {
             let block = |block: &Carried| (block.header.key, block.len_bytes());
             let sent: Vec<(BlockKey, u64)> = given.blocks.iter().map(block).collect();
             // What gets lost on its way has not moved.
             let moved = match given.passes_on {
                 true => &lines.traffic.copied_bytes,
+                false if lines.is_copy(me, &to.id, &given) => &lines.traffic.hot_bytes,
                 false => &lines.traffic.pushed_bytes,
             };
             moved.fetch_add(sent.iter().map(|(_, bytes)| bytes).sum(), Relaxed);

@@ -108,6 +108,19 @@ impl Cache {
         Ok(())
     }
 
+    /// These blocks were saved through another cache: lookups do not stop before them any more.
+    ///
+    /// # Errors
+    /// When the hashes are no hashes.
+    pub fn saved(&self, hashes: &[u8], width: usize) -> Result<(), Error> {
+        hashes::count(hashes, width)?;
+        let mut misses = self.shared.misses.lock();
+        for hash in hashes.chunks_exact(width) {
+            misses.remove(hash);
+        }
+        Ok(())
+    }
+
     /// Waits for a lookup: how many blocks from `first` on are there. With a `request` it is leased and remembered.
     ///
     /// # Errors

@@ -17,8 +17,17 @@ use crate::{
 pub(super) struct Cache(cache::Cache);
 
 /// What became of one load or save.
-#[pyclass(module = "terrace", frozen)]
-pub(super) struct Finished(jobs::Finished);
+#[pyclass(module = "terrace", frozen, get_all)]
+pub(super) struct Finished {
+    job: u64,
+    kind: &'static str,
+    blocks: usize,
+    bytes: u64,
+    failed_block_ids: Vec<u32>,
+    seconds: f64,
+    reason: Option<String>,
+    ok: bool,
+}
 
 fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
@@ -133,6 +142,10 @@ impl Cache {
         self.0.miss(hashes, width).map_err(wrong)
     }
 
+    fn saved(&self, hashes: &[u8], width: usize) -> PyResult<()> {
+        self.0.saved(hashes, width).map_err(wrong)
+    }
+
     #[pyo3(signature = (layers, *, device = None, stream = 0))]
     fn layout(
         &self,
@@ -187,7 +200,7 @@ impl Cache {
     }
 
     fn finished(&self) -> Vec<Finished> {
-        self.0.finished().into_iter().map(Finished).collect()
+        self.0.finished().into_iter().map(Finished::from).collect()
     }
 
     fn wait_gathered(&self, py: Python<'_>, timeout_ms: u64) -> bool {
@@ -195,7 +208,8 @@ impl Cache {
     }
 
     fn wait(&self, py: Python<'_>, job: u64, timeout_ms: u64) -> Option<Finished> {
-        py.detach(|| self.0.wait(job, ms(timeout_ms))).map(Finished)
+        let done = py.detach(|| self.0.wait(job, ms(timeout_ms)));
+        done.map(Finished::from)
     }
 
     #[pyo3(signature = (hashes, width, timeout_ms, first = 0, request = None))]
@@ -227,60 +241,35 @@ impl Cache {
     }
 }
 
+impl From<jobs::Finished> for Finished {
+    fn from(done: jobs::Finished) -> Self {
+        Self {
+            job: done.job,
+            kind: done.kind.name(),
+            blocks: done.blocks,
+            bytes: done.bytes,
+            seconds: done.took.as_secs_f64(),
+            ok: done.failed_block_ids.is_empty(),
+            failed_block_ids: done.failed_block_ids,
+            reason: done.reason,
+        }
+    }
+}
+
 #[pymethods]
 impl Finished {
-    #[getter]
-    fn job(&self) -> u64 {
-        self.0.job
-    }
-
-    #[getter]
-    fn kind(&self) -> &'static str {
-        self.0.kind.name()
-    }
-
-    #[getter]
-    fn blocks(&self) -> usize {
-        self.0.blocks
-    }
-
-    #[getter]
-    fn bytes(&self) -> u64 {
-        self.0.bytes
-    }
-
-    #[getter]
-    fn failed_block_ids(&self) -> Vec<u32> {
-        self.0.failed_block_ids.clone()
-    }
-
-    #[getter]
-    fn seconds(&self) -> f64 {
-        self.0.took.as_secs_f64()
-    }
-
-    #[getter]
-    fn reason(&self) -> Option<&str> {
-        self.0.reason.as_deref()
-    }
-
-    #[getter]
-    fn ok(&self) -> bool {
-        self.0.failed_block_ids.is_empty()
-    }
-
     fn __repr__(&self) -> String {
-        let done = &self.0;
-        let why = match &done.reason {
-            Some(reason) => format!(", {} failed: {reason}", done.failed_block_ids.len()),
+        let Self {
+            job,
+            kind,
+            blocks,
+            bytes,
+            ..
+        } = self;
+        let why = match &self.reason {
+            Some(reason) => format!(", {} failed: {reason}", self.failed_block_ids.len()),
             None => String::new(),
         };
-        format!(
-            "<{} {}: {} blocks, {} bytes{why}>",
-            done.kind.name(),
-            done.job,
-            done.blocks,
-            done.bytes
-        )
+        format!("<{kind} {job}: {blocks} blocks, {bytes} bytes{why}>")
     }
 }

@@ -15,8 +15,16 @@ use crate::connector::tier::{self, Answer, Ends};
 pub(super) struct Chunks(tier::Tier);
 
 /// What became of one of vLLM's jobs.
-#[pyclass(module = "terrace._terrace", frozen)]
-pub(super) struct Ending(tier::Ending);
+#[pyclass(module = "terrace._terrace", frozen, get_all)]
+pub(super) struct Ending {
+    job: u64,
+    blocks: usize,
+    bytes: u64,
+    failed: Vec<usize>,
+    dropped: usize,
+    reason: Option<String>,
+    forget: Vec<String>,
+}
 
 /// vLLM's note of where each key of a request ends.
 struct Noted<'n, 'py>(&'n Bound<'py, PyDict>);
@@ -111,15 +119,15 @@ impl Chunks {
     }
 
     fn ended(&mut self, finished: Done) -> Option<Ending> {
-        self.0.ended(finished.into()).map(Ending)
+        self.0.ended(finished.into()).map(Ending::from)
     }
 
     fn refuse(&mut self, run: u64, reason: &str) -> Option<Ending> {
-        self.0.refuse(run, reason).map(Ending)
+        self.0.refuse(run, reason).map(Ending::from)
     }
 
     fn give_up(&mut self, run: u64, reason: &str) -> Option<Ending> {
-        self.0.give_up(run, reason).map(Ending)
+        self.0.give_up(run, reason).map(Ending::from)
     }
 
     fn end_step(&mut self, scheduled: &Bound<'_, PyAny>) -> PyResult<Vec<String>> {
@@ -147,40 +155,25 @@ impl Chunks {
     }
 }
 
-#[pymethods]
-impl Ending {
-    #[getter]
-    fn job(&self) -> u64 {
-        self.0.job
-    }
-
-    #[getter]
-    fn blocks(&self) -> usize {
-        self.0.blocks
-    }
-
-    #[getter]
-    fn bytes(&self) -> u64 {
-        self.0.bytes
-    }
-
-    #[getter]
-    fn failed(&self) -> Vec<usize> {
-        self.0.failed.clone()
-    }
-
-    #[getter]
-    fn dropped(&self) -> usize {
-        self.0.dropped
-    }
-
-    #[getter]
-    fn reason(&self) -> Option<&str> {
-        self.0.reason.as_deref()
-    }
-
-    #[getter]
-    fn forget(&self) -> Vec<String> {
-        self.0.forget.clone()
+impl From<tier::Ending> for Ending {
+    fn from(ending: tier::Ending) -> Self {
+        let tier::Ending {
+            job,
+            blocks,
+            bytes,
+            failed,
+            dropped,
+            reason,
+            forget,
+        } = ending;
+        Self {
+            job,
+            blocks,
+            bytes,
+            failed,
+            dropped,
+            reason,
+            forget,
+        }
     }
 }

@@ -109,10 +109,12 @@ class Scheduler:
         if isinstance(output.kv_connector_worker_meta, Saved):
             for job, (workers, failed) in output.kv_connector_worker_meta.jobs.items():
                 if stored := self.planner.replied(job, workers, failed):
-                    self._tell(self.saves.pop(job), *stored)
+                    self._stored(self.saves.pop(job), *stored)
 
-    def _tell(self, request: Request, first: int, end: int, missing: set[int]) -> None:
+    def _stored(self, request: Request, first: int, end: int, missing: set[int]) -> None:
         """Blocks `first` to `end` were stored, but for the missing."""
+        hashes = request.block_hashes
+        self.cache.saved(b"".join(hashes[i] for i in range(first, end) if i not in missing), len(hashes[0]))
         if self.events is None:
             return
         names = [maybe_convert_block_hash(block) for block in request.block_hashes[max(first - 1, 0) : end]]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 
 from terrace._terrace import Hauls
+from terrace.telling import Teller
 from terrace.vllm.setup import layer_span
 from terrace.vllm.step import Saved, Step
 
@@ -32,7 +33,7 @@ class Worker:
 
     def __init__(self, connect: Connect, blocks: int) -> None:
         self.connect, self.generation = connect, ""
-        self.cache, self.hauls = connect(""), Hauls()
+        self.cache, self.hauls, self.teller = connect(""), Hauls(), Teller(logger)
         self.blocks = blocks
         self.layers: list[tuple[int, int, int, int]] = []
 
@@ -45,6 +46,7 @@ class Worker:
 
     def before(self, step: Step) -> None:
         """Before this step writes anywhere."""
+        self.teller.difference(self.cache)
         if step.generation != self.generation:  # another namespace, see Scheduler.reset; what was in hand has failed
             self.cache.close()
             self._say(*self.hauls.give_up_all("the cache was reset"))

@@ -19,6 +19,7 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 use futures_util::{
     FutureExt, StreamExt,
     future::{BoxFuture, Shared, join_all},
+    stream,
 };
 use kvproto::{BlockKey, Chain, Kind, Part, Reason};
 use tokio::sync::oneshot;
@@ -264,6 +265,14 @@ impl Motion {
         (landed, true)
     }
 
+    /// When the flight of a run will be over, if there is one.
+    pub(super) fn landing(&self, run: &RunKey) -> Option<BoxFuture<'static, ()>> {
+        let flights = self.flights.lock();
+        flights
+            .get(run)
+            .map(|flight| flight.landed.clone().map(drop).boxed())
+    }
+
     /// Remembers for a moment what was not found.
     fn note_missed(&self, key: RunKey, asked: &Asked) {
         let (parts, hashes) = (asked.parts.len().max(1), &asked.chain.hashes);
@@ -332,16 +341,22 @@ impl Motion {
             .lookup(peer, &asked, Some(LEASE), time)
             .await?;
         let (lease, survived) = (seen.lease, seen.survived);
-        let blocks = lease.map_or(seen.blocks, |(_, blocks)| blocks);
+        let blocks = lease.map_or(seen.blocks, |(_, blocks)| blocks) as usize;
         if blocks == 0 {
             return Ok(());
         }
-        asked.chain = asked
-            .chain
-            .slice(0..blocks as usize, asked.space.run_blocks());
         let lease = lease.map(|(id, _)| id);
-        let mut answers = self.transport.get(peer, &asked, lease, self.left(until));
+        // The owner before may have sent it meanwhile.
+        let lacking = keys(asked.space.id, &asked.chain, &asked.parts)
+            .position(|key| self.holdings.lacks(&key));
+        let from = lacking.map_or(blocks, |lacking| lacking / asked.parts.len().max(1));
         let mut failed = Ok(());
+        let mut answers = if from < blocks {
+            asked.chain = asked.chain.slice(from..blocks, asked.space.run_blocks());
+            self.transport.get(peer, &asked, lease, self.left(until))
+        } else {
+            stream::empty().boxed()
+        };
         while let Some(answer) = answers.next().await {
             match answer {
                 Ok((_, Fetched::Hit(block))) => {

@@ -26,7 +26,9 @@ use std::{
     },
 };
 
-use kvproto::{BlockKey, Chain, MemberState, NamespaceId, RunHash, convert::answer::Second};
+use kvproto::{
+    BlockKey, Chain, MemberState, NamespaceId, RunHash, ViewDigest, convert::answer::Second,
+};
 use parking_lot::Mutex;
 
 use super::{
@@ -222,7 +224,7 @@ impl Motion {
             if self.cluster.digest() != roster.digest {
                 return;
             }
-            self.give(*run, to, &blocks).await;
+            self.give(roster.digest, *run, to, &blocks).await;
         }
     }
 
@@ -246,7 +248,13 @@ impl Motion {
     }
 
     /// A run to its second owner; named once it is all there.
-    async fn give(self: &Arc<Self>, run: RunKey, to: &Peer, blocks: &[HeldBlock]) {
+    async fn give(
+        self: &Arc<Self>,
+        digest: ViewDigest,
+        run: RunKey,
+        to: &Peer,
+        blocks: &[HeldBlock],
+    ) {
         let one = Move {
             run: HeldRun {
                 key: run,
@@ -258,7 +266,7 @@ impl Motion {
             leaves: false,
         };
         let mut pushed = Pushed::default();
-        let given = self.push(&one, blocks, &mut pushed).await;
+        let given = self.push(digest, &one, blocks, &mut pushed).await;
         let is_there = given.is_ok() && pushed.left_blocks == 0 && !pushed.there.is_empty();
         if let Err(error) = given {
             tracing::debug!(peer = %to.id, %error, "a hot run could not be given to a second owner");

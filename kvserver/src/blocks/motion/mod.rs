@@ -4,6 +4,7 @@
 //!   lookup, get ── a miss, while a change is young ──► fetch.rs    candidates once, under a lease there, kept here
 //!   a change of roster ─────────────────────────────► moves.rs    runs that changed owner, hottest first, paced
 //!   put, where runs have several owners ────────────► replicas.rs  on to the next owner
+//!   one run, one way at a time ─────────────────────► under_way.rs
 //!   gets of one run, many at once ──────────────────► hot.rs      a second owner for a while, by the count in heat.rs
 //!
 //!                 Cluster (who owns what)   Transport (peers)   Holdings (what lies here)   Clock
@@ -31,9 +32,11 @@ mod moves;
 mod node;
 mod replicas;
 mod runs;
+mod served;
 mod shelf;
 #[cfg(test)]
 mod tests;
+mod under_way;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -60,9 +63,10 @@ pub use self::{
     moves::{Move, Progress, plan},
     node::NodeHoldings,
     replicas::{Passed, Passing},
+    served::Served,
     shelf::Shelf,
 };
-use self::{fetch::Flight, hot::Hot, moves::Handed};
+use self::{fetch::Flight, hot::Hot, moves::Handed, under_way::Sent};
 use crate::{
     clock::{Clock, Tick},
     cluster::{Cluster, Roster, Standing},
@@ -101,8 +105,14 @@ pub trait Holdings: Send + Sync + 'static {
     /// The bytes of a block that lies here; `None` when it has left.
     fn read(&self, block: &HeldBlock) -> BoxFuture<'static, Option<Carried>>;
 
-    /// These lie elsewhere too, and may go before any other.
+    /// These lie elsewhere too, and may go before any other, from RAM and from the tiers below.
     fn first_to_go(&self, keys: &[BlockKey]);
+
+    /// Those that may, and their runs, in no order; one that lies in several tiers may be told as often.
+    fn going(&self) -> Vec<(BlockKey, RunHash)>;
+
+    /// These do not go before others any more.
+    fn stays(&self, keys: &[BlockKey]);
 }
 
 /// What became of a block that came from a peer.
@@ -184,6 +194,8 @@ pub struct Motion {
     /// Runs that nobody had, until when that is believed, and the first block that was lacking.
     missed: Mutex<BTreeMap<RunKey, (Tick, SequenceHash)>>,
     handed: Mutex<BTreeMap<RunKey, Handed>>,
+    /// Runs that are being sent.
+    sending: Mutex<BTreeMap<RunKey, Sent>>,
     progress: watch::Sender<Progress>,
     /// Bytes on their way to further owners.
     passing_bytes: AtomicU64,
@@ -237,6 +249,7 @@ impl Motion {
             flights: Mutex::default(),
             missed: Mutex::default(),
             handed: Mutex::default(),
+            sending: Mutex::default(),
             progress: watch::Sender::new(Progress::default()),
             passing_bytes: AtomicU64::new(0),
             hot: Hot::default(),

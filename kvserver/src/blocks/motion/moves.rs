@@ -16,8 +16,12 @@
 //! owner after it: every gap that a change made is filled by exactly one of those who can.
 //!
 //! Units: runs, blocks, bytes. Errors: none; what a destination refuses stays here and is counted.
-//! Bounds: `BATCH_RUNS` runs looked up at a time, [`BATCH_BYTES`] in memory per destination, [`MAX_DESTINATIONS`] at
+//! Bounds: `BATCH_RUNS` runs looked up at a time, 16 MiB in memory per destination, [`MAX_DESTINATIONS`] at
 //! once, the pace of `peer_bytes_per_second` over all of them.
+
+mod account;
+mod plan;
+mod push;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,26 +29,23 @@ use std::{
 };
 
 use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
-use kvproto::{
-    Ack, BlockKey, Kind, MemberId, MemberState, Reason, RunHash, SequenceHash, ViewDigest,
-};
+use kvproto::{BlockKey, MemberId, ViewDigest};
 
-use super::{
-    Motion, peer,
-    runs::{HeldChain, chains},
+use self::plan::reborn_since;
+pub(super) use self::{account::Handed, push::Pushed};
+pub use self::{
+    account::Progress,
+    plan::{Move, plan},
 };
+use super::Motion;
 use crate::{
     clock::Tick,
-    cluster::{Roster, Standing},
-    engine::{HeldBlock, HeldRun, RunKey},
-    peers::{Asked, Carried, Given, Peer, PeerError, Space},
+    cluster::Roster,
+    engine::{HeldBlock, RunKey},
 };
 
 /// Runs whose blocks are listed at a time: one visit of the index serves so many.
 const BATCH_RUNS: usize = 2048;
-
-/// Bytes read ahead of being sent, per destination.
-const BATCH_BYTES: u64 = 16 << 20;
 
 /// Destinations served at once.
 const MAX_DESTINATIONS: usize = 8;
@@ -52,225 +53,7 @@ const MAX_DESTINATIONS: usize = 8;
 /// Failures in a row after which a destination is left for the next plan.
 const FAILURES: u32 = 3;
 
-/// A run that is to go somewhere.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Move {
-    /// What.
-    pub run: HeldRun,
-    /// Where.
-    pub to: Peer,
-    /// Whether this node is no owner of it any more: its copy is the first to go once it has arrived.
-    pub leaves: bool,
-}
-
-/// How far moves are.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Progress {
-    /// Plans made so far.
-    pub plans: u64,
-    /// Whether the last plan is done, as far as it could be.
-    pub is_done: bool,
-    /// Whether this node hands over all that it has.
-    pub is_draining: bool,
-    /// Runs that still have to go.
-    pub waiting_runs: u64,
-    /// Their bytes.
-    pub waiting_bytes: u64,
-    /// Runs that went, since start.
-    pub moved_runs: u64,
-    /// Bytes that went, since start.
-    pub moved_bytes: u64,
-    /// Blocks that a destination refused or could not be given, under this plan: they stay here.
-    pub left_blocks: u64,
-    /// Their bytes.
-    pub left_bytes: u64,
-}
-
-impl Progress {
-    /// What would be lost if this node went away now: what waits and what could not be given.
-    #[must_use]
-    pub fn at_stake_bytes(&self) -> u64 {
-        self.waiting_bytes + self.left_bytes
-    }
-}
-
-/// What was handed over of a run.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Handed {
-    to: MemberId,
-    /// In which life of its: in another one it may have come back with nothing.
-    life: u64,
-    /// Blocks that it has.
-    there: BTreeSet<BlockKey>,
-    is_whole: bool,
-    /// Blocks that lay here then.
-    blocks: u64,
-}
-
-/// What has to go where under `roster`: hottest first, then in the order of keys.
-///
-/// A copy that was left behind by an earlier move stays where it is, unless this node drains: only who owned a run until
-/// lately hands it over.
-#[must_use]
-pub fn plan(
-    roster: &Roster,
-    me: &MemberId,
-    held: &[HeldRun],
-    replicas: impl Fn(&RunKey) -> usize,
-    now: Tick,
-) -> Vec<Move> {
-    let drains = roster
-        .view
-        .get(me)
-        .is_some_and(|me| me.state == MemberState::Draining);
-    let mut moves: Vec<Move> = held
-        .iter()
-        .filter_map(|run| {
-            let replicas = replicas(&run.key);
-            let (to, leaves) = destination(roster, me, &run.key.run, replicas)?;
-            let was_mine = || roster.former(&run.key.run, now).contains(me);
-            if leaves && !drains && replicas == 1 && !was_mine() {
-                return None;
-            }
-            Some(Move {
-                run: *run,
-                to,
-                leaves,
-            })
-        })
-        .collect();
-    moves.sort_by(|a, b| {
-        let heat = b.run.heat.cmp(&a.run.heat);
-        heat.then_with(|| a.run.key.cmp(&b.run.key))
-    });
-    moves
-}
-
-fn destination(
-    roster: &Roster,
-    me: &MemberId,
-    run: &RunHash,
-    replicas: usize,
-) -> Option<(Peer, bool)> {
-    let owners = roster.owners(run, replicas);
-    match owners.iter().position(|owner| owner.id == *me) {
-        None => owners.first().map(|owner| (peer(owner), true)),
-        Some(_) if owners.len() < 2 => None,
-        Some(at) => owners
-            .get((at + 1) % owners.len())
-            .map(|owner| (peer(owner), false)),
-    }
-}
-
-impl Handed {
-    /// Whether whoever took it still lives the life in which it did.
-    fn holds(&self, roster: &Roster) -> bool {
-        let taker = roster.view.get(&self.to);
-        taker.is_some_and(|to| to.state != MemberState::Gone && to.generation == self.life)
-    }
-}
-
-/// What became of one run.
-#[derive(Default)]
-pub(super) struct Pushed {
-    sent_bytes: u64,
-    /// Blocks that the destination has now.
-    pub(super) there: Vec<BlockKey>,
-    pub(super) left_blocks: u64,
-    left_bytes: u64,
-}
-
 impl Motion {
-    /// How far moves are, now and from now on.
-    #[must_use]
-    pub fn progress(&self) -> tokio::sync::watch::Receiver<Progress> {
-        self.progress.subscribe()
-    }
-
-    /// Waits until a node that drains has nothing left to hand over, or cannot do better, or `until` has come; what it
-    /// answers as [`Progress::at_stake_bytes`] is what would be lost by leaving now.
-    pub async fn drained(&self, until: Tick) -> Progress {
-        let mut progress = self.progress();
-        let late = self.clock.sleep(self.left(until));
-        tokio::select! {
-            biased;
-            () = async {
-                loop {
-                    let done = progress.wait_for(|p| p.is_draining && p.is_done && p.at_stake_bytes() == 0);
-                    // Who has taken it may have fallen silent since; another owner takes it when its grace is over.
-                    if done.await.is_err() || self.takers().iter().all(|(_, is_well)| *is_well) {
-                        return;
-                    }
-                    self.clock.sleep(self.config.settle).await;
-                }
-            } => {}
-            () = late => {}
-            () = self.stopping.cancelled() => {}
-        }
-        self.account()
-    }
-
-    /// An exact account of what is still to go, read from what lies here. While this node drains that is every block
-    /// that nobody has acknowledged who is well, whether there is anybody to take it or not: what would be lost by
-    /// leaving now.
-    #[must_use]
-    pub fn account(&self) -> Progress {
-        let roster = self.cluster.roster();
-        let is_draining = self.is_draining(&roster);
-        let runs: BTreeSet<RunKey> = match is_draining {
-            true => self.holdings.held().iter().map(|run| run.key).collect(),
-            false => self
-                .to_do(&roster, None)
-                .iter()
-                .map(|one| one.run.key)
-                .collect(),
-        };
-        let blocks = self.holdings.blocks_of(&runs);
-        let takers = self.takers();
-        let handed = self.handed.lock();
-        let is_there = |key: &RunKey, block: &BlockKey| {
-            let is_well =
-                |handed: &&Handed| handed.holds(&roster) && takers.get(&handed.to) == Some(&true);
-            let handed = handed.get(key).filter(is_well);
-            handed.is_some_and(|handed| handed.there.contains(block))
-        };
-        let mut waiting: BTreeSet<RunKey> = BTreeSet::new();
-        let mut now = self.progress.borrow().clone();
-        (now.left_blocks, now.left_bytes, now.waiting_bytes) = (0, 0, 0);
-        for block in blocks {
-            let run = RunKey {
-                namespace: block.key.namespace,
-                run: block.place.run,
-            };
-            if !is_there(&run, &block.key) {
-                waiting.insert(run);
-                now.left_blocks += 1;
-                now.left_bytes += block.length_bytes;
-            }
-        }
-        now.waiting_runs = waiting.len() as u64;
-        now.is_draining = is_draining;
-        now
-    }
-
-    /// Who has taken runs, and whether each is well and stays: two that drain at once could each count on the other.
-    fn takers(&self) -> BTreeMap<MemberId, bool> {
-        let roster = self.cluster.roster();
-        let stays = |id: &MemberId| {
-            let member = roster.view.get(id);
-            member.is_some_and(|member| member.state.takes_runs())
-        };
-        let handed = self.handed.lock();
-        let mut takers: BTreeMap<MemberId, bool> = BTreeMap::new();
-        for handed in handed.values() {
-            if !takers.contains_key(&handed.to) {
-                let is_well = self.cluster.standing(&handed.to) == Standing::Well;
-                takers.insert(handed.to.clone(), is_well && stays(&handed.to));
-            }
-        }
-        takers
-    }
-
     pub(super) async fn work(self: Arc<Self>) {
         let mut changes = self.cluster.changes();
         let mut lives: BTreeMap<MemberId, u64> = BTreeMap::new();
@@ -327,11 +110,6 @@ impl Motion {
         roster.is_young(self.clock.now()) || self.is_draining(roster)
     }
 
-    fn is_draining(&self, roster: &Roster) -> bool {
-        let me = roster.view.get(self.cluster.me());
-        me.is_some_and(|me| me.state == MemberState::Draining)
-    }
-
     /// What has to go, to anybody or to some alone, and was not handed over already.
     fn to_do(&self, roster: &Roster, only: Option<&BTreeSet<MemberId>>) -> Vec<Move> {
         let held = self.holdings.held();
@@ -357,8 +135,30 @@ impl Motion {
         moves
     }
 
+    /// Copies that were left behind by a move and are this node's own again do not go first any more: whoever took them
+    /// hands them back by naming what is here already, and lets its own go.
+    fn take_back(&self, roster: &Roster) {
+        let mut is_mine: BTreeMap<RunKey, bool> = BTreeMap::new();
+        let mut going = self.holdings.going();
+        going.retain(|(key, run)| {
+            let key = RunKey {
+                namespace: key.namespace,
+                run: *run,
+            };
+            *is_mine.entry(key).or_insert_with(|| {
+                let space = self.holdings.space(&key.namespace);
+                self.owns(roster, run, space.map_or(1, |space| space.replicas))
+            })
+        });
+        if !going.is_empty() {
+            let keys: Vec<BlockKey> = going.into_iter().map(|(key, _)| key).collect();
+            self.holdings.stays(&keys);
+        }
+    }
+
     /// One plan, as far as it can be carried out before the next change.
     async fn carry_out(self: &Arc<Self>, roster: &Arc<Roster>, only: Option<&BTreeSet<MemberId>>) {
+        self.take_back(roster);
         let moves = self.to_do(roster, only);
         let bytes = moves.iter().map(|one| one.run.bytes).sum();
         self.progress.send_modify(|progress| {
@@ -442,7 +242,7 @@ impl Motion {
             if is_gone || self.is_suspect(&to) {
                 pushed.left(&blocks);
             } else {
-                match self.push(&one, &blocks, &mut pushed).await {
+                match self.push(digest, &one, &blocks, &mut pushed).await {
                     Ok(()) => failures = 0,
                     Err(error) => {
                         failures += 1;
@@ -499,145 +299,5 @@ impl Motion {
             progress.left_bytes += pushed.left_bytes;
         });
         self.show_waiting();
-    }
-
-    fn show_waiting(&self) {
-        let progress = self.progress.borrow();
-        self.metrics
-            .waiting(progress.waiting_runs, progress.at_stake_bytes());
-    }
-
-    /// One run to its destination.
-    pub(super) async fn push(
-        self: &Arc<Self>,
-        one: &Move,
-        blocks: &[HeldBlock],
-        pushed: &mut Pushed,
-    ) -> Result<(), PeerError> {
-        let Some(space) = self.holdings.space(&one.run.key.namespace) else {
-            // A tenant that is no longer there: nobody can ask for it.
-            return Ok(());
-        };
-        for held in chains(blocks, space.run_blocks()) {
-            let present = self.probe(&one.to, &space, &held).await?;
-            let (there, missing) = held.blocks.split_at(present * held.parts.len());
-            pushed.there.extend(there.iter().map(|block| block.key));
-            for (kind, batch) in batches(missing) {
-                self.send(&one.to, &space, kind, batch, pushed).await?;
-            }
-        }
-        Ok(())
-    }
-
-    /// How many leading blocks of a chain the destination has already.
-    async fn probe(
-        &self,
-        to: &Peer,
-        space: &Arc<Space>,
-        held: &HeldChain,
-    ) -> Result<usize, PeerError> {
-        let asked = Asked {
-            space: Arc::clone(space),
-            chain: held.chain.clone(),
-            parts: held.parts.clone(),
-        };
-        let time = self.config.move_time;
-        let mut seen = self.transport.lookup(to, &asked, None, time).await;
-        if seen == Err(PeerError::UnknownNamespace) {
-            self.transport.open(to, space, time).await?;
-            seen = self.transport.lookup(to, &asked, None, time).await;
-        }
-        Ok((seen?.blocks as usize).min(held.chain.len()))
-    }
-
-    async fn send(
-        &self,
-        to: &Peer,
-        space: &Arc<Space>,
-        kind: Kind,
-        batch: Vec<HeldBlock>,
-        pushed: &mut Pushed,
-    ) -> Result<(), PeerError> {
-        // Before they are read: what this node is told of from now on, they may not have survived.
-        let hashes: Vec<SequenceHash> = batch.iter().map(|block| block.key.hash).collect();
-        let survived = self.holdings.survived(&space.id, &hashes);
-        let mut carried: Vec<Carried> = Vec::with_capacity(batch.len());
-        for block in &batch {
-            match self.holdings.read(block).await {
-                Some(block) => carried.push(block),
-                // It has left, or its tier is busy: the next plan sees which, and tries again what is still here.
-                None => pushed.left([block]),
-            }
-        }
-        if carried.is_empty() {
-            return Ok(());
-        }
-        let sent: Vec<(BlockKey, u64)> = carried
-            .iter()
-            .map(|block| (block.header.key, block.header.length_bytes))
-            .collect();
-        let bytes = sent.iter().map(|(_, bytes)| bytes).sum();
-        self.pace.take(bytes).await;
-        let given = Given {
-            space: Arc::clone(space),
-            ack: Ack::Cached,
-            kind,
-            passes_on: false,
-            survived,
-            blocks: carried,
-        };
-        let results = self.transport.put(to, given, self.config.move_time).await?;
-        for ((key, bytes), result) in sent.into_iter().zip(results) {
-            if result.is_kept() {
-                pushed.sent_bytes += bytes;
-                pushed.there.push(key);
-            } else {
-                self.metrics
-                    .refused(result.reason.unwrap_or(Reason::Corrupt));
-                pushed.left_blocks += 1;
-                pushed.left_bytes += bytes;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Who lives another life than when it was last looked at, and may have come back with nothing.
-fn reborn_since(lives: &mut BTreeMap<MemberId, u64>, roster: &Roster) -> BTreeSet<MemberId> {
-    let now: BTreeMap<MemberId, u64> = roster
-        .present()
-        .map(|member| (member.id.clone(), member.generation))
-        .collect();
-    let before = std::mem::replace(lives, now);
-    let is_reborn = |(id, life): &(&MemberId, &u64)| before.get(*id).is_some_and(|b| b < *life);
-    let reborn = lives.iter().filter(is_reborn);
-    reborn.map(|(id, _)| id.clone()).collect()
-}
-
-/// Blocks in portions of one kind, none of more than [`BATCH_BYTES`] unless it is one block.
-fn batches(blocks: &[HeldBlock]) -> Vec<(Kind, Vec<HeldBlock>)> {
-    let mut batches: Vec<(Kind, Vec<HeldBlock>)> = Vec::new();
-    let mut bytes = 0;
-    for block in blocks {
-        bytes += block.length_bytes;
-        match batches.last_mut() {
-            Some((kind, batch)) if *kind == block.kind && bytes <= BATCH_BYTES => {
-                batch.push(*block);
-            }
-            _ => {
-                bytes = block.length_bytes;
-                batches.push((block.kind, vec![*block]));
-            }
-        }
-    }
-    batches
-}
-
-impl Pushed {
-    fn left<'a>(&mut self, blocks: impl IntoIterator<Item = &'a HeldBlock>) {
-        for block in blocks {
-            self.left_blocks += 1;
-            self.left_bytes += block.length_bytes;
-        }
     }
 }

@@ -11,7 +11,7 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use futures_util::{FutureExt, future::BoxFuture};
 use kvgpu::SlotMut;
-use kvproto::{BlockKey, Kind, NamespaceId, Reason, SequenceHash, checksum::Landing};
+use kvproto::{BlockKey, Kind, NamespaceId, Reason, RunHash, SequenceHash, checksum::Landing};
 
 use super::{Holdings, Kept};
 use crate::{
@@ -142,6 +142,21 @@ impl Holdings for NodeHoldings {
 
     fn first_to_go(&self, keys: &[BlockKey]) {
         self.engine.first_to_go(keys);
+        self.tiers.iter().for_each(|tier| tier.first_to_go(keys));
+    }
+
+    fn going(&self) -> Vec<(BlockKey, RunHash)> {
+        let mut going = self.engine.going();
+        for tier in self.tiers.iter() {
+            let below = tier.going().into_iter();
+            going.extend(below.map(|resident| (resident.key, resident.place.run)));
+        }
+        going
+    }
+
+    fn stays(&self, keys: &[BlockKey]) {
+        self.engine.stays(keys);
+        self.tiers.iter().for_each(|tier| tier.stays(keys));
     }
 }
 

@@ -16,7 +16,7 @@ use std::{
 
 use futures_util::{FutureExt, future::BoxFuture};
 use kvproto::{
-    BlockKey, GetOutcome, Kind, LeaseId, NamespaceId, PutOutcome, Reason, SequenceHash,
+    BlockKey, GetOutcome, Kind, LeaseId, NamespaceId, PutOutcome, Reason, RunHash, SequenceHash,
     checksum::page_sums, convert::answer::PutResult,
 };
 use parking_lot::Mutex;
@@ -317,6 +317,21 @@ impl Holdings for Shelf {
             ..
         } = &mut *state;
         first_to_go.extend(keys.iter().filter(|key| blocks.contains_key(*key)));
+    }
+
+    fn going(&self) -> Vec<(BlockKey, RunHash)> {
+        let state = self.state.lock();
+        let going = state.first_to_go.iter();
+        going
+            .filter_map(|key| Some((*key, state.blocks.get(key)?.block.header.place.run)))
+            .collect()
+    }
+
+    fn stays(&self, keys: &[BlockKey]) {
+        let mut state = self.state.lock();
+        for key in keys {
+            state.first_to_go.remove(key);
+        }
     }
 }
 

@@ -19,12 +19,18 @@ pub(super) fn read_or_make_secret(path: &Path, clock: &dyn Clock) -> io::Result<
     }
 }
 
-pub(super) fn check_secret(secret: Vec<u8>, path: &Path) -> io::Result<Vec<u8>> {
+/// The secret of the file that `secret_file` names.
+pub(crate) fn read_secret(path: &Path) -> io::Result<Vec<u8>> {
+    let read = fs::read(path).and_then(|secret| check_secret(secret, path));
+    read.map_err(|e| io::Error::new(e.kind(), format!("secret_file = {path:?}: {e}")))
+}
+
+fn check_secret(secret: Vec<u8>, path: &Path) -> io::Result<Vec<u8>> {
     if secret.len() >= SECRET_BYTES {
         return Ok(secret);
     }
     let problem = format!(
-        "{}: {} bytes, a secret has at least {SECRET_BYTES}",
+        "{} has {} bytes, a secret has at least {SECRET_BYTES}",
         path.display(),
         secret.len()
     );

@@ -81,6 +81,43 @@ fn a_block_whose_ancestors_are_unknown_goes_with_any_prefix_it_might_hang_below(
 }
 
 #[test]
+fn what_was_missed_goes_in_one_pass_as_one_after_the_other() {
+    let targets = [
+        Target::Block(chain(1, 6).hashes[5]),
+        Target::Prefix(chain(2, 6).hashes[3]),
+        Target::Prefix(chain(2, 6).hashes[4]), // below the other
+        Target::Prefix(chain(3, 6).hashes[1]),
+        Target::Block(chain(4, 1).hashes[0]), // not here
+    ];
+    let [together, apart] = [(); 2].map(|()| {
+        let world = world(64);
+        (1..=3).for_each(|seed| world.put_all(&chain(seed, 6)));
+        world
+    });
+    let missed = targets.map(|target| (SPACE, target));
+    let mut gone = together.engine.invalidate_missed(&missed);
+    let one_by_one = |target| apart.engine.invalidate(SPACE, target);
+    let mut expected: Vec<_> = targets.into_iter().flat_map(one_by_one).collect();
+    gone.sort_by_key(|gone| gone.key.hash);
+    expected.sort_by_key(|gone| gone.key.hash);
+    assert_eq!(gone, expected);
+    assert_eq!(gone.len(), 1 + 3 + 5);
+    for seed in 1..=3 {
+        assert_eq!(
+            together.probe(&chain(seed, 6)),
+            apart.probe(&chain(seed, 6))
+        );
+    }
+    // Peers that were told long ago, and say nothing of it any more, have newer ones.
+    let newer = key(&chain(2, 6), 4);
+    assert!(!together.engine.is_undone(&newer, &[]));
+    let all = [(SPACE, Target::All)];
+    assert_eq!(together.engine.namespaces().len(), 1);
+    assert_eq!(together.engine.invalidate_missed(&all).len(), 18 - 9);
+    together.assert_nothing_leaked();
+}
+
+#[test]
 fn invalidation_beats_a_lease_and_says_so() {
     let world = world(64);
     let chain = chain(1, 2);

@@ -94,11 +94,12 @@ pub enum Method {
     SetWeight,
     Drain,
     Explain,
+    Invalidations,
     Other,
 }
 
 impl Method {
-    pub(super) const ALL: [Self; 16] = [
+    pub(super) const ALL: [Self; 17] = [
         Self::OpenNamespace,
         Self::Lookup,
         Self::Get,
@@ -114,6 +115,7 @@ impl Method {
         Self::SetWeight,
         Self::Drain,
         Self::Explain,
+        Self::Invalidations,
         Self::Other,
     ];
 
@@ -136,6 +138,7 @@ impl Method {
             Self::SetWeight => "set_weight",
             Self::Drain => "drain",
             Self::Explain => "explain",
+            Self::Invalidations => "invalidations",
             Self::Other => "other",
         }
     }
@@ -145,7 +148,13 @@ impl Method {
     pub const fn is_of_cluster(self) -> bool {
         matches!(
             self,
-            Self::Join | Self::View | Self::Report | Self::SetWeight | Self::Drain | Self::Explain
+            Self::Join
+                | Self::View
+                | Self::Report
+                | Self::SetWeight
+                | Self::Drain
+                | Self::Explain
+                | Self::Invalidations
         )
     }
 }

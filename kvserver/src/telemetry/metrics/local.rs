@@ -1,14 +1,27 @@
 //! What the same-host path counts.
 
+use std::sync::Arc;
+
 use kvproto::Reason;
 use prometheus::{Histogram, IntCounter, IntCounterVec, IntGauge};
 
-use super::{LocalCall, make::Make, names};
+use super::{LocalCall, Metrics, make::Make, names};
+
+/// One call that is being served, until dropped.
+pub struct Serving(Arc<Metrics>);
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.0.local.calls_in_flight.dec();
+    }
+}
 
 /// The same-host path's metrics.
 pub struct LocalMetrics {
     /// Connections open.
     pub connections: IntGauge,
+    /// Calls being served.
+    pub calls_in_flight: IntGauge,
     calls: IntCounterVec,
     call_ok: Vec<IntCounter>,
     call_seconds: Vec<Histogram>,
@@ -45,6 +58,10 @@ impl LocalMetrics {
                 names::LOCAL_CONNECTIONS,
                 "Connections over the same-host path.",
             ),
+            calls_in_flight: r.gauge(
+                names::LOCAL_CALLS_IN_FLIGHT,
+                "Calls being served over the same-host path.",
+            ),
             call_ok: LocalCall::ALL.iter().map(ok).collect(),
             call_seconds: LocalCall::ALL.iter().map(of_call).collect(),
             calls,
@@ -61,6 +78,12 @@ impl LocalMetrics {
             holds_expired: r.counter(names::LOCAL_HOLDS_EXPIRED, "Holds that ended by time."),
             staging_bytes: r.gauge(names::LOCAL_STAGING_BYTES, "Staging memory granted."),
         }
+    }
+
+    /// A call begins; it is over when this is dropped.
+    pub fn serving(metrics: &Arc<Metrics>) -> Serving {
+        metrics.local.calls_in_flight.inc();
+        Serving(Arc::clone(metrics))
     }
 
     /// Counts one call that is over; `refused` says why it failed as a whole.

@@ -48,6 +48,7 @@ pub const NAMES: &[&str] = &[
     LOCAL_CALL_SECONDS,
     LOCAL_GET_BYTES,
     LOCAL_PUT_BYTES,
+    LOCAL_CALLS_IN_FLIGHT,
     LOCAL_HOLDS,
     LOCAL_HELD_BYTES,
     LOCAL_HOLDS_EXPIRED,
@@ -154,6 +155,8 @@ pub const LOCAL_CALL_SECONDS: &str = "terrace_local_call_seconds";
 pub const LOCAL_GET_BYTES: &str = "terrace_local_get_bytes_total";
 /// Bytes copied from the staging memory of same-host clients.
 pub const LOCAL_PUT_BYTES: &str = "terrace_local_put_bytes_total";
+/// Same-host calls being served.
+pub const LOCAL_CALLS_IN_FLIGHT: &str = "terrace_local_calls_in_flight";
 /// Gets without a lease whose blocks same-host readers keep where they lie.
 pub const LOCAL_HOLDS: &str = "terrace_local_holds";
 /// Bytes that same-host readers keep without a lease.

@@ -41,8 +41,8 @@ use rustix::fs::OFlags;
 use super::{
     config::{Geometry, INDEX_BYTES, PAGE},
     direct::Stages,
+    files::path_of,
     residency::Residency,
-    store::path_of,
 };
 
 const SUM_BYTES: usize = 8;

@@ -7,8 +7,9 @@ use std::{
 
 use super::{
     config::{Geometry, NvmeConfig, NvmeError},
+    files::{direct_io_works, prepare_files},
     residency::Wear,
-    store::{self, hash_of},
+    store::hash_of,
 };
 use crate::tier::{
     Resident,
@@ -81,8 +82,8 @@ pub(super) fn prepare(
     }
     // Without a journal nothing in the files is known; with other extents nothing is where it was.
     let no_journal = found.extent_bytes == 0;
-    let space_note = store::prepare_files(config, geometry, other_extents || no_journal)?;
-    let direct = config.direct_io && store::direct_io_works(dir);
+    let space_note = prepare_files(config, geometry, other_extents || no_journal)?;
+    let direct = config.direct_io && direct_io_works(dir);
     let mut notes = vec![match (direct, config.direct_io) {
         (true, _) => "direct I/O",
         (false, true) => "buffered I/O: the file system does not take direct I/O",

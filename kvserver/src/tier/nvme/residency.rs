@@ -21,8 +21,10 @@
 //! and so has one that was carried over. If the guard lets the older copy go, the resident is forgotten
 //! although the newer copy is still there: one block of a cache is lost early, nothing is ever wrong.
 
+mod going;
+
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, atomic::AtomicU64, atomic::Ordering::Relaxed},
     time::Duration,
 };
@@ -30,6 +32,7 @@ use std::{
 use kvproto::{BlockKey, NamespaceId, Reason};
 use parking_lot::{Condvar, Mutex};
 
+pub(super) use self::going::Going;
 use super::{
     super::{
         ReclaimGuard, Resident,
@@ -66,6 +69,8 @@ struct State {
     in_flight: HashMap<u64, InFlight>,
     /// Where the entries of those two are believed to lie; what is not here foyer is asked for.
     positions: HashMap<u64, Position>,
+    /// Residents that lie elsewhere too.
+    going: HashSet<u64>,
     /// Residents that are being carried over to another extent, and their bytes there.
     moving: HashMap<u64, u64>,
     moving_bytes: u64,
@@ -359,7 +364,11 @@ impl Residency {
 
     /// Somebody reads the entry now, until the answer is dropped.
     pub(super) fn reading(&self, hash: u64) -> Reading<'_> {
-        *self.state.lock().readers.entry(hash).or_default() += 1;
+        let mut state = self.state.lock();
+        *state.readers.entry(hash).or_default() += 1;
+        // It is wanted here.
+        state.going.remove(&hash);
+        drop(state);
         Reading {
             residency: self,
             hash,
@@ -500,6 +509,7 @@ impl State {
     fn take(&mut self, hash: u64) -> Option<Resident> {
         self.end_move(hash);
         self.positions.remove(&hash);
+        self.going.remove(&hash);
         let resident = self.residents.remove(&hash)?;
         self.used_bytes -= resident.length_bytes;
         Some(resident)

@@ -11,11 +11,7 @@ use std::{
 
 use kvproto::Reason;
 
-use super::{
-    CLOSE_DEADLINE, Shared,
-    residency::Residency,
-    store::{self, Store},
-};
+use super::{CLOSE_DEADLINE, Shared, files::probe_disk, residency::Residency, store::Store};
 use crate::{clock::Clock, tier::gate::within};
 
 impl Shared {
@@ -40,7 +36,7 @@ impl Shared {
         let deadline = Duration::from_millis(self.config.write_deadline_ms);
         // The node's threads: foyer's may all be stuck. One probe at a time, so it can hold only one.
         let disk = tokio::task::spawn_blocking(move || {
-            store::probe_disk(&dir)?;
+            probe_disk(&dir)?;
             residency.journal.rewrite(|| residency.truth())
         });
         match within(&*self.clock, deadline, disk).await {

@@ -14,7 +14,7 @@ use crate::http2::{
         ACK, DEFAULT_FRAME_BYTES, END_STREAM, HEAD_BYTES, Head, Kind, MAX_WINDOW_BYTES, PADDED,
         SETTING_INITIAL_WINDOW_SIZE, SETTING_MAX_FRAME_SIZE, put_frame, put_window_update,
     },
-    headers::Whole,
+    headers::{Whole, literals},
 };
 
 /// Received bytes after which a window is filled up again: half of the largest window.
@@ -247,7 +247,11 @@ impl Lane {
             return Err(breach("header fields without end"));
         }
         self.stream.has_ended = whole.ends_stream;
-        receiver.headers(whole.fields)
+        match whole.fields {
+            Some(fields) => receiver.headers(fields),
+            None if receiver.knows(self.blocks.plain())? => Ok(()),
+            None => receiver.headers(literals(self.blocks.plain())?),
+        }
     }
 
     fn control(&mut self, frame: Head, payload: std::ops::Range<usize>) -> io::Result<()> {
