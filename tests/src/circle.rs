@@ -14,7 +14,7 @@ use kvserver::config::Config;
 use parking_lot::Mutex;
 use tempfile::TempDir;
 
-use crate::node::TestNode;
+use crate::{node::TestNode, patience::private_loopback};
 
 /// Nodes that have one secret, and know whom the test tells them of.
 pub struct Circle {
@@ -63,7 +63,7 @@ impl Circle {
     pub async fn start_deaf(count: usize) -> Self {
         let taken = Mutex::new(Vec::new());
         let mut circle = Self::start_strangers(count, |config| {
-            let udp = UdpSocket::bind("127.0.0.1:0").expect("a free port");
+            let udp = UdpSocket::bind(private_loopback()).expect("a free port");
             config.listen = udp.local_addr().expect("a bound socket has an address");
             taken.lock().push(udp);
         })

@@ -10,6 +10,7 @@
 
 use std::{
     future::Future,
+    net::{SocketAddr, TcpListener},
     sync::atomic::{AtomicU8, Ordering},
     time::{Duration, Instant},
 };
@@ -76,6 +77,16 @@ pub fn private_loopback() -> String {
     let [.., high, low] = std::process::id().to_be_bytes();
     let count = TAKEN.fetch_add(1, Ordering::Relaxed) % 128;
     format!("127.{}.{high}.{low}:0", 100 + count)
+}
+
+/// An address at which nobody listens, and where no other test ever will.
+///
+/// # Panics
+/// When the machine has no loopback.
+#[must_use]
+pub fn nowhere() -> SocketAddr {
+    let left = TcpListener::bind(private_loopback()).expect("a free port");
+    left.local_addr().expect("a bound socket has an address")
 }
 
 #[cfg(test)]

@@ -9,7 +9,10 @@ use std::{
 
 use bytes::Bytes;
 use kvproto::v1::{Ack, GetOutcome, PutOutcome, invalidate_request::Target};
-use kvtests::node::{Stock, filled};
+use kvtests::{
+    node::{Stock, filled},
+    patience::private_loopback,
+};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -273,7 +276,7 @@ fn check_refuses_what_a_start_would_lack_and_names_the_field() {
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 
     // Nobody listens there; this node may be the first.
-    let deserted = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let deserted = std::net::UdpSocket::bind(private_loopback()).unwrap();
     let join = format!("--join={}", deserted.local_addr().unwrap());
     let output = command(&data, &["--check", &join]).output().unwrap();
     assert!(output.status.success(), "{output:?}");

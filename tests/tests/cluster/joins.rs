@@ -1,9 +1,6 @@
 //! Real nodes over loopback sockets: joining, dying, coming back, and what is refused.
 
-use std::{
-    net::TcpListener,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use kvproto::{
     MemberId, MemberState,
@@ -17,7 +14,7 @@ use kvserver::{
 use kvtests::{
     cluster::TestCluster,
     node::{Stock, small},
-    patience::eventually,
+    patience::{eventually, nowhere},
 };
 use tempfile::TempDir;
 use tonic::{Code, transport::Channel};
@@ -296,8 +293,7 @@ async fn a_dns_name_is_joined_by_the_addresses_behind_it() {
         host: host.to_owned(),
         port,
     };
-    let deserted = TcpListener::bind("127.0.0.1:0").unwrap();
-    let deserted = deserted.local_addr().unwrap();
+    let deserted = nowhere();
     // Alone, and among others of which nobody answers and nobody knows one.
     let lists = [
         vec![named("localhost", first.port())],
@@ -321,10 +317,7 @@ async fn a_dns_name_is_joined_by_the_addresses_behind_it() {
 #[tokio::test]
 async fn who_never_was_a_member_and_reaches_nobody_says_whom_it_tried() {
     let dir = TempDir::new().unwrap();
-    let deserted = TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap();
+    let deserted = nowhere();
     let config = Config {
         join: told(deserted),
         join_wait: Duration::from_millis(300),
@@ -439,10 +432,7 @@ async fn a_name_that_somebody_alive_has_is_refused() {
     })
     .await;
     let dir = TempDir::new().unwrap();
-    let own = TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap();
+    let own = nowhere();
     let config = Config {
         join: told(cluster.node(0).grpc_addr()),
         join_wait: Duration::from_millis(300),

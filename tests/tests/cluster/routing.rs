@@ -11,7 +11,6 @@ use kvclient::{
 };
 use kvproto::key::RunHash;
 use kvtests::{circle::Circle, client::over_grpc, node::filled};
-use tokio::net::TcpListener;
 
 const BLOCK_TOKENS: u32 = 16;
 const RUN_BLOCKS: u32 = 4;
@@ -102,10 +101,4 @@ fn chain_cut_by(
             (cut > 8).then_some((seed, chain, cut))
         })
         .expect("some chain does")
-}
-
-/// An address at which nobody listens.
-async fn nowhere() -> String {
-    let left = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    left.local_addr().unwrap().to_string()
 }

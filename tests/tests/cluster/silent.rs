@@ -10,10 +10,9 @@ use kvproto::Member;
 use kvtests::{
     circle::Circle,
     node::filled,
-    patience::{eventually, until, within_awake},
+    patience::{eventually, nowhere, until, within_awake},
     wires::Gate,
 };
-use tokio::net::TcpListener;
 
 const RUN_BLOCKS: u32 = 4;
 const BLOCKS: usize = 24;
@@ -106,12 +105,7 @@ fn tell(circle: &Circle, addresses: [String; 2]) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn with_two_of_three_owners_gone_no_call_misses_the_third() {
     let (circle, chain) = thrice().await;
-    let mut nowhere = Vec::new();
-    for _ in 0..2 {
-        let left = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        nowhere.push(format!("http://{}", left.local_addr().unwrap()));
-    }
-    tell(&circle, [nowhere[0].clone(), nowhere[1].clone()]);
+    tell(&circle, [(); 2].map(|()| format!("http://{}", nowhere())));
     // Each time it is the first call that finds out.
     for first in ["lookup", "get", "put"] {
         let (client, ns) = connect(&circle).await;

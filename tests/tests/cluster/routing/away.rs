@@ -9,18 +9,16 @@ use kvclient::{
 use kvproto::v1;
 use kvtests::{
     circle::{Circle, pretended},
-    patience::until,
+    patience::{nowhere, until},
 };
 use tokio::net::TcpListener;
 
-use super::{
-    BLOCK_TOKENS, RUN_BLOCKS, block, chain_cut_by, connect, leased, nowhere, put, put_all,
-};
+use super::{BLOCK_TOKENS, RUN_BLOCKS, block, chain_cut_by, connect, leased, put, put_all};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dead_owner_cuts_the_prefix_where_its_first_run_lies() {
     let cluster = Circle::start_strangers(2, |_| {}).await;
-    let dead = pretended("dead", &nowhere().await);
+    let dead = pretended("dead", &nowhere().to_string());
     for number in 0..2 {
         let all = [cluster.member(0), cluster.member(1), dead.clone()];
         cluster.tell(number, all);
@@ -202,7 +200,7 @@ async fn with_replicas_an_owner_that_is_away_is_not_missed() {
 
     // As this client hears it, n2 is nowhere.
     let mut absent = cluster.member(2);
-    (absent.version, absent.address) = (absent.version + 1, nowhere().await);
+    (absent.version, absent.address) = (absent.version + 1, nowhere().to_string());
     for number in 0..2 {
         cluster.tell(number, [absent.clone()]);
     }

@@ -1,11 +1,12 @@
 //! Clients that know less than the nodes do, or what was true before.
 
 use kvclient::{GetOutcome, PutOutcome};
-use kvtests::{circle::Circle, patience::until};
-
-use super::{
-    BLOCK_BYTES, block, chain, chain_cut_by, connect, held, leased, nowhere, probed, put, put_all,
+use kvtests::{
+    circle::Circle,
+    patience::{nowhere, until},
 };
+
+use super::{BLOCK_BYTES, block, chain, chain_cut_by, connect, held, leased, probed, put, put_all};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stale_view_is_mended_by_one_answer() {
@@ -78,7 +79,7 @@ async fn a_client_of_one_node_follows_it_into_a_cluster_and_keeps_its_lease() {
 async fn a_member_that_came_back_elsewhere_is_found_there() {
     let cluster = Circle::start_strangers(3, |_| {}).await;
     let mut absent = cluster.member(2);
-    let address = std::mem::replace(&mut absent.address, nowhere().await);
+    let address = std::mem::replace(&mut absent.address, nowhere().to_string());
     absent.version += 1;
     let tell = |member: &kvproto::Member| {
         for number in 0..2 {

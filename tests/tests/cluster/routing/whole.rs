@@ -4,12 +4,11 @@ use kvclient::{Client, Error, ErrorKind, GetOutcome, LookupOptions, Path, Target
 use kvtests::{
     circle::{Circle, member},
     node::{TestNode, figure},
-    patience::eventually,
+    patience::{eventually, nowhere},
 };
 
 use super::{
-    BLOCK_BYTES, RUN_BLOCKS, block, chain, connect, held, leased, nowhere, open, probed, put,
-    put_all,
+    BLOCK_BYTES, RUN_BLOCKS, block, chain, connect, held, leased, open, probed, put, put_all,
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -82,7 +81,7 @@ async fn a_prefix_over_eight_owners_is_that_of_a_single_node() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn any_of_several_endpoints_will_do() {
     let cluster = Circle::start(3).await;
-    let nobody = nowhere().await;
+    let nobody = nowhere().to_string();
     let endpoints = format!("{nobody}, {},{}", cluster.endpoint(1), cluster.endpoint(2));
     let (client, ns) = connect(&endpoints).await;
     let chain = chain(&ns, 1, 48);
