@@ -50,6 +50,7 @@ mod lease;
 mod link;
 mod local;
 mod namespace;
+mod namespaces;
 mod open;
 mod path;
 mod pool;
@@ -70,12 +71,13 @@ pub use lease::{Lease, MAX_RELEASES};
 pub use link::Tuning;
 pub use local::Held;
 pub use namespace::NamespaceHandle;
+pub use namespaces::Namespaces;
 pub use path::{LocalPath, MemberPath, Path, PathReport, Traffic};
 pub use put::{Payload, PutBlock, PutOptions};
 pub use retry::{BreakerPolicy, BreakerState, RetryPolicy};
 pub use watch::{Heard, MAX_HEARD, Notice, Watch, Watched};
 
-pub use kvproto::convert::answer::{BlockEvent, PutResult, WatchEvent};
+pub use kvproto::convert::answer::{BlockEvent, NamespaceStats, PutResult, WatchEvent};
 pub use kvproto::{
     Ack, BootId, Chain, GetOutcome, Kind, LeaseId, Namespace, NamespaceId, OwnerId, Part,
     PutOutcome, Reason, SequenceHash, TierKind,

@@ -5,7 +5,6 @@
 
 use std::sync::Arc;
 
-use futures_util::future::join_all;
 use kvproto::v1;
 
 use crate::{
@@ -29,15 +28,16 @@ impl Client {
         .await
     }
 
-    /// The same of every member that this client knows of, all asked at once: where it is reached, and its answer.
+    /// The same of every member, all asked at once: where it is reached, and its answer.
     /// Shape: as many as there are members; one for a node that is alone.
     pub async fn stats_of_all(&self) -> Vec<(Endpoint, Result<v1::StatsResponse, Error>)> {
         let deadline = self.until();
-        let calls = self.fleet.everybody().into_iter().map(|inner| async move {
-            let answer = stats(&inner, deadline).await;
-            (inner.endpoint.clone(), answer)
-        });
-        join_all(calls).await
+        let answers =
+            self.of_each(|inner: Arc<Inner>| async move { stats(&inner, deadline).await });
+        let answers = answers.await.into_iter();
+        answers
+            .map(|(inner, answer)| (inner.endpoint.clone(), answer))
+            .collect()
     }
 }
 

@@ -67,6 +67,7 @@ methods! {
     INVALIDATE = "Invalidate",
     WATCH = "Watch",
     STATS = "Stats",
+    LIST_NAMESPACES = "ListNamespaces",
 }
 
 impl Method {

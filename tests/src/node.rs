@@ -442,6 +442,23 @@ impl Stock {
         Ok(self.client.invalidate(asked).await?.into_inner().blocks)
     }
 
+    /// The namespaces of a label, or all.
+    ///
+    /// # Errors
+    /// The status, when the call fails.
+    pub async fn namespaces(
+        &mut self,
+        label: &str,
+        page_token: &[u8],
+    ) -> Result<v1::ListNamespacesResponse, Status> {
+        let asked = v1::ListNamespacesRequest {
+            context: None,
+            label: label.to_owned(),
+            page_token: Bytes::copy_from_slice(page_token),
+        };
+        Ok(self.client.list_namespaces(asked).await?.into_inner())
+    }
+
     /// What the node says of itself.
     ///
     /// # Errors

@@ -18,7 +18,7 @@ use kvclient::{
 use kvtests::{
     client::{assert_landed, assert_no_blocks_move, assert_unavailable, bytes, put_as, put_new},
     node::TestNode,
-    patience::{HANG, eventually, private_loopback, until, within_awake},
+    patience::{HANG, eventually, nowhere, private_loopback, until, within_awake},
 };
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use tempfile::TempDir;
@@ -377,10 +377,7 @@ async fn a_frozen_node_costs_each_call_its_deadline_at_most_and_is_found_again()
 #[tokio::test]
 async fn a_client_may_start_before_its_node() {
     let dir = TempDir::new().unwrap();
-    let free = std::net::TcpListener::bind(private_loopback())
-        .unwrap()
-        .local_addr()
-        .unwrap();
+    let free = nowhere();
     let client = Client::builder(&free.to_string())
         .deadline(DEADLINE)
         .connect_lazily()
@@ -433,4 +430,33 @@ async fn blocks_go_out_of_pieces_and_come_back_into_others() {
     let path = client.path();
     assert_eq!(path.grpc.got_blocks, 8);
     assert_eq!(path.grpc.put_blocks, 4);
+}
+
+#[tokio::test]
+async fn namespaces_beyond_one_page_are_all_listed() {
+    const COUNT: usize = 1030;
+    let node = TestNode::start(|_| {}).await;
+    let client = Client::builder(&node.node.endpoint())
+        .deadline(HANG)
+        .connect()
+        .await
+        .unwrap();
+    let specs: Vec<Namespace> = (0..COUNT)
+        .map(|i| Namespace::opaque(&format!("n{i}"), 16, 8))
+        .collect();
+    for some in specs.chunks(100) {
+        let opened = some.iter().map(|spec| client.open_namespace(spec, false));
+        for opened in futures_util::future::join_all(opened).await {
+            opened.unwrap();
+        }
+    }
+    let all = client.namespaces(None).await.unwrap();
+    assert_eq!((all.known.len(), all.silent.len()), (COUNT, 0));
+    assert!(all.known.is_sorted_by(|a, b| a.id < b.id));
+    let one = client.namespaces(Some("n1029")).await.unwrap().known;
+    assert_eq!(one.len(), 1);
+    assert_eq!(one[0].namespace, specs[1029]);
+    node.stop().await;
+    let nobody = client.namespaces(None).await;
+    assert!(nobody.unwrap_err().is_unavailable());
 }

@@ -15,9 +15,10 @@ use kvproto::v1::blocks_client::BlocksClient;
 use kvproto::v1::blocks_server::{Blocks, BlocksServer};
 use kvproto::v1::{
     BlockHeader, Chain, GetOutcome, GetRequest, GetResponse, InvalidateRequest, InvalidateResponse,
-    LookupRequest, LookupResponse, OpenNamespaceRequest, OpenNamespaceResponse, PutOutcome,
-    PutRequest, PutResponse, PutResult, PutStart, ReleaseRequest, ReleaseResponse, RenewRequest,
-    RenewResponse, StatsRequest, StatsResponse, WatchRequest, WatchResponse,
+    ListNamespacesRequest, ListNamespacesResponse, LookupRequest, LookupResponse,
+    OpenNamespaceRequest, OpenNamespaceResponse, PutOutcome, PutRequest, PutResponse, PutResult,
+    PutStart, ReleaseRequest, ReleaseResponse, RenewRequest, RenewResponse, StatsRequest,
+    StatsResponse, WatchRequest, WatchResponse,
 };
 use tokio::net::{TcpListener, UnixListener};
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
@@ -114,6 +115,12 @@ impl Blocks for Map {
         absent()
     }
     async fn stats(&self, _: Request<StatsRequest>) -> Result<Response<StatsResponse>, Status> {
+        absent()
+    }
+    async fn list_namespaces(
+        &self,
+        _: Request<ListNamespacesRequest>,
+    ) -> Result<Response<ListNamespacesResponse>, Status> {
         absent()
     }
 }

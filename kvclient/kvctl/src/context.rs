@@ -44,7 +44,7 @@ pub(crate) const DEFAULT_NAMESPACE: &str = "kvctl";
 /// Flags of the commands that work in a namespace.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct InNamespace {
-    /// Label of the namespace
+    /// Label of the namespace, or its id
     #[arg(long, short = 'n', default_value = DEFAULT_NAMESPACE)]
     pub(crate) namespace: String,
 }
@@ -62,6 +62,11 @@ pub(crate) struct Copies {
 /// numbers only have to be the same every time.
 const BLOCK_TOKENS: u32 = 16;
 const RUN_BLOCKS: u32 = 64;
+
+/// The shape of the namespaces that kvctl makes.
+pub(crate) fn own_shape(label: &str) -> Namespace {
+    Namespace::opaque(label, BLOCK_TOKENS, RUN_BLOCKS)
+}
 
 /// What a command runs with.
 pub(crate) struct Context {
@@ -115,7 +120,7 @@ impl Context {
         Ok(self.builder(endpoint).connect().await?)
     }
 
-    /// The namespace in which kvctl keeps keys.
+    /// A namespace in which kvctl keeps keys; it is made if there is none.
     pub(crate) async fn open(&self, client: &Client, label: &str) -> Result<NamespaceHandle> {
         self.open_with(client, label, Copies { replicas: None })
             .await
@@ -128,7 +133,7 @@ impl Context {
         label: &str,
         copies: Copies,
     ) -> Result<NamespaceHandle> {
-        let spec = Namespace::opaque(label, BLOCK_TOKENS, RUN_BLOCKS);
+        let spec = own_shape(label);
         let replicas = copies.replicas.unwrap_or(0);
         let namespace = client.open_replicated(&spec, false, replicas).await;
         namespace.with_context(|| format!("cannot open namespace {label:?}"))

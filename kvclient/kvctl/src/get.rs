@@ -16,7 +16,7 @@ use tempfile::{Builder, NamedTempFile};
 
 use crate::{
     context::{Context, InNamespace, Unit, size},
-    key,
+    key, namespaces,
 };
 
 /// Bytes held in memory at a time.
@@ -52,7 +52,7 @@ pub(crate) async fn run(context: &Context, mut args: Args) -> Result<()> {
         bail!("--json and the bytes would both go to standard output; give -o FILE");
     }
     let client = context.connect().await?;
-    let namespace = context.open(&client, &args.namespace.namespace).await?;
+    let namespace = namespaces::of_keys(context, &client, &args.namespace.namespace).await?;
     let Some(label) = key::label(&client, &namespace, &args.key).await? else {
         bail!(
             "nothing is stored under {:?} in namespace {:?}; store it with `kvctl put {} FILE`",

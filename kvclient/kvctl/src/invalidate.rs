@@ -1,12 +1,12 @@
 //! `kvctl invalidate`: forgets, durably.
 
 use anyhow::Result;
-use kvclient::Target;
+use kvclient::{NamespaceHandle, Target};
 use serde::Serialize;
 
 use crate::{
     context::{Context, DEFAULT_NAMESPACE},
-    key,
+    key, namespaces,
 };
 
 /// Flags of `invalidate`.
@@ -18,7 +18,7 @@ pub(crate) struct Args {
     /// Forget this block and every block after it in any chain
     #[arg(long, value_name = "KEY|HASH")]
     prefix: Option<String>,
-    /// Label of the namespace; without --key and --prefix, all of it is forgotten
+    /// Label of the namespace, or its id; without --key and --prefix, all of it is forgotten
     #[arg(long, short = 'n', required_unless_present_any = ["key", "prefix"])]
     namespace: Option<String>,
 }
@@ -26,6 +26,7 @@ pub(crate) struct Args {
 #[derive(Serialize)]
 struct Report {
     namespace: String,
+    namespace_id: String,
     blocks: u64,
 }
 
@@ -34,7 +35,8 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<()> {
     let label = args
         .namespace
         .unwrap_or_else(|| DEFAULT_NAMESPACE.to_owned());
-    let namespace = context.open(&client, &label).await?;
+    let text = args.key.as_deref().or(args.prefix.as_deref());
+    let namespace = namespaces::of(context, &client, &label, text).await?;
     let target = match (&args.key, &args.prefix) {
         (Some(text), _) => match text.parse() {
             Ok(hash) => Target::Block(hash),
@@ -43,7 +45,7 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<()> {
                 Ok(Some(of)) => {
                     let chain = key::chain(&namespace, text, &of);
                     let blocks = key::forget(&client, &namespace, &chain).await?;
-                    return report(context, label, blocks);
+                    return report(context, &namespace, blocks);
                 }
                 _ => Target::Prefix(key::block(&namespace, text)),
             },
@@ -52,11 +54,15 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<()> {
         _ => Target::All,
     };
     let blocks = client.invalidate(&namespace, target).await?;
-    report(context, label, blocks)
+    report(context, &namespace, blocks)
 }
 
-fn report(context: &Context, namespace: String, blocks: u64) -> Result<()> {
-    let report = Report { namespace, blocks };
+fn report(context: &Context, namespace: &NamespaceHandle, blocks: u64) -> Result<()> {
+    let report = Report {
+        namespace: namespace.label().to_owned(),
+        namespace_id: namespace.id().to_string(),
+        blocks,
+    };
     context.print(&report, |report| match report.blocks {
         0 => "nothing was there to forget".to_owned(),
         n => format!("{n} blocks forgotten; they stay gone after a restart"),

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::{
     context::{Context, InNamespace, size, table},
-    key,
+    key, namespaces,
 };
 
 /// Flags of `lookup`.
@@ -46,7 +46,7 @@ struct Found {
 /// Success when all keys are whole; failure otherwise, so that a script can ask.
 pub(crate) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
     let client = context.connect().await?;
-    let namespace = context.open(&client, &args.namespace.namespace).await?;
+    let namespace = namespaces::of_keys(context, &client, &args.namespace.namespace).await?;
     let mut keys = Vec::with_capacity(args.keys.len());
     for key in &args.keys {
         match find(&client, &namespace, key).await {

@@ -1,7 +1,8 @@
 //! `kvctl`: Terrace from the command line.
 //!
 //! ```text
-//! kvctl ── status put get lookup invalidate ──► a node, through kvclient
+//! kvctl ── status namespaces put get lookup
+//!      ── invalidate ────────────────────────► a node, through kvclient
 //!      ── cluster ───────────────────────────► a node of the cluster, by its Cluster service
 //!      ── bench ─────────────────────────────► a node, under load
 //!      ── replay ────────────────────────────► a policy alone, or a node
@@ -21,6 +22,7 @@ mod get;
 mod invalidate;
 mod key;
 mod lookup;
+mod namespaces;
 mod put;
 mod replay;
 mod simulate;
@@ -49,6 +51,8 @@ struct Cli {
 enum Command {
     /// What the node holds and has done
     Status(status::Args),
+    /// The namespaces there are, and what is there of each
+    Namespaces(namespaces::Args),
     /// Store a file under a key
     Put(put::Args),
     /// Fetch what is stored under a key
@@ -89,6 +93,7 @@ fn main() -> ExitCode {
 async fn run(context: &Context, command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Status(args) => status::run(context, args).await?,
+        Command::Namespaces(args) => namespaces::run(context, args).await?,
         Command::Put(args) => put::run(context, args).await?,
         Command::Get(args) => get::run(context, args).await?,
         Command::Lookup(args) => return lookup::run(context, args).await,

@@ -20,6 +20,7 @@ use serde::Serialize;
 use crate::{
     context::{Context, Copies, InNamespace, Unit, size},
     key::{self, Label},
+    namespaces,
 };
 
 /// Bytes held in memory at a time.
@@ -62,6 +63,7 @@ struct Report {
 pub(crate) async fn run(context: &Context, args: Args) -> Result<()> {
     let client = context.connect().await?;
     let label = &args.namespace.namespace;
+    namespaces::refuse_engines(&client, label).await?;
     let namespace = context.open_with(&client, label, args.copies).await?;
     let mut source = open(&args.file)?;
     let label = Label {

@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use kvclient::{Client, Namespace, PutBlock, PutOptions};
 use kvserver::{
     Node,
     blocks::Blocks,
@@ -467,4 +468,98 @@ async fn a_reader_that_has_seen_enough_is_no_failure() {
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{output:?}");
     assert_eq!(output.stderr, b"");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_engine_s_namespace_is_shown_and_forgotten_and_never_disturbed() {
+    let bench = Bench::start().await;
+    let client = Client::connect(&bench.node.endpoint()).await.unwrap();
+    let engine = Namespace {
+        engine_class: "vllm".to_owned(),
+        model: "org/model@1".to_owned(),
+        ..Namespace::opaque("chat", 16, 8)
+    };
+    let ns = client.open_namespace(&engine, true).await.unwrap();
+    let chain = ns.chain(&(0..32).collect::<Vec<u32>>());
+    let put = || async {
+        let blocks = [
+            PutBlock::new(0, vec![1; 3000]),
+            PutBlock::new(1, vec![2; 3000]),
+        ];
+        let put = client
+            .put(&ns, &chain, &blocks, PutOptions::default())
+            .await;
+        assert_eq!(put.unwrap().len(), 2);
+    };
+    put().await;
+    let shown = bench.json(&["namespaces"], b"");
+    let row = &shown["namespaces"][0];
+    assert_eq!(shown["namespaces"].as_array().unwrap().len(), 1, "{shown}");
+    assert_eq!(
+        (&row["label"], &row["model"]),
+        (&"chat".into(), &"org/model@1".into())
+    );
+    assert_eq!((&row["blocks"], &row["bytes"]), (&2.into(), &6000.into()));
+    assert_eq!(row["id"], ns.id().to_string());
+    let text = String::from_utf8(bench.run(&["namespaces", "chat"], b"").stdout).unwrap();
+    assert!(text.contains("vllm") && text.contains("5.9 KiB"), "{text}");
+
+    // What is misspelt is told of and opens nothing; keys are not looked for, nor put, among an engine's blocks.
+    let file = bench.path("file");
+    std::fs::write(&file, "bytes").unwrap();
+    for (words, said) in [
+        (&["invalidate", "-n", "chatt"][..], "there are: chat"),
+        (&["get", "doc", "-n", "chatt"], "there are: chat"),
+        (&["lookup", "doc", "-n", "chat"], "is an engine's (vllm)"),
+        (
+            &["invalidate", "--key", "doc", "-n", "chat"],
+            "is an engine's (vllm)",
+        ),
+        (
+            &["put", "doc", &file, "-n", "chat"],
+            "is an engine's (vllm)",
+        ),
+    ] {
+        let refused = bench.run(words, b"");
+        let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(
+            !refused.status.success() && told.contains(said),
+            "{words:?}: {told}"
+        );
+    }
+    assert_eq!(bench.node.blocks().snapshot().namespaces, 1);
+    // Nobody was in between: a strict engine starts again.
+    client.open_namespace(&engine, true).await.unwrap();
+
+    let hash = chain.hashes[1].to_string();
+    let one = bench.json(&["invalidate", "-n", "chat", "--key", &hash], b"");
+    assert_eq!(
+        (&one["blocks"], &one["namespace"]),
+        (&1.into(), &"chat".into())
+    );
+    assert_eq!(bench.json(&["invalidate", "-n", "chat"], b"")["blocks"], 1);
+
+    // Of two under one label, one is named by its id.
+    let newer = Namespace {
+        model: "org/model@2".to_owned(),
+        ..engine.clone()
+    };
+    client.open_namespace(&newer, false).await.unwrap();
+    put().await;
+    let refused = bench.run(&["invalidate", "-n", "chat"], b"");
+    let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+    let id = ns.id().to_string();
+    assert!(
+        told.contains("2 namespaces") && told.contains(&id),
+        "{told}"
+    );
+    let shown = bench.json(&["namespaces", "chat"], b"");
+    let latest: Vec<bool> = shown["namespaces"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|row| row["is_latest"] == true && row["model"] == "org/model@2")
+        .collect();
+    assert_eq!(latest, [true, false], "{shown}");
+    assert_eq!(bench.json(&["invalidate", "-n", &id], b"")["blocks"], 2);
 }

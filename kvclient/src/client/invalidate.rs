@@ -5,7 +5,6 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures_util::future::join_all;
 use kvproto::{SequenceHash, v1};
 
 use super::Client;
@@ -16,9 +15,6 @@ use crate::{
     open::{self, Reopening},
     wire::Method,
 };
-
-/// Times that members are told who were not known before; a cluster that changes for longer is told by its members.
-const MOST_ROUNDS: usize = 8;
 
 /// What an invalidation forgets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,27 +40,14 @@ impl Client {
         let deadline = self.until();
         // One for all: the nodes see that they were told of the same.
         let request = self.fleet.home().unique();
-        let (mut told, mut blocks): (Vec<Arc<Inner>>, u64) = (Vec::new(), 0);
-        // Answers bring members that this client had not heard of.
-        for _ in 0..MOST_ROUNDS {
-            let is_new = |node: &Arc<Inner>| !told.iter().any(|told| Arc::ptr_eq(told, node));
-            let nodes = self.fleet.everybody().into_iter();
-            let nodes: Vec<Arc<Inner>> = nodes.filter(is_new).collect();
-            if nodes.is_empty() {
-                break;
+        let answers = self.of_everybody(|inner: Arc<Inner>, is_alone| async move {
+            if !is_alone {
+                open::ensure(&inner, namespace, deadline).await?;
             }
-            let is_alone = told.is_empty() && nodes.len() == 1;
-            let calls = nodes.iter().map(|inner| async move {
-                if !is_alone {
-                    open::ensure(inner, namespace, deadline).await?;
-                }
-                invalidate(inner, namespace, target, request, deadline).await
-            });
-            let answers: Result<u64, Error> = join_all(calls).await.into_iter().sum();
-            blocks += answers?;
-            told.extend(nodes);
-        }
-        Ok(blocks)
+            invalidate(&inner, namespace, target, request, deadline).await
+        });
+        let answers = answers.await.into_iter();
+        answers.map(|(_, blocks)| blocks).sum()
     }
 }
 

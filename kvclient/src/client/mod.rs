@@ -10,7 +10,8 @@
 //!
 //! Units: blocks, bytes; a deadline is the time of a whole call, repeats included.
 //! Errors: [`Error::kind`] says what to do next. Every call returns within its deadline.
-//! Its calls are beside this file, by subject; `watch` and `stats` have theirs.
+//! Its calls are beside this file, by subject; `watch`, `stats` and `namespaces` have
+//! theirs.
 
 mod get;
 mod invalidate;
@@ -18,10 +19,12 @@ mod lookup;
 mod put;
 
 use std::{
+    collections::HashSet,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
+use futures_util::future::join_all;
 use kvproto::{BootId, Namespace};
 
 pub use self::{
@@ -40,6 +43,9 @@ use crate::{
     retry::BreakerState,
     wire::Method,
 };
+
+/// Times that those are asked who were not known before; a cluster that changes for longer is told by its members.
+const MOST_ROUNDS: usize = 8;
 
 /// The client of a node, or of the cluster that the node belongs to. Cheap to clone; clones share connections, leases'
 /// owner and breakers.
@@ -156,6 +162,42 @@ impl Client {
             }
         }
         Err(first.expect("a client has a node"))
+    }
+
+    /// Asks every node that may hold something, all at once, and then those whom the answers brought word of. Each call is
+    /// told whether its node is the only one that is known. One that is known by two addresses may be asked twice.
+    pub(crate) async fn of_everybody<T, F: Future<Output = T>>(
+        &self,
+        call: impl Fn(Arc<Inner>, bool) -> F,
+    ) -> Vec<(Arc<Inner>, T)> {
+        let mut asked: Vec<(Arc<Inner>, T)> = Vec::new();
+        for _ in 0..MOST_ROUNDS {
+            let is_new = |node: &Arc<Inner>| !asked.iter().any(|(told, _)| Arc::ptr_eq(told, node));
+            let mut nodes = self.fleet.everybody();
+            nodes.retain(is_new);
+            if nodes.is_empty() {
+                break;
+            }
+            let is_alone = asked.is_empty() && nodes.len() == 1;
+            let calls = nodes.iter().map(|node| call(Arc::clone(node), is_alone));
+            let answers = join_all(calls).await;
+            asked.extend(nodes.into_iter().zip(answers));
+        }
+        asked
+    }
+
+    /// As [`Client::of_everybody`], where a node that is known by two addresses must count once.
+    pub(crate) async fn of_each<T, F: Future<Output = Result<T, Error>>>(
+        &self,
+        call: impl Fn(Arc<Inner>) -> F,
+    ) -> Vec<(Arc<Inner>, Result<T, Error>)> {
+        let mut answers = self.of_everybody(|inner, _| call(inner)).await;
+        let mut lives = HashSet::new();
+        answers.retain(|(inner, answer)| {
+            let boot = inner.boot.load(Ordering::Relaxed);
+            answer.is_err() || boot == 0 || lives.insert(boot)
+        });
+        answers
     }
 
     pub(crate) fn until(&self) -> Deadline {

@@ -109,6 +109,14 @@ pub struct OpenedNamespace {
     pub replicas: u32,
 }
 
+/// A namespace that is known here.
+#[derive(Clone)]
+pub(crate) struct Listed {
+    pub(crate) space: Arc<Space>,
+    /// It was opened last under its label.
+    pub(crate) is_latest: bool,
+}
+
 /// Every namespace as peers are told of it.
 #[derive(Clone, Default)]
 pub(crate) struct Spaces(
@@ -120,6 +128,12 @@ impl Spaces {
     /// The namespace of this id.
     pub(crate) fn get(&self, id: &NamespaceId) -> Option<Arc<Space>> {
         self.0.read().get(id).cloned()
+    }
+
+    fn of(&self, is_wanted: impl Fn(&Space) -> bool) -> Vec<Arc<Space>> {
+        let spaces = self.0.read();
+        let wanted = spaces.values().filter(|space| is_wanted(space));
+        wanted.cloned().collect()
     }
 
     fn set(&self, space: Space) {
@@ -312,6 +326,33 @@ impl Namespaces {
             Some(known) if known.tenant == tenant => Ok(*known),
             _ => Err(BlocksError::UnknownNamespace(id)),
         }
+    }
+
+    /// Those of a tenant, by id, at most `most`: of one label or of all, from the first on or after one. And whether
+    /// there are more.
+    pub(crate) fn list(
+        &self,
+        tenant_name: &str,
+        label: Option<&str>,
+        after: Option<NamespaceId>,
+        most: usize,
+    ) -> (Vec<Listed>, bool) {
+        let mut spaces = self.shared.spaces.of(|space| {
+            &*space.tenant == tenant_name
+                && label.is_none_or(|label| space.shape.label == label)
+                && after.is_none_or(|after| space.id > after)
+        });
+        spaces.sort_unstable_by_key(|space| space.id);
+        let and_more = spaces.len() > most;
+        spaces.truncate(most);
+        let names = self.shared.names.read();
+        let listed = spaces.into_iter().map(|space| Listed {
+            is_latest: names
+                .last_of(tenant_name, &space.shape.label)
+                .is_some_and(|last| last.namespace() == *space.shape),
+            space,
+        });
+        (listed.collect(), and_more)
     }
 
     /// Whether the runs of any namespace ever had several owners.

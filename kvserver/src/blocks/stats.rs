@@ -1,9 +1,21 @@
 //! What this node holds and has done, for the console, scrapes and the `Stats` method.
 
-use kvproto::{Reason, TierKind, convert::answer::TierStats, v1};
+use std::collections::HashSet;
+
+use kvproto::{
+    NamespaceId, Reason, TierKind,
+    convert::answer::{NamespaceStats, TierStats},
+    v1,
+};
 
 use super::Blocks;
-use crate::telemetry::metrics::{Snapshot, TierFigures, samples};
+use crate::{
+    engine::TenantId,
+    telemetry::metrics::{Snapshot, TierFigures, samples},
+};
+
+/// Most namespaces of one page: of the longest texts they are half of what gRPC libraries take in one message.
+const PAGE_NAMESPACES: usize = 1024;
 
 impl Blocks {
     /// The node's state at this moment.
@@ -125,5 +137,32 @@ impl Blocks {
                 })
                 .collect(),
         }
+    }
+    /// A page of the namespaces of a tenant, by id, and what is here of each; `label`: of that one alone. And the id after
+    /// which the next page begins, where there is one.
+    #[must_use]
+    pub fn list_namespaces(
+        &self,
+        tenant: TenantId,
+        label: Option<&str>,
+        after: Option<NamespaceId>,
+    ) -> (Vec<NamespaceStats>, Option<NamespaceId>) {
+        let name = self.tenants.name(tenant);
+        let (listed, and_more) = self.namespaces.list(name, label, after, PAGE_NAMESPACES);
+        let next = listed.last().map(|last| last.space.id);
+        let ids: HashSet<NamespaceId> = listed.iter().map(|known| known.space.id).collect();
+        let holdings = self.engine.holdings(&ids);
+        let stats = listed.into_iter().map(|known| {
+            let holding = holdings.get(&known.space.id).copied().unwrap_or_default();
+            NamespaceStats {
+                id: known.space.id,
+                namespace: (*known.space.shape).clone(),
+                replicas: known.space.replicas as u32,
+                is_latest: known.is_latest,
+                blocks: holding.blocks,
+                bytes: holding.bytes,
+            }
+        });
+        (stats.collect(), next.filter(|_| and_more))
     }
 }

@@ -48,9 +48,12 @@ mod stats;
 mod tests;
 mod walk;
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use kvgpu::{Arena, SlotMut};
@@ -69,7 +72,7 @@ pub use index::TierSet;
 pub use invalidate::{Invalidated, Target};
 pub use lease::{Cover, LeaseGrant, Owner, TenantId};
 pub use lookup::{Below, LeaseAsk, LookupAnswer, LookupQuery, Whereabouts};
-pub use stats::{EngineStats, KindStats, Tally};
+pub use stats::{EngineStats, KindStats, NamespaceHolding, Tally};
 
 use self::{
     budget::{Budget, Charge},
@@ -471,5 +474,19 @@ impl Engine {
             events: self.events.sequence(),
             policy: ram.policy(Kind::Kv).name(),
         }
+    }
+    /// What there is of each of these. Visits the whole index, one shard at a time.
+    pub fn holdings(&self, of: &HashSet<NamespaceId>) -> HashMap<NamespaceId, NamespaceHolding> {
+        let mut holdings: HashMap<NamespaceId, NamespaceHolding> = HashMap::new();
+        for shard in self.index.shards() {
+            for (key, entry) in shard.iter() {
+                if entry.is_present() && of.contains(&key.namespace) {
+                    let holding = holdings.entry(key.namespace).or_default();
+                    holding.blocks += 1;
+                    holding.bytes += entry.length_bytes;
+                }
+            }
+        }
+        holdings
     }
 }

@@ -71,6 +71,15 @@ pub struct KindStats {
     pub blocks: u64,
 }
 
+/// What there is of a namespace.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NamespaceHolding {
+    /// Blocks in the index, wherever they are.
+    pub blocks: u64,
+    /// Their sizes added up, each once however many tiers hold it.
+    pub bytes: u64,
+}
+
 /// The engine at a glance.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct EngineStats {

@@ -6,6 +6,7 @@ use std::{
     task::{Context, Poll},
 };
 
+use bytes::Bytes;
 use futures_util::{FutureExt, Stream, StreamExt, future::BoxFuture};
 use kvproto::{
     BootId, OwnerId, Reason, ViewDigest,
@@ -182,6 +183,24 @@ impl BlocksService for BlocksRpc {
         Ok(Response::new(v1::StatsResponse {
             context: Some((&caller.answer(&context)).into()),
             ..caller.shared.blocks.stats()
+        }))
+    }
+
+    async fn list_namespaces(
+        &self,
+        request: Request<v1::ListNamespacesRequest>,
+    ) -> Result<Response<v1::ListNamespacesResponse>, Status> {
+        let caller = caller(&request);
+        let asked: request::ListNamespaces = decode(request.into_inner())?;
+        let (namespaces, next) = caller.shared.blocks.list_namespaces(
+            caller.tenant,
+            asked.label.as_deref(),
+            asked.after,
+        );
+        Ok(Response::new(v1::ListNamespacesResponse {
+            context: Some((&caller.answer(&asked.context)).into()),
+            namespaces: namespaces.into_iter().map(Into::into).collect(),
+            next_page_token: next.map_or_else(Bytes::new, |id| Bytes::copy_from_slice(&id.0)),
         }))
     }
 }

@@ -160,6 +160,7 @@ fn method(path: &str) -> Method {
         Some("Invalidate") => Method::Invalidate,
         Some("Watch") => Method::Watch,
         Some("Stats") => Method::Stats,
+        Some("ListNamespaces") => Method::ListNamespaces,
         _ => Method::Other,
     }
 }

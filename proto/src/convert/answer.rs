@@ -6,11 +6,12 @@
 
 use super::{
     AnswerContext, FieldError, HeaderRules, copied, copied_or_empty, fixed, header, member_of,
-    namespace_id, parent, part, request::MAX_REPLICAS, survived,
+    namespace_id, parent, part, request::MAX_REPLICAS, spec, survived,
 };
 use crate::checksum::BlockHeader;
 use crate::hash::NamespaceKey;
 use crate::key::{BlockKey, LeaseId, NamespaceId, RunHash, SequenceHash};
+use crate::namespace::Namespace;
 use crate::reason::{GetOutcome, PutOutcome, Reason, TierKind};
 use crate::v1;
 use crate::view::MemberId;
@@ -465,6 +466,51 @@ impl TryFrom<v1::TierStats> for TierStats {
             blocks: wire.blocks,
             in_service: wire.in_service,
             note: wire.note,
+        })
+    }
+}
+
+/// A namespace that a node knows, and what it holds of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamespaceStats {
+    /// First part of every key in it.
+    pub id: NamespaceId,
+    /// Its label and shape.
+    pub namespace: Namespace,
+    /// Members of the cluster that hold each of its runs, at least 1.
+    pub replicas: u32,
+    /// The one that was opened last under its label.
+    pub is_latest: bool,
+    /// Stored parts.
+    pub blocks: u64,
+    /// Their sizes added up, each once however many tiers hold it.
+    pub bytes: u64,
+}
+
+impl From<NamespaceStats> for v1::NamespaceStats {
+    fn from(stats: NamespaceStats) -> Self {
+        Self {
+            namespace_id: copied(&stats.id.0),
+            spec: Some((&stats.namespace).into()),
+            replicas: stats.replicas,
+            is_latest: stats.is_latest,
+            blocks: stats.blocks,
+            bytes: stats.bytes,
+        }
+    }
+}
+
+impl TryFrom<v1::NamespaceStats> for NamespaceStats {
+    type Error = FieldError;
+
+    fn try_from(wire: v1::NamespaceStats) -> Result<Self, FieldError> {
+        Ok(Self {
+            id: namespace_id(&wire.namespace_id)?,
+            namespace: spec(wire.spec)?,
+            replicas: wire.replicas.clamp(1, MAX_REPLICAS),
+            is_latest: wire.is_latest,
+            blocks: wire.blocks,
+            bytes: wire.bytes,
         })
     }
 }

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::hash::Chain;
 use crate::key::{BootId, LeaseId, NamespaceId, OwnerId, Part, RequestId, SequenceHash};
-use crate::namespace::Namespace;
+use crate::namespace::{MAX_LABEL_BYTES, Namespace};
 use crate::reason::{Ack, Kind};
 use crate::v1;
 use crate::view::ViewDigest;
@@ -430,6 +430,46 @@ impl From<Watch> for v1::WatchRequest {
             namespace_id: request
                 .namespace
                 .map_or_else(Bytes::new, |id| copied(&id.0)),
+        }
+    }
+}
+
+/// Asks which namespaces there are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListNamespaces {
+    /// Who asks.
+    pub context: Context,
+    /// Those of this label; `None`: all.
+    pub label: Option<String>,
+    /// Those after this one; `None`: from the first on.
+    pub after: Option<NamespaceId>,
+}
+
+impl TryFrom<v1::ListNamespacesRequest> for ListNamespaces {
+    type Error = FieldError;
+
+    fn try_from(wire: v1::ListNamespacesRequest) -> Result<Self, FieldError> {
+        if wire.label.len() > MAX_LABEL_BYTES {
+            let problem = format!(
+                "has {} bytes; at most {MAX_LABEL_BYTES} are allowed",
+                wire.label.len()
+            );
+            return Err(FieldError::new("label", problem));
+        }
+        Ok(Self {
+            context: Context::from_wire(wire.context)?,
+            after: optional("page_token", &wire.page_token)?.map(NamespaceId),
+            label: (!wire.label.is_empty()).then_some(wire.label),
+        })
+    }
+}
+
+impl From<ListNamespaces> for v1::ListNamespacesRequest {
+    fn from(request: ListNamespaces) -> Self {
+        Self {
+            context: request.context.to_wire(),
+            label: request.label.unwrap_or_default(),
+            page_token: request.after.map_or_else(Bytes::new, |id| copied(&id.0)),
         }
     }
 }

@@ -7,10 +7,12 @@ use proptest::prelude::{Strategy, any, prop_assert, prop_assert_eq, proptest};
 use prost::Message;
 
 use super::answer::{
-    BlockEvent, GetPiece, Lease, Lookup as Found, OpenedNamespace, PutResult, Second, WatchEvent,
+    BlockEvent, GetPiece, Lease, Lookup as Found, NamespaceStats, OpenedNamespace, PutResult,
+    Second, WatchEvent,
 };
 use super::request::{
-    Context, Get, Invalidate, Lookup, OpenNamespace, PutStart, Release, Renew, Target, Watch,
+    Context, Get, Invalidate, ListNamespaces, Lookup, MAX_REPLICAS, OpenNamespace, PutStart,
+    Release, Renew, Target, Watch,
 };
 use super::{AnswerContext, FieldError, HeaderRules, MAX_OBJECTS, MAX_PARTS, MAX_SURVIVED, header};
 use crate::chain::Jump;
@@ -19,7 +21,7 @@ use crate::hash::{Chain, MAX_CHAIN_BLOCKS, NamespaceKey};
 use crate::key::{
     BlockKey, BootId, LeaseId, NamespaceId, OwnerId, Part, Place, RequestId, RunHash, SequenceHash,
 };
-use crate::namespace::Namespace;
+use crate::namespace::{MAX_LABEL_BYTES, Namespace};
 use crate::reason::{Ack, GetOutcome, Kind, PutOutcome, Reason, TierKind};
 use crate::v1;
 use crate::view::{Member, MemberState, ViewDigest};
@@ -116,6 +118,8 @@ proptest! {
             let wire = sent::<v1::InvalidateRequest>(invalidate.into());
             prop_assert_eq!(Invalidate::try_from(wire), Ok(invalidate));
         }
+        let list = ListNamespaces { context, label: flag.then(|| "demo".to_owned()), after: key.map(NamespaceId) };
+        prop_assert_eq!(ListNamespaces::try_from(sent::<v1::ListNamespacesRequest>(list.clone().into())), Ok(list));
         let open = OpenNamespace { context, namespace: Namespace::opaque("demo", 16, 8), strict: flag, replicas: 3 };
         prop_assert_eq!(OpenNamespace::try_from(sent::<v1::OpenNamespaceRequest>(open.clone().into())), Ok(open));
     }
@@ -351,6 +355,16 @@ fn other_requests_name_their_wrong_fields() {
         };
         Invalidate::try_from(wire).unwrap_err().field
     };
+    let list = |label: String, page_token: &'static [u8]| {
+        let wire = v1::ListNamespacesRequest {
+            label,
+            page_token: Bytes::from_static(page_token),
+            ..Default::default()
+        };
+        ListNamespaces::try_from(wire).unwrap_err().field
+    };
+    assert_eq!(list("l".repeat(MAX_LABEL_BYTES + 1), &[]), "label");
+    assert_eq!(list("l".repeat(MAX_LABEL_BYTES), &[1]), "page_token");
     use v1::invalidate_request::Target as Wire;
     assert_eq!(target(None), "target");
     assert_eq!(target(Some(Wire::All(false))), "all");
@@ -452,6 +466,32 @@ fn answers_read_back_equal() {
             Ok(Some(event))
         );
     }
+}
+
+#[test]
+fn a_namespace_that_a_node_knows_reads_back_equal() {
+    let known = NamespaceStats {
+        id: NAMESPACE,
+        namespace: Namespace::opaque("demo", 16, 8),
+        replicas: 2,
+        is_latest: true,
+        blocks: 3,
+        bytes: 4096,
+    };
+    let wire = || sent::<v1::NamespaceStats>(known.clone().into());
+    assert_eq!(NamespaceStats::try_from(wire()), Ok(known.clone()));
+    let field = |break_it: fn(&mut v1::NamespaceStats)| {
+        let mut wire = wire();
+        break_it(&mut wire);
+        NamespaceStats::try_from(wire).map_err(|e| e.field)
+    };
+    assert_eq!(
+        field(|w| w.namespace_id = Bytes::new()),
+        Err("namespace_id")
+    );
+    assert_eq!(field(|w| w.spec = None), Err("spec"));
+    // A promise of more than any node keeps would only make callers ask in vain.
+    assert_eq!(field(|w| w.replicas = 99).unwrap().replicas, MAX_REPLICAS);
 }
 
 #[test]

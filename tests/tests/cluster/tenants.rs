@@ -170,3 +170,27 @@ async fn a_tenants_blocks_move_to_their_new_owner_and_stay_that_tenants() {
     assert_eq!(fetched(node), 0.0, "it was all there");
     is_hidden_from_blue(node, &ns).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn namespaces_are_a_tenant_s_own_and_added_up_over_members() {
+    let cluster = two(|_| {}).await;
+    let (red, ns) = tenant(cluster.node(0), RED).await;
+    let (blue, _) = tenant(cluster.node(1), BLUE).await;
+    fill(&red, &ns).await;
+    let blocks = u64::from(RUNS * RUN_BLOCKS);
+    // Who knows of one member hears of the other by its answer, and counts neither twice.
+    let fresh = Client::builder(&cluster.node(0).endpoint()).deadline(HANG);
+    let fresh = fresh.token(RED).connect().await.unwrap();
+    for client in [fresh, red] {
+        let known = client.namespaces(None).await.unwrap();
+        assert_eq!((known.known.len(), known.silent.len()), (1, 0));
+        let sum = &known.known[0];
+        assert_eq!(
+            (sum.id, sum.blocks, sum.bytes),
+            (ns.id(), blocks, blocks * BLOCK_BYTES as u64)
+        );
+        assert_eq!(client.stats_of_all().await.len(), 2);
+    }
+    let of_blue = blue.namespaces(None).await.unwrap().known;
+    assert_eq!((of_blue.len(), of_blue[0].blocks), (1, 0));
+}

@@ -7,6 +7,8 @@ use kvproto::v1::{
 use kvserver::config::{Capacity, MIB};
 use kvtests::node::{Stock, TestNode, are_hits, filled};
 
+use tonic::Code;
+
 use crate::outcomes;
 
 /// Blocks of every awkward length: one byte, around a page, around a piece.
@@ -200,6 +202,32 @@ async fn stats_and_counters_tell_what_was_done() {
     assert_eq!(value("terrace_get_blocks_total{source=\"miss\"}"), 1.0);
     assert_eq!(value("terrace_get_bytes_total"), 20_000.0);
     assert_eq!(value("terrace_put_blocks_total{outcome=\"cached\"}"), 2.0);
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn namespaces_are_listed_with_what_is_there_of_each() {
+    let node = TestNode::start(|_| {}).await;
+    let mut client = node.client().await;
+    let chain = client.chain(1, 2);
+    let blocks = [filled(1, 10_000), filled(2, 5000)];
+    client.put(&chain, &blocks, Ack::Cached).await.unwrap();
+    let listed = client.namespaces("", &[]).await.unwrap();
+    let [own] = &listed.namespaces[..] else {
+        panic!("one was opened: {listed:?}");
+    };
+    assert_eq!((own.blocks, own.bytes), (2, 15_000));
+    assert!(own.is_latest && listed.next_page_token.is_empty() && own.replicas == 1);
+    let label = &own.spec.as_ref().unwrap().label;
+    assert_eq!(
+        client.namespaces(label, &[]).await.unwrap().namespaces,
+        listed.namespaces
+    );
+    let none = client.namespaces("another", &[]).await.unwrap().namespaces;
+    assert_eq!(none, []);
+    let wrong = client.namespaces("", &[1, 2, 3]).await.unwrap_err();
+    assert_eq!(wrong.code(), Code::InvalidArgument);
+    assert!(wrong.message().contains("page_token"), "{wrong}");
     node.stop().await;
 }
 

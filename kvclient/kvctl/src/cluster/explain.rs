@@ -23,7 +23,7 @@ use tonic::transport::Endpoint;
 use super::service::{Service, members, said};
 use crate::{
     context::{Context, InNamespace, table},
-    key,
+    key, namespaces,
 };
 
 /// Members without a claim that are asked all the same; a cluster with more of them is asked by claim alone.
@@ -75,7 +75,8 @@ struct Here {
 
 pub(super) async fn run(context: &Context, args: Explain) -> Result<()> {
     let client = context.connect().await?;
-    let namespace = context.open(&client, &args.namespace.namespace).await?;
+    let name = &args.namespace.namespace;
+    let namespace = namespaces::of(context, &client, name, Some(&args.key)).await?;
     let (chain, runs) = asked(&client, &namespace, &args).await?;
     let run = chain.place(0, namespace.run_blocks()).run;
     let replicas = args.replicas.map_or(namespace.replicas(), |n| n as usize);

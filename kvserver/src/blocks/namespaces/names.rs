@@ -26,8 +26,12 @@ struct Labels {
 impl Names {
     /// The record last opened under this one's label.
     pub(super) fn last(&self, record: &Record) -> Option<&Record> {
-        let labels = self.tenants.get(&record.tenant)?;
-        labels.records.get(&record.label)?.last()
+        self.last_of(&record.tenant, &record.label)
+    }
+
+    /// The record last opened under a label.
+    pub(super) fn last_of(&self, tenant: &str, label: &str) -> Option<&Record> {
+        self.tenants.get(tenant)?.records.get(label)?.last()
     }
 
     /// Opens a namespace: what differs from the last of its label, and whether anything changed.

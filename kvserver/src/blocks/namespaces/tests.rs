@@ -113,6 +113,37 @@ async fn a_namespace_of_another_tenant_is_unknown() {
     assert!(registry.get(TenantId(1), mine.id).is_err());
 }
 
+#[tokio::test]
+async fn a_tenant_lists_its_own_page_by_page_and_sees_which_is_the_latest() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = registry(dir.path());
+    let shapes = [("a", 16), ("a", 32), ("b", 16)];
+    for (label, block_tokens) in shapes {
+        open(&registry, &Namespace::opaque(label, block_tokens, 8)).await;
+    }
+    open_as(&registry, "other", "a").await.unwrap();
+    let mut expected: Vec<(NamespaceId, bool)> = shapes
+        .iter()
+        .map(|&(label, block_tokens)| {
+            let id = Namespace::opaque(label, block_tokens, 8).id(DEFAULT_TENANT);
+            (id, (label, block_tokens) != ("a", 16))
+        })
+        .collect();
+    expected.sort_unstable();
+    let list = |label, after, most| {
+        let (listed, and_more) = registry.list(DEFAULT_TENANT, label, after, most);
+        let listed = listed.iter().map(|known| (known.space.id, known.is_latest));
+        (listed.collect::<Vec<_>>(), and_more)
+    };
+    assert_eq!(list(None, None, 3), (expected.clone(), false));
+    assert_eq!(list(None, None, 2), (expected[..2].to_vec(), true));
+    let last = Some(expected[1].0);
+    assert_eq!(list(None, last, 2), (expected[2..].to_vec(), false));
+    assert_eq!(list(None, Some(expected[2].0), 2), (Vec::new(), false));
+    assert_eq!(list(Some("a"), None, 3).0.len(), 2);
+    assert_eq!(list(Some("c"), None, 3).0.len(), 0);
+}
+
 /// Opening a pipe for writing waits for a reader: a disk that hangs.
 #[tokio::test]
 async fn a_disk_that_hangs_holds_up_nobody_who_needs_no_disk() {

@@ -88,6 +88,7 @@ pub enum Method {
     Invalidate,
     Watch,
     Stats,
+    ListNamespaces,
     Join,
     View,
     Report,
@@ -99,7 +100,7 @@ pub enum Method {
 }
 
 impl Method {
-    pub(super) const ALL: [Self; 17] = [
+    pub(super) const ALL: [Self; 18] = [
         Self::OpenNamespace,
         Self::Lookup,
         Self::Get,
@@ -109,6 +110,7 @@ impl Method {
         Self::Invalidate,
         Self::Watch,
         Self::Stats,
+        Self::ListNamespaces,
         Self::Join,
         Self::View,
         Self::Report,
@@ -132,6 +134,7 @@ impl Method {
             Self::Invalidate => "invalidate",
             Self::Watch => "watch",
             Self::Stats => "stats",
+            Self::ListNamespaces => "list_namespaces",
             Self::Join => "join",
             Self::View => "view",
             Self::Report => "report",
