@@ -202,20 +202,22 @@ impl Attachment {
 
     /// One more link.
     async fn join(&self, waits: Waits, patience: Duration) -> Result<Link, LocalError> {
-        self.make_room();
         let (socket, open) = (&self.caller.socket, self.open.clone());
         let mut link = Link::open(socket, waits, open, self.clock.clone()).await?;
         let call = self.caller.attach(self.id.clone(), 0);
         let (answer, _) = link.call(call, patience).await?;
         link.layouts = attached(answer)?.layouts & LAYOUTS;
+        self.make_room();
         Ok(link)
     }
 
-    /// Idle links whose callers wait otherwise are within the bound, too; the one that was used longest ago goes.
+    /// Idle links whose callers wait otherwise are within the bound, too; the one that was used longest ago goes. Once the
+    /// node has taken the new link, never before: an attachment ends with its last link, and others that are open here may
+    /// not have reached the node yet.
     fn make_room(&self) {
         let mut idle = self.idle.lock();
         let open = Arc::strong_count(&self.open) - 1;
-        if open >= self.links && !idle.is_empty() {
+        if open > self.links && !idle.is_empty() {
             drop(idle.remove(0));
         }
     }

@@ -1,6 +1,9 @@
 //! The same-host path from threads that wait in the kernel: the same answers, and the same when nobody answers.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Barrier},
+    time::Duration,
+};
 
 use kvclient::{
     Error, ErrorKind, GetOutcome, LocalPath, LookupOptions, NamespaceHandle, Path, PutBlock,
@@ -175,6 +178,35 @@ async fn many_threads_and_tasks_share_a_client_and_its_connections() {
         metric(&node, "terrace_local_connections") <= LINKS as f64
     })
     .await;
+}
+
+/// An attachment ends with its last link at the node: the first one may go when another has been taken there, not when it
+/// is on its way.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn threads_that_join_at_once_do_not_end_the_attachment_that_they_join() {
+    const LINKS: usize = 2;
+    let node = TestNode::start(|_| {}).await;
+    for round in 0..30 {
+        let shared = builder(&node).lanes(LINKS).connect().await.unwrap();
+        let ns = crate::open(&shared).await;
+        let data = crate::put(&shared, &ns, &chain(&ns, round, 1), &[3000]).await;
+        let client = Client::of(&shared).unwrap();
+        let start = Arc::new(Barrier::new(LINKS));
+        let threads: Vec<_> = (0..LINKS)
+            .map(|_| {
+                let (client, ns, start) = (client.clone(), ns.clone(), start.clone());
+                std::thread::spawn(move || {
+                    start.wait();
+                    get(&client, &ns, round, &[3000])
+                })
+            })
+            .collect();
+        for thread in threads {
+            assert!(on_thread(move || thread.join().unwrap()).await == data);
+        }
+        let report = shared.path();
+        assert_eq!((report.failures, report.grpc.calls), (0, 0), "{report:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
