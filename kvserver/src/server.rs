@@ -102,7 +102,7 @@ pub struct Node {
     blocks: Arc<Blocks>,
     mover: Arc<Mover>,
     /// Its tasks end with the node.
-    _membership: Membership,
+    membership: Option<Membership>,
     rpc: Option<Rpc>,
     local: Option<Local>,
     console: Option<Console>,
@@ -152,7 +152,7 @@ impl Node {
             chosen: parts.chosen,
             blocks: parts.blocks,
             mover: parts.mover,
-            _membership: parts.membership,
+            membership: Some(parts.membership),
             rpc: Some(parts.rpc),
             local: parts.local,
             console: parts.console,
@@ -219,6 +219,7 @@ impl Node {
     /// as time and wear allow, closes the tiers. What is not done after `deadline` is cut. Answers what was kept.
     pub async fn shutdown(mut self, deadline: Duration) -> Saved {
         let (rpc, local, console) = (self.rpc.take(), self.local.take(), self.console.take());
+        let membership = self.membership.take();
         let (mover, clock, blocks) = (
             Arc::clone(&self.mover),
             Arc::clone(&self.clock),
@@ -285,6 +286,14 @@ impl Node {
             }
             if let Some(console) = console {
                 console.stop().await;
+            }
+            if let Some(membership) = membership {
+                tokio::select! {
+                    () = membership.stop() => {}
+                    () = clock.sleep(LAST_MOMENT) => {
+                        tracing::warn!("the view of the cluster is still being written; its disk hangs");
+                    }
+                }
             }
             saved
         });

@@ -22,6 +22,7 @@ use std::{
 };
 
 use kvproto::{Member, MemberId, MemberState, View};
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -73,6 +74,8 @@ pub struct Kept {
     /// By way of which the file is replaced: another one in each life, because the last write of the one before may still
     /// be under way when a node is started again in the same process.
     beside: PathBuf,
+    /// Held while it is replaced; true when nothing may be written any more.
+    is_closed: Mutex<bool>,
 }
 
 /// The members before the oldest change that is young, or before this life.
@@ -156,6 +159,7 @@ impl Kept {
             before,
             id: MemberId(id),
             file,
+            is_closed: Mutex::new(false),
         };
         // Before anybody hears of this life: a later one must be above it.
         match kept.write(&kept.view, &kept.before) {
@@ -191,10 +195,19 @@ impl Kept {
             },
         };
         let bytes = serde_json::to_vec_pretty(&text).expect("plain fields");
+        let is_closed = self.is_closed.lock();
+        if *is_closed {
+            return Ok(());
+        }
         write_whole_by(&self.beside, &self.file, &bytes, 0o644).map_err(|source| KeptError::View {
             path: self.file.clone(),
             source,
         })
+    }
+
+    /// What is being written is written; from now on nothing is.
+    pub fn close(&self) {
+        *self.is_closed.lock() = true;
     }
 }
 
@@ -287,6 +300,20 @@ mod tests {
         assert_ne!(again.beside, first.beside, "their writes do not meet");
         assert_eq!((&again.id, &again.view), (&first.id, &view));
         assert!(again.was_member() && again.generation > first.generation);
+    }
+
+    #[test]
+    fn what_is_closed_is_written_no_more() {
+        let dir = TempDir::new().unwrap();
+        let clock = ManualClock::new(1);
+        let first = open(&dir, "", &clock).unwrap();
+        let view = View::new([member("a", 2), member("b", 1)]);
+        first.write(&view, &first.before).unwrap();
+        first.close();
+        first
+            .write(&View::new([member("a", 3)]), &first.before)
+            .unwrap();
+        assert_eq!(open(&dir, "", &clock).unwrap().view, view);
     }
 
     #[test]

@@ -54,6 +54,7 @@ pub struct MembershipParts {
 /// A member's running tasks.
 pub struct Membership {
     _gossip: Option<Gossip>,
+    kept: Arc<Kept>,
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -94,9 +95,10 @@ impl Membership {
         if let Some(why) = cluster.alone() {
             tracing::warn!(why, "this node is alone; nobody can join it");
         }
+        let kept = Arc::new(kept);
         let mut tasks = vec![tokio::spawn(keep(
             Arc::clone(&cluster),
-            kept,
+            Arc::clone(&kept),
             Arc::clone(&clock),
         ))];
         if let Some(hurt) = cluster.looked_after.lock().take() {
@@ -120,8 +122,16 @@ impl Membership {
         }
         Self {
             _gossip: gossip,
+            kept,
             tasks,
         }
+    }
+
+    /// Ends them, and what is being written; nothing is written to the data folder afterwards.
+    pub async fn stop(self) {
+        let kept = Arc::clone(&self.kept);
+        drop(self);
+        let _ = tokio::task::spawn_blocking(move || kept.close()).await; // the runtime ends
     }
 
     /// One more task of a member, of another room.
@@ -137,10 +147,9 @@ impl Drop for Membership {
 }
 
 /// Keeps each view that comes; one that comes while another is written is written next.
-async fn keep(cluster: Arc<Cluster>, kept: Kept, clock: Arc<dyn Clock>) {
+async fn keep(cluster: Arc<Cluster>, kept: Arc<Kept>, clock: Arc<dyn Clock>) {
     let mut last = cluster.roster();
     let mut settled = Settled::new(&last, kept.before.clone());
-    let kept = Arc::new(kept);
     let mut changes = cluster.changes();
     let mut has_failed = false;
     changes.mark_changed();
