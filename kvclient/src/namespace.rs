@@ -29,12 +29,18 @@ pub struct NamespaceHandle {
 struct Shared {
     spec: Namespace,
     opened: OpenedNamespace,
+    aside: bool,
 }
 
 impl NamespaceHandle {
-    pub(crate) fn new(spec: Namespace, opened: OpenedNamespace) -> Self {
+    pub(crate) fn new(spec: Namespace, opened: OpenedNamespace, aside: bool) -> Self {
+        let shared = Shared {
+            spec,
+            opened,
+            aside,
+        };
         Self {
-            shared: Arc::new(Shared { spec, opened }),
+            shared: Arc::new(shared),
         }
     }
 
@@ -127,6 +133,11 @@ impl NamespaceHandle {
     #[must_use]
     pub fn replicas(&self) -> usize {
         self.shared.opened.replicas as usize
+    }
+
+    /// Whether another of its label stays the one that was opened last.
+    pub(crate) fn is_aside(&self) -> bool {
+        self.shared.aside
     }
 
     /// Whether a node has answered the same id and key.

@@ -42,12 +42,22 @@ impl Opened {
     }
 }
 
-/// Opens a namespace at one node, which also tells where its same-host path is. `replicas` 0: as it is there.
+/// How a namespace is opened.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Manner {
+    /// Not under a label that is known with another fingerprint.
+    pub(crate) strict: bool,
+    /// Members that hold each of its runs; 0: as it is there.
+    pub(crate) replicas: u32,
+    /// Another of its label stays the one that was opened last.
+    pub(crate) aside: bool,
+}
+
+/// Opens a namespace at one node, which also tells where its same-host path is.
 pub(crate) async fn open(
     inner: &Inner,
     spec: &Namespace,
-    strict: bool,
-    replicas: u32,
+    manner: Manner,
     deadline: Deadline,
 ) -> Result<OpenedNamespace, Error> {
     let method = Method::OPEN_NAMESPACE;
@@ -55,8 +65,9 @@ pub(crate) async fn open(
         v1::OpenNamespaceRequest {
             context: Some(context),
             spec: Some(spec.into()),
-            strict,
-            replicas,
+            strict: manner.strict,
+            replicas: manner.replicas,
+            aside: manner.aside,
         }
     })
     .await?;
@@ -68,11 +79,15 @@ pub(crate) async fn open(
     Ok(opened)
 }
 
-/// What a member shall keep of a namespace that was opened elsewhere; one copy may have become more there since.
-fn asked_replicas(namespace: &NamespaceHandle) -> u32 {
-    match namespace.replicas() {
-        1 => 0,
-        many => many as u32,
+/// As it was opened elsewhere; one copy may have become more there since.
+fn again(namespace: &NamespaceHandle) -> Manner {
+    Manner {
+        strict: false,
+        replicas: match namespace.replicas() {
+            1 => 0,
+            many => many as u32,
+        },
+        aside: namespace.is_aside(),
     }
 }
 
@@ -85,8 +100,7 @@ pub(crate) async fn ensure(
     if inner.opened.has(namespace.id()) {
         return Ok(());
     }
-    let replicas = asked_replicas(namespace);
-    let opened = open(inner, namespace.spec(), false, replicas, deadline).await?;
+    let opened = open(inner, namespace.spec(), again(namespace), deadline).await?;
     if namespace.is(&opened) {
         return Ok(());
     }
@@ -122,8 +136,7 @@ impl Reopening {
         if !forgotten || std::mem::replace(&mut self.is_done, true) {
             return Err(error);
         }
-        let replicas = asked_replicas(namespace);
-        let opened = open(inner, namespace.spec(), false, replicas, deadline).await?;
+        let opened = open(inner, namespace.spec(), again(namespace), deadline).await?;
         if !namespace.is(&opened) {
             return Err(Error::NamespaceChanged {
                 label: namespace.label().to_owned(),

@@ -33,7 +33,7 @@ impl Client {
     pub async fn stats_of_all(&self) -> Vec<(Endpoint, Result<v1::StatsResponse, Error>)> {
         let deadline = self.until();
         let answers =
-            self.of_each(|inner: Arc<Inner>| async move { stats(&inner, deadline).await });
+            self.of_each_once(|inner: Arc<Inner>| async move { stats(&inner, deadline).await });
         let answers = answers.await.into_iter();
         answers
             .map(|(inner, answer)| (inner.endpoint.clone(), answer))

@@ -17,7 +17,8 @@ use std::{
 use bytes::Bytes;
 use kvgpu::{ReadSegment, StagingMap};
 use kvproto::{
-    BlockHeader, Chain, Namespace, NamespaceId, NamespaceKey, convert,
+    BlockHeader, Chain, Namespace, NamespaceId, NamespaceKey,
+    convert::{self, request::OpenNamespace},
     local::{Frame, Inbox, VERSION, encode, fixed},
     v1::{self, local_reply::Answer, local_request::Call},
 };
@@ -325,7 +326,7 @@ impl Space {
         let tenant = blocks.tenants().find(tenant).expect("a tenant of the node");
         let shape = Namespace::opaque("test", BLOCK_TOKENS, RUN_BLOCKS);
         let opened = blocks
-            .open_namespace(tenant, &shape, false)
+            .open_namespace(tenant, &OpenNamespace::of(shape))
             .await
             .expect("a namespace");
         Self {

@@ -455,6 +455,7 @@ impl Stock {
             context: None,
             label: label.to_owned(),
             page_token: Bytes::copy_from_slice(page_token),
+            names_only: false,
         };
         Ok(self.client.list_namespaces(asked).await?.into_inner())
     }

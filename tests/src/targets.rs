@@ -279,7 +279,7 @@ pub fn convert_request(bytes: &[u8]) {
     let Some((kind, bytes)) = bytes.split_first() else {
         return;
     };
-    match kind % 8 {
+    match kind % 9 {
         0 => judged::<v1::OpenNamespaceRequest, convert::request::OpenNamespace>(bytes),
         1 => judged::<v1::LookupRequest, convert::request::Lookup>(bytes),
         2 => judged::<v1::GetRequest, convert::request::Get>(bytes),
@@ -287,7 +287,8 @@ pub fn convert_request(bytes: &[u8]) {
         4 => judged::<v1::RenewRequest, convert::request::Renew>(bytes),
         5 => judged::<v1::ReleaseRequest, convert::request::Release>(bytes),
         6 => judged::<v1::InvalidateRequest, convert::request::Invalidate>(bytes),
-        _ => judged::<v1::WatchRequest, convert::request::Watch>(bytes),
+        7 => judged::<v1::WatchRequest, convert::request::Watch>(bytes),
+        _ => judged::<v1::ListNamespacesRequest, convert::request::ListNamespaces>(bytes),
     }
 }
 
@@ -315,6 +316,9 @@ pub fn convert_answer(bytes: &[u8]) {
     }
     if let Ok(answer) = v1::WatchResponse::decode(bytes) {
         let _ = convert::answer::WatchEvent::from_wire(&answer);
+    }
+    if let Ok(answer) = v1::NamespaceStats::decode(bytes) {
+        let _ = convert::answer::NamespaceStats::try_from(answer);
     }
     if let Ok(wire) = v1::BlockHeader::decode(bytes) {
         let rules = convert::HeaderRules {

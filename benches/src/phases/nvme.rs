@@ -21,7 +21,7 @@ use anyhow::{Context, Result, bail, ensure};
 use kvclient::Ack;
 use kvproto::{
     BlockKey, Chain, Kind, Namespace, NamespaceId, OwnerId, Part, PutOutcome, SequenceHash,
-    TierKind,
+    TierKind, convert::request::OpenNamespace,
 };
 use kvserver::Node;
 use kvserver::blocks::Blocks;
@@ -199,8 +199,7 @@ impl Inside {
         let opened = blocks
             .open_namespace(
                 OWNER.tenant,
-                &Namespace::opaque("bench", 16, RUN_BLOCKS),
-                false,
+                &OpenNamespace::of(Namespace::opaque("bench", 16, RUN_BLOCKS)),
             )
             .await?;
         let mut chains = HashMap::new();

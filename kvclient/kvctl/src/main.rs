@@ -93,7 +93,7 @@ fn main() -> ExitCode {
 async fn run(context: &Context, command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Status(args) => status::run(context, args).await?,
-        Command::Namespaces(args) => namespaces::run(context, args).await?,
+        Command::Namespaces(args) => return namespaces::run(context, args).await,
         Command::Put(args) => put::run(context, args).await?,
         Command::Get(args) => get::run(context, args).await?,
         Command::Lookup(args) => return lookup::run(context, args).await,

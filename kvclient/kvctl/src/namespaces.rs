@@ -5,17 +5,18 @@
 //! -n ID    ─► the one with this id              └─ an engine's ──────────► blocks by their hashes, or all of it
 //! ```
 //!
-//! Why nothing but `put` and `bench` opens a namespace: opened under an engine's label it would be the one last opened
-//! there, which the engine's node warns of, and a strict engine is refused for.
+//! What is there is opened aside, and what is not is not made, but by those who put: opened under an engine's label it
+//! would be the one opened last there, which a strict engine is refused for.
+
+use std::{collections::BTreeSet, process::ExitCode};
 
 use anyhow::{Result, anyhow, bail, ensure};
 use kvclient::{
-    Client, Error, Namespace, NamespaceHandle, NamespaceId, NamespaceStats, Namespaces,
-    SequenceHash,
+    Client, Error, Namespace, NamespaceHandle, NamespaceId, NamespaceStats, SequenceHash,
 };
 use serde::Serialize;
 
-use crate::context::{Context, DEFAULT_NAMESPACE, own_shape, size, table};
+use crate::context::{Context, Copies, DEFAULT_NAMESPACE, own_shape, size, table};
 
 /// Namespaces that an error names.
 const NAMED: usize = 12;
@@ -66,7 +67,8 @@ struct Row {
     bytes: u64,
 }
 
-pub(crate) async fn run(context: &Context, args: Args) -> Result<()> {
+/// Success when all members answered; failure otherwise, as what they alone know is missing.
+pub(crate) async fn run(context: &Context, args: Args) -> Result<ExitCode> {
     let client = context.connect().await?;
     let found = client.namespaces(args.label.as_deref()).await?;
     let mut rows: Vec<Row> = found.known.into_iter().map(row).collect();
@@ -79,7 +81,11 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<()> {
         namespaces: rows,
         silent: silent.collect(),
     };
-    context.print(&report, text)
+    context.print(&report, |report| text(report, args.label.as_deref()))?;
+    Ok(match report.silent.is_empty() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
 }
 
 fn row(stats: NamespaceStats) -> Row {
@@ -108,12 +114,14 @@ fn row(stats: NamespaceStats) -> Row {
     }
 }
 
-fn text(report: &Report) -> String {
+fn text(report: &Report, label: Option<&str>) -> String {
+    let latest = report.namespaces.iter().filter(|row| row.is_latest);
+    let latest: BTreeSet<&str> = latest.map(|row| &*row.label).collect();
     let cells = |row: &Row| {
         vec![
-            match row.is_latest {
-                true => row.label.clone(),
-                false => format!("{} (before)", row.label),
+            match !row.is_latest && latest.contains(&*row.label) {
+                true => format!("{} (before)", row.label),
+                false => row.label.clone(),
             },
             row.engine_class.clone(),
             row.model.clone(),
@@ -129,20 +137,21 @@ fn text(report: &Report) -> String {
     let head = [
         "label", "engine", "model", "dtype", "tokens", "copies", "blocks", "size", "id",
     ];
-    let mut text = match rows.is_empty() {
-        true => "no namespace was opened here\n".to_owned(),
-        false => table(&head, &rows),
+    let mut text = match (rows.is_empty(), label) {
+        (true, Some(label)) => format!("no namespace is called {label:?}\n"),
+        (true, None) => "there is no namespace\n".to_owned(),
+        (false, _) => table(&head, &rows),
     };
     for silent in &report.silent {
-        text += &format!("not asked: {}: {}\n", silent.endpoint, silent.problem);
+        text += &format!("does not answer: {}: {}\n", silent.endpoint, silent.problem);
     }
     text
 }
 
-/// The namespace of the keys under a label, or of one that a person names by its id.
+/// The namespace of the keys under a label, or the one with an id, for reading.
 ///
 /// # Errors
-/// There is none; it is an engine's, which has no keys.
+/// There is none; it is not of kvctl's own shape, or its label is not kvctl's alone.
 pub(crate) async fn of_keys(
     context: &Context,
     client: &Client,
@@ -152,39 +161,46 @@ pub(crate) async fn of_keys(
     if name == DEFAULT_NAMESPACE {
         return context.open(client, name).await;
     }
-    let Some(found) = known(client, name).await? else {
-        return context.open(client, name).await;
+    let found = match with_id(client, name).await? {
+        Some(stats) => vec![stats],
+        None => match client.find_namespaces(Some(name)).await {
+            Err(error) if is_unknown_call(&error) => return context.open(client, name).await,
+            found => found?,
+        },
     };
-    match found.iter().find(|stats| is_own(&stats.namespace)) {
-        Some(own) => Ok(client.open_namespace(&own.namespace, false).await?),
-        None => Err(no_keys(name, &found[0])),
+    refuse_others(name, &found)?;
+    match found.first() {
+        Some(stats) => open(client, stats).await,
+        None => Err(none_is_called(client, name).await),
     }
 }
 
-/// Keeps keys out of the labels of engines.
+/// The namespace for keys that are put: one of these labels may be opened that nobody knows yet.
 ///
 /// # Errors
-/// An engine has a namespace under this label, and kvctl has none.
-pub(crate) async fn refuse_engines(client: &Client, label: &str) -> Result<()> {
-    if label == DEFAULT_NAMESPACE {
-        return Ok(());
-    }
-    let Some(found) = labelled(client, Some(label)).await? else {
-        return Ok(());
-    };
-    match &found.known[..] {
-        [first, ..] if !found.known.iter().any(|s| is_own(&s.namespace)) => {
-            Err(no_keys(label, first))
+/// The label is not kvctl's alone, or looks like an id.
+pub(crate) async fn to_put(
+    context: &Context,
+    client: &Client,
+    name: &str,
+    copies: Copies,
+) -> Result<NamespaceHandle> {
+    if name != DEFAULT_NAMESPACE {
+        if let Some(stats) = with_id(client, name).await? {
+            refuse_others(name, std::slice::from_ref(&stats))?;
+            let label = &stats.namespace.label;
+            return context.open_with(client, label, copies).await;
         }
-        _ => Ok(()),
+        ensure!(
+            name.parse::<NamespaceId>().is_err(),
+            "no namespace has the id {name}; see `kvctl namespaces`, or give another label"
+        );
+        // Where nobody can say, the put goes on: it says itself who does not answer.
+        if let Ok(found) = client.find_namespaces(Some(name)).await {
+            refuse_others(name, &found)?;
+        }
     }
-}
-
-fn no_keys(name: &str, stats: &NamespaceStats) -> anyhow::Error {
-    let engine = &stats.namespace.engine_class;
-    anyhow!(
-        "namespace {name:?} is an engine's ({engine}), where kvctl keeps no keys; name another with -n, or a block there by the 64 hex digits of its hash"
-    )
+    context.open_with(client, name, copies).await
 }
 
 /// The namespace in which a person means this block or key; and with neither, the one that is meant as a whole.
@@ -201,62 +217,86 @@ pub(crate) async fn of(
     if text.is_some_and(|text| !is_hash(text)) || name == DEFAULT_NAMESPACE {
         return of_keys(context, client, name).await;
     }
-    let Some(found) = known(client, name).await? else {
-        return context.open(client, name).await;
+    let found = match with_id(client, name).await? {
+        Some(stats) => vec![stats],
+        None => client.namespaces(Some(name)).await?.known,
     };
     ensure!(
-        found.len() == 1,
+        found.len() <= 1,
         "{} namespaces are called {name:?}; name one by its id: {}",
         found.len(),
         listed(found.iter().map(|stats| {
-            let engine = &stats.namespace.engine_class;
-            format!("{} ({engine}, {} blocks)", stats.id, stats.blocks)
+            let (model, blocks) = (&stats.namespace.model, stats.blocks);
+            format!("{} (model {model}, {blocks} blocks)", stats.id)
         }))
     );
-    Ok(client.open_namespace(&found[0].namespace, false).await?)
+    match found.first() {
+        Some(stats) => open(client, stats).await,
+        None => Err(none_is_called(client, name).await),
+    }
 }
 
-fn is_own(namespace: &Namespace) -> bool {
-    *namespace == own_shape(&namespace.label)
-}
-
-/// Those that members know under this label, or by this id: at least one. `None`: nobody can say, as the nodes are older
-/// than the question.
-async fn known(client: &Client, name: &str) -> Result<Option<Vec<NamespaceStats>>> {
-    let Some(labelled) = labelled(client, Some(name)).await? else {
-        return Ok(None);
-    };
-    if !labelled.known.is_empty() {
-        return Ok(Some(labelled.known));
-    }
-    let all = client.namespaces(None).await?;
-    if let Ok(id) = name.parse::<NamespaceId>()
-        && let Some(stats) = all.known.iter().find(|stats| stats.id == id)
-    {
-        return Ok(Some(vec![stats.clone()]));
-    }
-    let mut problem = format!("no namespace is called {name:?}");
-    let mut labels: Vec<String> = all.known.into_iter().map(|s| s.namespace.label).collect();
-    labels.sort_unstable();
-    labels.dedup();
-    match labels.is_empty() {
-        true => problem += "; there is none",
-        false => problem += &format!("; there are: {}", listed(labels.into_iter())),
-    }
-    for (endpoint, error) in &all.silent {
-        problem += &format!("; {endpoint} was not asked: {error}");
-    }
-    bail!(problem)
-}
-
-/// Those of a label, or all. `None`: the nodes are older than the question.
-async fn labelled(client: &Client, label: Option<&str>) -> Result<Option<Namespaces>> {
-    match client.namespaces(label).await {
-        Err(Error::Refused {
+/// Whether nodes are older than what they were asked.
+fn is_unknown_call(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::Refused {
             code: tonic::Code::Unimplemented,
             ..
-        }) => Ok(None),
-        asked => Ok(Some(asked?)),
+        }
+    )
+}
+
+/// The one with this id, where the text is one and somebody knows it.
+async fn with_id(client: &Client, name: &str) -> Result<Option<NamespaceStats>> {
+    let Ok(id) = name.parse::<NamespaceId>() else {
+        return Ok(None);
+    };
+    let all = client.find_namespaces(None).await?;
+    Ok(all.into_iter().find(|stats| stats.id == id))
+}
+
+/// Opens what is there already.
+async fn open(client: &Client, stats: &NamespaceStats) -> Result<NamespaceHandle> {
+    let handle = client.open_aside(&stats.namespace, 0).await?;
+    ensure!(
+        handle.id() == stats.id,
+        "namespace {} has something that this kvctl does not know; use one of the nodes' version",
+        stats.id
+    );
+    Ok(handle)
+}
+
+/// # Errors
+/// Some of them are not of kvctl's own shape.
+fn refuse_others(name: &str, found: &[NamespaceStats]) -> Result<()> {
+    let is_own = |stats: &&NamespaceStats| stats.namespace == own_shape(&stats.namespace.label);
+    let Some(other) = found.iter().find(|stats| !is_own(stats)) else {
+        return Ok(());
+    };
+    let own = match found.iter().find(is_own) {
+        Some(own) => format!("; kvctl's own there is {}", own.id),
+        None => String::new(),
+    };
+    let Namespace {
+        engine_class,
+        model,
+        ..
+    } = &other.namespace;
+    bail!(
+        "namespace {name:?} is not kvctl's alone (engine {engine_class}, model {model}); keys have names elsewhere, blocks there the 64 hex digits of their hash{own}"
+    )
+}
+
+async fn none_is_called(client: &Client, name: &str) -> anyhow::Error {
+    let problem = format!("no namespace is called {name:?}");
+    match client.find_namespaces(None).await {
+        Ok(all) if all.is_empty() => anyhow!("{problem}; there is none"),
+        Ok(all) => {
+            let labels: BTreeSet<String> = all.into_iter().map(|s| s.namespace.label).collect();
+            anyhow!("{problem}; there are: {}", listed(labels.into_iter()))
+        }
+        Err(_) => anyhow!(problem),
     }
 }
 

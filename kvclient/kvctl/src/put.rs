@@ -63,8 +63,7 @@ struct Report {
 pub(crate) async fn run(context: &Context, args: Args) -> Result<()> {
     let client = context.connect().await?;
     let label = &args.namespace.namespace;
-    namespaces::refuse_engines(&client, label).await?;
-    let namespace = context.open_with(&client, label, args.copies).await?;
+    let namespace = namespaces::to_put(context, &client, label, args.copies).await?;
     let mut source = open(&args.file)?;
     let label = Label {
         length_bytes: source.length_bytes,

@@ -510,14 +510,17 @@ async fn an_engine_s_namespace_is_shown_and_forgotten_and_never_disturbed() {
     for (words, said) in [
         (&["invalidate", "-n", "chatt"][..], "there are: chat"),
         (&["get", "doc", "-n", "chatt"], "there are: chat"),
-        (&["lookup", "doc", "-n", "chat"], "is an engine's (vllm)"),
+        (
+            &["lookup", "doc", "-n", "chat"],
+            "is not kvctl's alone (engine vllm",
+        ),
         (
             &["invalidate", "--key", "doc", "-n", "chat"],
-            "is an engine's (vllm)",
+            "is not kvctl's alone (engine vllm",
         ),
         (
             &["put", "doc", &file, "-n", "chat"],
-            "is an engine's (vllm)",
+            "is not kvctl's alone (engine vllm",
         ),
     ] {
         let refused = bench.run(words, b"");
@@ -562,4 +565,30 @@ async fn an_engine_s_namespace_is_shown_and_forgotten_and_never_disturbed() {
         .collect();
     assert_eq!(latest, [true, false], "{shown}");
     assert_eq!(bench.json(&["invalidate", "-n", &id], b"")["blocks"], 2);
+    let hash = ["cluster", "explain", &hash, "-n", &id];
+    assert!(bench.run(&hash, b"").status.success());
+    for id in [&id, &"0".repeat(32)] {
+        let put = bench.run(&["put", "doc", &file, "-n", id], b"");
+        assert!(
+            !put.status.success(),
+            "an engine's, and one that nobody has: {put:?}"
+        );
+    }
+    // Whoever looks and forgets by the old one's id leaves the newer the one that was opened last.
+    client.open_namespace(&newer, true).await.unwrap();
+    assert_eq!(bench.node.blocks().snapshot().namespaces, 2);
+
+    // Of kvctl's own the id is as good as the label.
+    bench.json(&["put", "doc", &file, "-n", "mine"], b"");
+    let own = bench.json(&["namespaces", "mine"], b"");
+    let id = own["namespaces"][0]["id"].as_str().unwrap();
+    assert_eq!(bench.run(&["get", "doc", "-n", id], b"").stdout, b"bytes");
+    bench.json(&["put", "other", &file, "-n", id], b"");
+    assert!(
+        bench
+            .run(&["lookup", "doc", "other", "-n", "mine"], b"")
+            .status
+            .success()
+    );
+    assert_eq!(bench.node.blocks().snapshot().namespaces, 3);
 }

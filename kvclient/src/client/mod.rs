@@ -38,7 +38,7 @@ use crate::{
     error::Error,
     fleet::Fleet,
     namespace::NamespaceHandle,
-    open,
+    open::{self, Manner},
     path::PathReport,
     retry::BreakerState,
     wire::Method,
@@ -129,14 +129,41 @@ impl Client {
         strict: bool,
         replicas: u32,
     ) -> Result<NamespaceHandle, Error> {
+        let manner = Manner {
+            strict,
+            replicas,
+            aside: false,
+        };
+        self.open(spec, manner).await
+    }
+
+    /// As [`Client::open_replicated`], for tools: where another was opened last under its label that one stays so, and neither
+    /// a strict caller nor a node's log is told of a difference.
+    ///
+    /// # Errors
+    /// [`Error::Request`] for a field out of range.
+    pub async fn open_aside(
+        &self,
+        spec: &Namespace,
+        replicas: u32,
+    ) -> Result<NamespaceHandle, Error> {
+        let manner = Manner {
+            strict: false,
+            replicas,
+            aside: true,
+        };
+        self.open(spec, manner).await
+    }
+
+    async fn open(&self, spec: &Namespace, manner: Manner) -> Result<NamespaceHandle, Error> {
         spec.validate()?;
         let deadline = self.until();
         let opened = self
             .of_anybody(deadline, |inner: Arc<Inner>, deadline| async move {
-                open::open(&inner, spec, strict, replicas, deadline).await
+                open::open(&inner, spec, manner, deadline).await
             })
             .await?;
-        Ok(NamespaceHandle::new(spec.clone(), opened))
+        Ok(NamespaceHandle::new(spec.clone(), opened, manner.aside))
     }
 
     /// Asks one node after the other until one answers, the one that did last first. No async closure, and the node by
@@ -187,7 +214,7 @@ impl Client {
     }
 
     /// As [`Client::of_everybody`], where a node that is known by two addresses must count once.
-    pub(crate) async fn of_each<T, F: Future<Output = Result<T, Error>>>(
+    pub(crate) async fn of_each_once<T, F: Future<Output = Result<T, Error>>>(
         &self,
         call: impl Fn(Arc<Inner>) -> F,
     ) -> Vec<(Arc<Inner>, Result<T, Error>)> {
@@ -256,6 +283,10 @@ mod tests {
         sent(|| client().invalidate(ns(), Target::All));
         sent(|| client().hold(ns(), chain(), None));
         sent(|| client().stats());
+        sent(|| client().stats_of_all());
+        sent(|| client().namespaces(None));
+        sent(|| client().find_namespaces(None));
+        sent(|| client().open_aside(ns().spec(), 0));
         sent(|| client().watch(None, Duration::ZERO));
         sent(|| async {
             client()

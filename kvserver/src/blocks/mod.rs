@@ -33,8 +33,8 @@ use std::sync::{Arc, OnceLock};
 
 use kvgpu::Arena;
 use kvproto::{
-    BlockKey, BootId, FieldError, LeaseId, Namespace, NamespaceId, Reason, TierKind,
-    convert::{AnswerContext, answer::OpenedNamespace},
+    BlockKey, BootId, FieldError, LeaseId, NamespaceId, Reason, TierKind,
+    convert::{AnswerContext, answer::OpenedNamespace, request::OpenNamespace},
     view::ViewDigest,
 };
 
@@ -42,7 +42,7 @@ use self::{
     invalidations::Invalidations,
     motion::Motion,
     mover::Mover,
-    namespaces::{Namespaces, Replicas, Spaces},
+    namespaces::{Namespaces, Spaces},
     tenants::Tenants,
 };
 use crate::{
@@ -327,32 +327,12 @@ impl Blocks {
     pub async fn open_namespace(
         &self,
         tenant: TenantId,
-        namespace: &Namespace,
-        strict: bool,
-    ) -> Result<OpenedNamespace, BlocksError> {
-        self.open_replicated(tenant, namespace, strict, 0).await
-    }
-
-    /// As [`Blocks::open_namespace`], with so many owners of each of its runs; 0: as it is, or as the node's settings
-    /// say.
-    ///
-    /// # Errors
-    /// As there.
-    pub async fn open_replicated(
-        &self,
-        tenant: TenantId,
-        namespace: &Namespace,
-        strict: bool,
-        replicas: u32,
+        asked: &OpenNamespace,
     ) -> Result<OpenedNamespace, BlocksError> {
         let name = self.tenants.name(tenant);
-        let replicas = Replicas {
-            asked: replicas,
-            default: self.limits.replicas,
-        };
         let opened = self
             .namespaces
-            .open_replicated(tenant, name, namespace, strict, replicas)
+            .open_namespace(tenant, name, asked, self.limits.replicas)
             .await?;
         Ok(OpenedNamespace {
             id: opened.id,

@@ -37,13 +37,13 @@ use std::{
     time::Duration,
 };
 
-use kvproto::{NamespaceId, hash::NamespaceKey, namespace::Namespace};
+use kvproto::{NamespaceId, convert::request::OpenNamespace, hash::NamespaceKey};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::oneshot;
 
 use self::{
     files::read_or_make_secret,
-    names::{Names, Record},
+    names::{Manner, Names, Record},
     writer::{Ask, MAX_OPENING, Writer},
 };
 use super::{BlocksError, tenants::Tenants};
@@ -76,24 +76,6 @@ pub struct Known {
     pub block_tokens: u32,
     /// Owners of each run, at least 1.
     pub replicas: u32,
-}
-
-/// How many owners the runs of a namespace have.
-#[derive(Clone, Copy, Debug)]
-pub struct Replicas {
-    /// As its caller wishes; 0: as it is, or as the node's settings say.
-    pub asked: u32,
-    /// What the node's settings say.
-    pub default: u32,
-}
-
-impl Default for Replicas {
-    fn default() -> Self {
-        Self {
-            asked: 0,
-            default: 1,
-        }
-    }
 }
 
 /// The answer of a handshake.
@@ -210,7 +192,7 @@ impl Namespaces {
             spaces.set(record.space());
         }
         let mut names = Names::default();
-        records.into_iter().for_each(|record| names.push(record));
+        records.into_iter().for_each(|record| names.take(record));
         let shared = Arc::new(Shared {
             known: RwLock::new(known),
             spaces,
@@ -239,7 +221,7 @@ impl Namespaces {
     }
 
     /// Opens a namespace for a tenant; see the module's page. Once asked it is opened even if nobody waits for
-    /// the answer any more.
+    /// the answer any more. `default_replicas`: owners of its runs where nobody has said how many.
     ///
     /// # Errors
     /// A wrong field, a strict caller's difference, too many namespaces, or a registry that cannot be
@@ -248,43 +230,33 @@ impl Namespaces {
         &self,
         tenant: TenantId,
         tenant_name: &str,
-        namespace: &Namespace,
-        strict: bool,
+        asked: &OpenNamespace,
+        default_replicas: u32,
     ) -> Result<OpenedNamespace, BlocksError> {
-        let replicas = Replicas::default();
-        self.open_replicated(tenant, tenant_name, namespace, strict, replicas)
-            .await
-    }
-
-    /// As [`Namespaces::open_namespace`], where it matters how many owners its runs have.
-    ///
-    /// # Errors
-    /// As there.
-    pub async fn open_replicated(
-        &self,
-        tenant: TenantId,
-        tenant_name: &str,
-        namespace: &Namespace,
-        strict: bool,
-        replicas: Replicas,
-    ) -> Result<OpenedNamespace, BlocksError> {
+        let namespace = &asked.namespace;
         namespace.validate()?;
-        let replicas = match replicas.asked {
+        let id = namespace.id(tenant_name);
+        let replicas = match asked.replicas {
             0 => {
                 let known = self.shared.known.read();
-                let known = known.get(&namespace.id(tenant_name));
-                known.map_or(replicas.default, |known| known.replicas)
+                known
+                    .get(&id)
+                    .map_or(default_replicas, |known| known.replicas)
             }
             asked => asked,
         };
         let record = Record::of(tenant_name, namespace, replicas);
         let is_last = self.shared.names.read().last(&record) == Some(&record);
+        let manner = Manner {
+            strict: asked.strict,
+            aside: asked.aside,
+        };
         let difference = match is_last {
             true => None,
-            false => self.ask(tenant, record, strict).await?,
+            false => self.ask(tenant, record, manner).await?,
         };
         Ok(OpenedNamespace {
-            id: namespace.id(tenant_name),
+            id,
             key: namespace.key(tenant_name, &self.secret),
             difference,
             replicas,
@@ -295,14 +267,14 @@ impl Namespaces {
         &self,
         tenant: TenantId,
         record: Record,
-        strict: bool,
+        manner: Manner,
     ) -> Result<Option<String>, BlocksError> {
         let stopping = || BlocksError::Registry(io::Error::other("the node is stopping"));
         let (answer, answered) = oneshot::channel();
         let ask = Ask {
             tenant,
             record,
-            strict,
+            manner,
             answer,
         };
         let asks = self.asks.as_ref().ok_or_else(stopping)?;

@@ -1,10 +1,13 @@
 //! What this node holds and has done, for the console, scrapes and the `Stats` method.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use kvproto::{
     NamespaceId, Reason, TierKind,
-    convert::answer::{NamespaceStats, TierStats},
+    convert::{
+        answer::{NamespaceStats, TierStats},
+        request::ListNamespaces,
+    },
     v1,
 };
 
@@ -138,20 +141,26 @@ impl Blocks {
                 .collect(),
         }
     }
-    /// A page of the namespaces of a tenant, by id, and what is here of each; `label`: of that one alone. And the id after
-    /// which the next page begins, where there is one.
+    /// A page of the namespaces of a tenant, by id. And the id after which the next page begins, where there is one.
     #[must_use]
     pub fn list_namespaces(
         &self,
         tenant: TenantId,
-        label: Option<&str>,
-        after: Option<NamespaceId>,
+        asked: &ListNamespaces,
     ) -> (Vec<NamespaceStats>, Option<NamespaceId>) {
         let name = self.tenants.name(tenant);
-        let (listed, and_more) = self.namespaces.list(name, label, after, PAGE_NAMESPACES);
+        let label = asked.label.as_deref();
+        let (listed, and_more) = self
+            .namespaces
+            .list(name, label, asked.after, PAGE_NAMESPACES);
         let next = listed.last().map(|last| last.space.id);
-        let ids: HashSet<NamespaceId> = listed.iter().map(|known| known.space.id).collect();
-        let holdings = self.engine.holdings(&ids);
+        let holdings = match asked.names_only || listed.is_empty() {
+            true => HashMap::new(),
+            false => {
+                let ids: HashSet<NamespaceId> = listed.iter().map(|known| known.space.id).collect();
+                self.engine.holdings(&ids)
+            }
+        };
         let stats = listed.into_iter().map(|known| {
             let holding = holdings.get(&known.space.id).copied().unwrap_or_default();
             NamespaceStats {

@@ -307,6 +307,7 @@ impl Transport for Grpc {
             spec: Some((&*space.shape).into()),
             strict: false,
             replicas: u32::try_from(space.replicas).unwrap_or(0),
+            aside: true,
         };
         let id = space.id;
         async move {

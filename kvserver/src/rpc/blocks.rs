@@ -66,14 +66,7 @@ impl BlocksService for BlocksRpc {
         let caller = caller(&request);
         let asked: request::OpenNamespace = decode(request.into_inner())?;
         let blocks = &caller.shared.blocks;
-        let opened = blocks
-            .open_replicated(
-                caller.tenant,
-                &asked.namespace,
-                asked.strict,
-                asked.replicas,
-            )
-            .await;
+        let opened = blocks.open_namespace(caller.tenant, &asked).await;
         let opened = opened.map_err(|e| status::blocks(&e))?;
         Ok(Response::new(
             opened.into_wire(&caller.answer(&asked.context)),
@@ -192,13 +185,14 @@ impl BlocksService for BlocksRpc {
     ) -> Result<Response<v1::ListNamespacesResponse>, Status> {
         let caller = caller(&request);
         let asked: request::ListNamespaces = decode(request.into_inner())?;
-        let (namespaces, next) = caller.shared.blocks.list_namespaces(
-            caller.tenant,
-            asked.label.as_deref(),
-            asked.after,
-        );
+        let (context, tenant) = (asked.context, caller.tenant);
+        let blocks = caller.shared.blocks.clone();
+        // Of a large index it takes as long as reading it all, and this thread serves others.
+        let listing = tokio::task::spawn_blocking(move || blocks.list_namespaces(tenant, &asked));
+        let listed = listing.await;
+        let (namespaces, next) = listed.map_err(|e| Status::internal(e.to_string()))?;
         Ok(Response::new(v1::ListNamespacesResponse {
-            context: Some((&caller.answer(&asked.context)).into()),
+            context: Some((&caller.answer(&context)).into()),
             namespaces: namespaces.into_iter().map(Into::into).collect(),
             next_page_token: next.map_or_else(Bytes::new, |id| Bytes::copy_from_slice(&id.0)),
         }))

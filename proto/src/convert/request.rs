@@ -77,6 +77,22 @@ pub struct OpenNamespace {
     pub strict: bool,
     /// Members that hold each of its runs; 0: as it is, or the node's setting.
     pub replicas: u32,
+    /// Another of its label stays the one that was opened last, where there is one.
+    pub aside: bool,
+}
+
+impl OpenNamespace {
+    /// Asks for it as it is.
+    #[must_use]
+    pub fn of(namespace: Namespace) -> Self {
+        Self {
+            context: Context::default(),
+            namespace,
+            strict: false,
+            replicas: 0,
+            aside: false,
+        }
+    }
 }
 
 impl TryFrom<v1::OpenNamespaceRequest> for OpenNamespace {
@@ -92,6 +108,7 @@ impl TryFrom<v1::OpenNamespaceRequest> for OpenNamespace {
             namespace: spec(wire.spec)?,
             strict: wire.strict,
             replicas: wire.replicas,
+            aside: wire.aside,
         })
     }
 }
@@ -103,6 +120,7 @@ impl From<OpenNamespace> for v1::OpenNamespaceRequest {
             spec: Some((&request.namespace).into()),
             strict: request.strict,
             replicas: request.replicas,
+            aside: request.aside,
         }
     }
 }
@@ -443,6 +461,8 @@ pub struct ListNamespaces {
     pub label: Option<String>,
     /// Those after this one; `None`: from the first on.
     pub after: Option<NamespaceId>,
+    /// Without what is there of each.
+    pub names_only: bool,
 }
 
 impl TryFrom<v1::ListNamespacesRequest> for ListNamespaces {
@@ -460,6 +480,7 @@ impl TryFrom<v1::ListNamespacesRequest> for ListNamespaces {
             context: Context::from_wire(wire.context)?,
             after: optional("page_token", &wire.page_token)?.map(NamespaceId),
             label: (!wire.label.is_empty()).then_some(wire.label),
+            names_only: wire.names_only,
         })
     }
 }
@@ -470,6 +491,7 @@ impl From<ListNamespaces> for v1::ListNamespacesRequest {
             context: request.context.to_wire(),
             label: request.label.unwrap_or_default(),
             page_token: request.after.map_or_else(Bytes::new, |id| copied(&id.0)),
+            names_only: request.names_only,
         }
     }
 }

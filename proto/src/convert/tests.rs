@@ -118,9 +118,9 @@ proptest! {
             let wire = sent::<v1::InvalidateRequest>(invalidate.into());
             prop_assert_eq!(Invalidate::try_from(wire), Ok(invalidate));
         }
-        let list = ListNamespaces { context, label: flag.then(|| "demo".to_owned()), after: key.map(NamespaceId) };
+        let list = ListNamespaces { context, label: flag.then(|| "demo".to_owned()), after: key.map(NamespaceId), names_only: flag };
         prop_assert_eq!(ListNamespaces::try_from(sent::<v1::ListNamespacesRequest>(list.clone().into())), Ok(list));
-        let open = OpenNamespace { context, namespace: Namespace::opaque("demo", 16, 8), strict: flag, replicas: 3 };
+        let open = OpenNamespace { context, namespace: Namespace::opaque("demo", 16, 8), strict: flag, replicas: 3, aside: !flag };
         prop_assert_eq!(OpenNamespace::try_from(sent::<v1::OpenNamespaceRequest>(open.clone().into())), Ok(open));
     }
 

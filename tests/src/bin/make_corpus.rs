@@ -81,7 +81,7 @@ fn main() -> std::io::Result<()> {
     ));
     save(&root, "frame", "put_then_miss", &stream)?;
 
-    let requests: [(&str, Vec<u8>); 8] = [
+    let requests: [(&str, Vec<u8>); 9] = [
         (
             "open",
             v1::OpenNamespaceRequest {
@@ -89,6 +89,7 @@ fn main() -> std::io::Result<()> {
                 spec: Some(spec()),
                 strict: true,
                 replicas: 2,
+                aside: true,
             }
             .encode_to_vec(),
         ),
@@ -155,8 +156,18 @@ fn main() -> std::io::Result<()> {
         (
             "watch",
             v1::WatchRequest {
+                context: context.clone(),
+                namespace_id: namespace_id.clone(),
+            }
+            .encode_to_vec(),
+        ),
+        (
+            "list_namespaces",
+            v1::ListNamespacesRequest {
                 context,
-                namespace_id,
+                label: "demo".to_owned(),
+                page_token: namespace_id,
+                names_only: true,
             }
             .encode_to_vec(),
         ),

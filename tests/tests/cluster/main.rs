@@ -12,6 +12,7 @@ mod hold;
 mod hot;
 mod joins;
 mod motion;
+mod namespaces;
 mod peers;
 mod reports;
 mod routing;

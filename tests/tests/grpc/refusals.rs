@@ -57,7 +57,7 @@ async fn a_strict_caller_is_refused_another_shape() {
         context: None,
         spec: Some((&other).into()),
         strict: true,
-        replicas: 0,
+        ..Default::default()
     };
     let status = client
         .client

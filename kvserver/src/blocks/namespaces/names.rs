@@ -1,4 +1,5 @@
-//! The table of namespaces: by tenant and label, in order of opening, judged and counted.
+//! The table of namespaces: by tenant and label, in order of opening, judged and counted. What was opened aside alone
+//! comes before the others.
 //!
 //! Errors: a strict caller's difference, a bound that is reached. Nothing here touches a file.
 
@@ -9,6 +10,15 @@ use serde::{Deserialize, Serialize};
 
 use super::{Bounds, Known};
 use crate::{blocks::BlocksError, engine::TenantId, peers::Space};
+
+/// How a namespace is opened.
+#[derive(Clone, Copy)]
+pub(super) struct Manner {
+    /// Not under a label that is known with another fingerprint.
+    pub(super) strict: bool,
+    /// Another of its label stays the last one.
+    pub(super) aside: bool,
+}
 
 /// All records, by tenant and label; those of one label in order of opening.
 #[derive(Clone, Default)]
@@ -29,16 +39,18 @@ impl Names {
         self.last_of(&record.tenant, &record.label)
     }
 
-    /// The record last opened under a label.
+    /// The record last opened under a label; what was opened aside alone does not count.
     pub(super) fn last_of(&self, tenant: &str, label: &str) -> Option<&Record> {
-        self.tenants.get(tenant)?.records.get(label)?.last()
+        let records = self.tenants.get(tenant)?.records.get(label)?;
+        records.last().filter(|record| !record.aside)
     }
 
-    /// Opens a namespace: what differs from the last of its label, and whether anything changed.
+    /// Opens a namespace: what differs from the last of its label, and whether anything changed. It is the last from now
+    /// on, unless it is opened aside.
     pub(super) fn open(
         &mut self,
         record: &Record,
-        strict: bool,
+        Manner { strict, aside }: Manner,
         bounds: Bounds,
     ) -> Result<(Option<String>, bool), BlocksError> {
         let last = self.last(record);
@@ -53,10 +65,13 @@ impl Names {
             return Ok((None, false));
         }
         let labels = self.tenants.get(&record.tenant);
-        let is_old = labels
+        let old = labels
             .and_then(|labels| labels.records.get(&record.label))
-            .is_some_and(|records| records.iter().any(|held| held.is_same(record)));
-        if !is_old {
+            .and_then(|records| records.iter().find(|held| held.is_same(record)));
+        if aside && old.is_some_and(|old| old.replicas == record.replicas) {
+            return Ok((difference, false));
+        }
+        if old.is_none() {
             let of_tenant = labels.map_or(0, |labels| labels.len);
             let refuse = |what, field, limit| Err(BlocksError::Overloaded { what, field, limit });
             if of_tenant >= bounds.per_tenant {
@@ -67,18 +82,35 @@ impl Names {
                 return refuse("namespaces", "max_namespaces_total", bounds.total);
             }
         }
-        self.push(record.clone());
+        self.put(record.clone(), aside);
         Ok((difference, true))
     }
 
-    /// The last record of a label is the one last opened: a reopened one moves to the end.
-    pub(super) fn push(&mut self, record: Record) {
+    fn put(&mut self, record: Record, aside: bool) {
         let labels = self.tenants.entry(record.tenant.clone()).or_default();
         let records = labels.records.entry(record.label.clone()).or_default();
-        let before = records.len();
-        records.retain(|held| !held.is_same(&record));
-        records.push(record);
-        if records.len() > before {
+        let old = records.iter().position(|held| held.is_same(&record));
+        match (old, aside) {
+            (Some(at), true) => records[at].replicas = record.replicas,
+            (Some(at), false) => {
+                records.remove(at);
+                records.push(record);
+            }
+            (None, true) => records.insert(0, Record { aside, ..record }),
+            (None, false) => records.push(record),
+        }
+        if old.is_none() {
+            labels.len += 1;
+            self.len += 1;
+        }
+    }
+
+    /// One of the file, in its order.
+    pub(super) fn take(&mut self, record: Record) {
+        let labels = self.tenants.entry(record.tenant.clone()).or_default();
+        let records = labels.records.entry(record.label.clone()).or_default();
+        if !records.iter().any(|held| held.is_same(&record)) {
+            records.push(record);
             labels.len += 1;
             self.len += 1;
         }
@@ -112,14 +144,18 @@ pub(super) struct Record {
     /// Owners of each run; no part of what a namespace is. 0: written before there were any.
     #[serde(default)]
     pub(super) replicas: u32,
+    /// It was opened by tools, and by nodes that moved its blocks here, and by nobody else.
+    #[serde(default)]
+    aside: bool,
 }
 
 impl Record {
     /// Whether both are one namespace.
     pub(super) fn is_same(&self, other: &Self) -> bool {
-        let replicas = other.replicas;
+        let (replicas, aside) = (other.replicas, other.aside);
         Self {
             replicas,
+            aside,
             ..self.clone()
         } == *other
     }
@@ -143,6 +179,7 @@ impl Record {
             context_parallel: n.world.context,
             engine_class: n.engine_class.clone(),
             replicas,
+            aside: false,
         }
     }
 

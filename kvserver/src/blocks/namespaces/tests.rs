@@ -1,9 +1,11 @@
 //! The registry across restarts, between tenants, and over a disk that hangs.
 
 use std::{
-    task::{Context, Poll, Waker},
+    task::{self, Poll, Waker},
     time::Duration,
 };
+
+use kvproto::Namespace;
 
 use super::*;
 use crate::{blocks::tenants::DEFAULT_TENANT, clock::SystemClock};
@@ -28,17 +30,27 @@ fn registry(dir: &Path) -> Namespaces {
     .unwrap()
 }
 
+fn ask(namespace: &Namespace, strict: bool, aside: bool) -> OpenNamespace {
+    OpenNamespace {
+        strict,
+        aside,
+        ..OpenNamespace::of(namespace.clone())
+    }
+}
+
 async fn open_as(
     registry: &Namespaces,
     tenant: &str,
     label: &str,
 ) -> Result<OpenedNamespace, BlocksError> {
     let namespace = Namespace::opaque(label, 16, 8);
-    registry.open_namespace(ME, tenant, &namespace, false).await
+    let asked = ask(&namespace, false, false);
+    registry.open_namespace(ME, tenant, &asked, 1).await
 }
 
 async fn open(registry: &Namespaces, namespace: &Namespace) -> OpenedNamespace {
-    let opened = registry.open_namespace(ME, DEFAULT_TENANT, namespace, false);
+    let asked = ask(namespace, false, false);
+    let opened = registry.open_namespace(ME, DEFAULT_TENANT, &asked, 1);
     opened.await.unwrap()
 }
 
@@ -78,12 +90,50 @@ async fn a_strict_caller_is_refused_and_changes_nothing() {
     let registry = registry(dir.path());
     open(&registry, &Namespace::opaque("a", 16, 8)).await;
     let other = Namespace::opaque("a", 32, 8);
-    let refused = registry.open_namespace(ME, DEFAULT_TENANT, &other, true);
+    let asked = ask(&other, true, false);
+    let refused = registry.open_namespace(ME, DEFAULT_TENANT, &asked, 1);
     assert!(matches!(
         refused.await,
         Err(BlocksError::NamespaceDiffers { .. })
     ));
     assert!(registry.get(ME, other.id(DEFAULT_TENANT)).is_err());
+}
+
+/// As tools do, and nodes that move blocks of what engines have left behind.
+#[tokio::test]
+async fn what_is_opened_aside_is_never_the_last_of_its_label() {
+    let dir = tempfile::tempdir().unwrap();
+    let (old, new) = (Namespace::opaque("a", 16, 8), Namespace::opaque("a", 32, 8));
+    let registry_of = registry(dir.path());
+    let opening = async |asked: OpenNamespace| {
+        let opened = registry_of.open_namespace(ME, DEFAULT_TENANT, &asked, 1);
+        opened.await.map(|opened| opened.difference.is_some())
+    };
+    // Neither where it is alone.
+    assert!(matches!(opening(ask(&old, false, true)).await, Ok(false)));
+    assert!(matches!(opening(ask(&new, true, false)).await, Ok(false)));
+    assert!(matches!(opening(ask(&old, false, true)).await, Ok(true)));
+    assert!(opening(ask(&old, true, false)).await.is_err());
+    // An engine opens the other, and is the last from then on.
+    assert!(matches!(opening(ask(&old, false, false)).await, Ok(true)));
+    assert!(matches!(opening(ask(&new, false, true)).await, Ok(true)));
+    assert!(matches!(opening(ask(&old, true, false)).await, Ok(false)));
+    assert!(matches!(opening(ask(&new, false, false)).await, Ok(true)));
+    // With other copies as well.
+    let many = OpenNamespace {
+        replicas: 3,
+        ..ask(&old, false, true)
+    };
+    assert!(matches!(opening(many).await, Ok(true)));
+    assert!(matches!(opening(ask(&new, true, false)).await, Ok(false)));
+    drop(registry_of);
+    // And after a restart.
+    let again = registry(dir.path());
+    let asked = ask(&new, true, false);
+    let opened = again.open_namespace(ME, DEFAULT_TENANT, &asked, 1).await;
+    assert_eq!(opened.unwrap().difference, None);
+    let known = again.get(ME, old.id(DEFAULT_TENANT)).unwrap();
+    assert_eq!((known.replicas, again.len()), (3, 2));
 }
 
 #[tokio::test]
@@ -164,7 +214,7 @@ async fn a_disk_that_hangs_holds_up_nobody_who_needs_no_disk() {
         drop(opened);
         timely
     });
-    let mut cx = Context::from_waker(Waker::noop());
+    let mut cx = task::Context::from_waker(Waker::noop());
     let mut stuck = Vec::new();
     // One batch in the writer's hand, at most, and one in the queue; more are told.
     let mut refused = 0;
@@ -229,8 +279,9 @@ async fn a_disk_that_hangs_does_not_hold_up_the_end() {
     let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
     rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0).unwrap();
     let namespace = Namespace::opaque("a", 16, 8);
-    let mut opening = Box::pin(registry.open_namespace(ME, DEFAULT_TENANT, &namespace, false));
-    let mut cx = Context::from_waker(Waker::noop());
+    let asked = ask(&namespace, false, false);
+    let mut opening = Box::pin(registry.open_namespace(ME, DEFAULT_TENANT, &asked, 1));
+    let mut cx = task::Context::from_waker(Waker::noop());
     assert!(opening.as_mut().poll(&mut cx).is_pending());
     drop(opening);
     let (done, is_done) = mpsc::channel();

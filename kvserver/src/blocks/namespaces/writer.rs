@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 
 use super::{
     Bounds, Known, Shared,
-    names::{Names, Record},
+    names::{Manner, Names, Record},
 };
 use crate::{
     blocks::BlocksError,
@@ -30,7 +30,7 @@ pub(super) const MAX_OPENING: usize = 256;
 pub(super) struct Ask {
     pub(super) tenant: TenantId,
     pub(super) record: Record,
-    pub(super) strict: bool,
+    pub(super) manner: Manner,
     pub(super) answer: oneshot::Sender<Result<Option<String>, BlocksError>>,
 }
 
@@ -57,7 +57,7 @@ impl Writer {
         let mut spaces = Vec::new();
         let mut answers = Vec::new();
         for ask in &asks {
-            let judged = next.open(&ask.record, ask.strict, self.bounds);
+            let judged = next.open(&ask.record, ask.manner, self.bounds);
             if let Ok((_, true)) = &judged {
                 let id = ask.record.namespace().id(&ask.record.tenant);
                 new.push((id, ask.record.known(ask.tenant)));
