@@ -68,6 +68,13 @@ impl Blocks {
             what: Some((namespace, target)),
         });
         let forgotten = self.engine.invalidate_as(id, namespace, target);
+        if let Some(motion) = self.motion() {
+            let hash = match target {
+                engine::Target::Block(hash) => Some(hash),
+                engine::Target::Prefix(_) | engine::Target::All => None,
+            };
+            motion.forget(namespace, hash);
+        }
         self.forget_below(&[namespace], &forgotten).await?;
         Ok(forgotten.len() as u64)
     }
@@ -95,6 +102,9 @@ impl Blocks {
                 Err(failed) if failed.is_panic() => std::panic::resume_unwind(failed.into_panic()),
                 Err(_) => return Ok(0), // the node stops, and asks again when it starts
             };
+            if let Some(motion) = self.motion() {
+                namespaces.iter().for_each(|of| motion.forget(*of, None));
+            }
             self.forget_below(&namespaces, &forgotten).await?;
             count = forgotten.len() as u64;
         }

@@ -29,7 +29,7 @@ use std::{
 };
 
 use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
-use kvproto::{BlockKey, MemberId, ViewDigest};
+use kvproto::{BlockKey, MemberId, NamespaceId, SequenceHash, ViewDigest};
 
 use self::plan::reborn_since;
 pub(super) use self::{account::Handed, push::Pushed};
@@ -110,10 +110,20 @@ impl Motion {
         roster.is_young(self.clock.now()) || self.is_draining(roster)
     }
 
+    /// What others were handed of a namespace, or of one block's run, they have forgotten by now, as has this node: what
+    /// is put here from now on is new, and nobody has it.
+    pub(in crate::blocks) fn forget(&self, namespace: NamespaceId, hash: Option<SequenceHash>) {
+        self.handed.lock().retain(|run, handed| {
+            let is_of_it = run.namespace == namespace
+                && hash.is_none_or(|hash| handed.there.iter().any(|key| key.hash == hash));
+            !is_of_it
+        });
+    }
+
     /// What has to go, to anybody or to some alone, and was not handed over already.
     fn to_do(&self, roster: &Roster, only: Option<&BTreeSet<MemberId>>) -> Vec<Move> {
         let held = self.holdings.held();
-        let mut spaces: BTreeMap<kvproto::NamespaceId, usize> = BTreeMap::new();
+        let mut spaces: BTreeMap<NamespaceId, usize> = BTreeMap::new();
         for run in &held {
             spaces.entry(run.key.namespace).or_insert_with(|| {
                 let space = self.holdings.space(&run.key.namespace);
@@ -238,6 +248,8 @@ impl Motion {
             let began = self.clock.now();
             // Before anything is sent: what a life takes that ends meanwhile is not there in the next.
             let life = self.cluster.roster().view.get(&to).map(|to| to.generation);
+            let hashes: Vec<SequenceHash> = blocks.iter().map(|block| block.key.hash).collect();
+            let before = self.holdings.survived(&one.run.key.namespace, &hashes);
             let mut pushed = Pushed::default();
             if is_gone || self.is_suspect(&to) {
                 pushed.left(&blocks);
@@ -258,32 +270,31 @@ impl Motion {
                     }
                 }
             }
-            self.account_for(&one, life.unwrap_or_default(), &blocks, &pushed, began);
+            let handed = Handed {
+                to: to.clone(),
+                life: life.unwrap_or_default(),
+                there: pushed.there.iter().copied().collect(),
+                is_whole: pushed.left_blocks == 0,
+                blocks: blocks.len() as u64,
+            };
+            {
+                // Under the lock: who is told to forget meanwhile waits for it, and forgets this as well.
+                let mut all = self.handed.lock();
+                let now = self.holdings.survived(&one.run.key.namespace, &hashes);
+                if now.iter().all(|id| before.contains(id)) {
+                    all.insert(one.run.key, handed);
+                }
+            }
+            self.account_for(&one, &pushed, began);
         }
         is_gone.then_some(to)
     }
 
-    fn account_for(
-        &self,
-        one: &Move,
-        life: u64,
-        blocks: &[HeldBlock],
-        pushed: &Pushed,
-        began: Tick,
-    ) {
+    fn account_for(&self, one: &Move, pushed: &Pushed, began: Tick) {
         if one.leaves {
             self.holdings.first_to_go(&pushed.there);
         }
-        let is_whole = pushed.left_blocks == 0;
-        let handed = Handed {
-            to: one.to.id.clone(),
-            life,
-            there: pushed.there.iter().copied().collect(),
-            is_whole,
-            blocks: blocks.len() as u64,
-        };
-        self.handed.lock().insert(one.run.key, handed);
-        let moved = is_whole && pushed.sent_bytes > 0;
+        let moved = pushed.left_blocks == 0 && pushed.sent_bytes > 0;
         if moved {
             let seconds = self.clock.now().since(began).as_secs_f64();
             self.metrics.moved_runs.inc();

@@ -7,7 +7,9 @@ use kvtests::{
     patience::{eventually, until},
 };
 
-use super::{arrived, clients, cluster, departed, fill, lease, lone, owner, put, read};
+use super::{
+    BLOCK_BYTES, arrived, clients, cluster, departed, fill, lease, lone, owner, put, read,
+};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_peer_that_was_not_told_of_an_invalidation_cannot_undo_it_by_a_read() {
@@ -30,7 +32,9 @@ async fn a_peer_that_was_not_told_of_an_invalidation_cannot_undo_it_by_a_read() 
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_was_not_told_of_an_invalidation_cannot_undo_it_by_a_move() {
-    let mut cluster = cluster(1, |_| {}).await;
+    // Two runs a second: when the first has moved, others have not.
+    let rate = 2 * u64::from(RUN_BLOCKS) * BLOCK_BYTES as u64;
+    let mut cluster = cluster(1, move |config| config.peer_bytes_per_second = rate).await;
     let mut clients = clients(&cluster).await;
     let chains = fill(&cluster, &mut clients, 24).await;
     let newcomer = cluster.add().await;
@@ -41,9 +45,15 @@ async fn a_node_that_was_not_told_of_an_invalidation_cannot_undo_it_by_a_move() 
         let forgotten = blocks.invalidate_as(request, TenantId(0), client.namespace, Target::All);
         forgotten.await.unwrap()
     };
-    // It is told before anything has moved or when some has, and the other one only later.
-    invalidate(newcomer).await;
+    // The old owner asks who joins for what it was told, and then hands over. The newcomer is told when some has moved, the
+    // old owner only later.
     cluster.agreed(2).await;
+    eventually("a move has begun", || {
+        let blocks = cluster.node(newcomer).blocks();
+        blocks.engine().stats().blocks > 0
+    })
+    .await;
+    invalidate(newcomer).await;
     let refused = || {
         let name = "terrace_motion_refused_blocks_total{reason=\"invalidated\"}";
         figure(cluster.node(0), name)

@@ -71,6 +71,29 @@ async fn a_move_that_was_cut_off_goes_on_where_it_was() {
     assert_eq!(going, moved.len() * RUN_BLOCKS as usize);
 }
 
+/// A caller with an old view puts it where it was put before.
+#[tokio::test]
+async fn what_is_put_anew_after_an_invalidation_moves_again() {
+    let mut town = Town::new(&["a"], 1);
+    town.node("a").motion.start();
+    let moved = town.moved_to("c", 12);
+    town.pass(Duration::from_secs(5)).await;
+    let chain = &moved[0].0;
+    assert!(town.has_all("c", chain));
+    let sent = town.called("put");
+    for (id, key) in (77..).zip(town.keys(chain)) {
+        for node in ["a", "c"] {
+            town.shelf(node).invalidate(&key, id);
+            let motion = &town.node(node).motion;
+            motion.forget(key.namespace, Some(key.hash));
+        }
+    }
+    town.put_at(chain, "a");
+    town.pass(Duration::from_secs(5)).await;
+    assert!(town.has_all("c", chain));
+    assert_eq!(town.called("put"), sent + 1, "nothing else went again");
+}
+
 /// Runs of `a` that belong to `c` from now on, in the order in which they will be sent: the first of them in `SETTLE`.
 async fn about_to_move() -> (Town, Vec<Chain>) {
     let mut town = Town::new(&["a"], 1);
