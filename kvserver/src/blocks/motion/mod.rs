@@ -194,6 +194,8 @@ pub struct Motion {
     /// Runs that nobody had, until when that is believed, and the first block that was lacking.
     missed: Mutex<BTreeMap<RunKey, (Tick, SequenceHash)>>,
     handed: Mutex<BTreeMap<RunKey, Handed>>,
+    /// Times that more than a block was forgotten; counted under the lock of `handed`.
+    forgets: AtomicU64,
     /// Runs that are being sent.
     sending: Mutex<BTreeMap<RunKey, Sent>>,
     progress: watch::Sender<Progress>,
@@ -249,6 +251,7 @@ impl Motion {
             flights: Mutex::default(),
             missed: Mutex::default(),
             handed: Mutex::default(),
+            forgets: AtomicU64::new(0),
             sending: Mutex::default(),
             progress: watch::Sender::new(Progress::default()),
             passing_bytes: AtomicU64::new(0),

@@ -25,7 +25,7 @@ mod push;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
 };
 
 use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
@@ -113,7 +113,11 @@ impl Motion {
     /// What others were handed of a namespace, or of one block's run, they have forgotten by now, as has this node: what
     /// is put here from now on is new, and nobody has it.
     pub(in crate::blocks) fn forget(&self, namespace: NamespaceId, hash: Option<SequenceHash>) {
-        self.handed.lock().retain(|run, handed| {
+        let mut handed = self.handed.lock();
+        if hash.is_none() {
+            self.forgets.fetch_add(1, Ordering::Relaxed); // under the lock
+        }
+        handed.retain(|run, handed| {
             let is_of_it = run.namespace == namespace
                 && hash.is_none_or(|hash| handed.there.iter().any(|key| key.hash == hash));
             !is_of_it
@@ -249,6 +253,7 @@ impl Motion {
             // Before anything is sent: what a life takes that ends meanwhile is not there in the next.
             let life = self.cluster.roster().view.get(&to).map(|to| to.generation);
             let hashes: Vec<SequenceHash> = blocks.iter().map(|block| block.key.hash).collect();
+            let forgets = self.forgets.load(Ordering::Relaxed);
             let before = self.holdings.survived(&one.run.key.namespace, &hashes);
             let mut pushed = Pushed::default();
             if is_gone || self.is_suspect(&to) {
@@ -278,10 +283,16 @@ impl Motion {
                 blocks: blocks.len() as u64,
             };
             {
-                // Under the lock: who is told to forget meanwhile waits for it, and forgets this as well.
+                // Under the lock: who is told to forget later waits for it, and forgets this as well. Of what was
+                // forgotten meanwhile there may be a newer one here, which nobody has.
                 let mut all = self.handed.lock();
                 let now = self.holdings.survived(&one.run.key.namespace, &hashes);
-                if now.iter().all(|id| before.contains(id)) {
+                let is_forgotten = self.forgets.load(Ordering::Relaxed) != forgets
+                    || now.iter().any(|id| !before.contains(id));
+                if !is_forgotten {
+                    if one.leaves {
+                        self.holdings.first_to_go(&pushed.there);
+                    }
                     all.insert(one.run.key, handed);
                 }
             }
@@ -291,9 +302,6 @@ impl Motion {
     }
 
     fn account_for(&self, one: &Move, pushed: &Pushed, began: Tick) {
-        if one.leaves {
-            self.holdings.first_to_go(&pushed.there);
-        }
         let moved = pushed.left_blocks == 0 && pushed.sent_bytes > 0;
         if moved {
             let seconds = self.clock.now().since(began).as_secs_f64();
