@@ -51,7 +51,7 @@ impl Client {
     /// # Errors
     /// When no member answers.
     pub async fn namespaces(&self, label: Option<&str>) -> Result<Namespaces, Error> {
-        self.all_namespaces(label, false).await
+        self.all_namespaces(label, false, self.until()).await
     }
 
     /// Those of a label, as the first node knows them or, where that knows none, all members; without a label those that
@@ -60,17 +60,18 @@ impl Client {
     /// # Errors
     /// When nobody answers; or when a member does not, and the others know none, so that nobody can say.
     pub async fn find_namespaces(&self, label: Option<&str>) -> Result<Vec<NamespaceStats>, Error> {
+        let deadline = self.until();
         if label.is_some() {
             let call = |inner: Arc<Inner>, deadline| async move {
                 list(&inner, label, true, deadline).await
             };
-            let found = self.of_anybody(self.until(), call).await;
+            let found = self.of_anybody(deadline, call).await;
             match found {
                 Ok(found) if !found.is_empty() => return Ok(found),
                 _ => {} // others may know
             }
         }
-        let Namespaces { known, mut silent } = self.all_namespaces(label, true).await?;
+        let Namespaces { known, mut silent } = self.all_namespaces(label, true, deadline).await?;
         match known.is_empty() && !silent.is_empty() {
             true => Err(silent.swap_remove(0).1),
             false => Ok(known),
@@ -81,8 +82,8 @@ impl Client {
         &self,
         label: Option<&str>,
         names_only: bool,
+        deadline: Deadline,
     ) -> Result<Namespaces, Error> {
-        let deadline = self.until();
         let answers = self.of_each_once(|inner: Arc<Inner>| async move {
             list(&inner, label, names_only, deadline).await
         });

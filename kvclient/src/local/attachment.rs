@@ -87,7 +87,7 @@ pub(super) struct Attachment {
     segments: Mutex<Segments<ReadSegment>>,
     is_sweeping: AtomicBool,
     idle: Mutex<Vec<Link>>,
-    /// Most links, in use or idle.
+    /// Most links, in use or idle; a moment more while new ones join.
     links: usize,
     permits: Arc<Semaphore>,
     /// One fewer: what is held for long leaves a link to the calls.
@@ -190,7 +190,10 @@ impl Attachment {
                 Some(_) => {}
                 None => {
                     let joined = self.join(waits, patience).await;
-                    break joined.map_err(|error| self.not_joined(error))?;
+                    break joined.map_err(|error| {
+                        self.give_way(&error);
+                        self.not_joined(error)
+                    })?;
                 }
             }
         };
@@ -209,6 +212,21 @@ impl Attachment {
         link.layouts = attached(answer)?.layouts & LAYOUTS;
         self.make_room();
         Ok(link)
+    }
+
+    /// A node that has no room for another link gets back one that nobody uses, of several; then the next call has one.
+    fn give_way(&self, error: &LocalError) {
+        let is_full = matches!(
+            error,
+            LocalError::Refused {
+                reason: Some(Reason::Overloaded),
+                ..
+            }
+        );
+        let mut idle = self.idle.lock();
+        if is_full && idle.len() > 1 {
+            drop(idle.remove(0));
+        }
     }
 
     /// Idle links whose callers wait otherwise are within the bound, too; the one that was used longest ago goes. Once the

@@ -47,7 +47,7 @@ pub(super) struct Link {
     clock: Arc<dyn Clock>,
     /// When the call was made that has no answer yet.
     asked: Option<Tick>,
-    /// When it was answered last, or opened.
+    /// When the call was made that was answered last, or it was opened.
     used: Tick,
     /// Fixed layouts that the node knows.
     pub(super) layouts: u32,

@@ -159,7 +159,7 @@ impl Ear {
             let mut reopening = Reopening::default();
             loop {
                 match (
-                    stream::open(inner, deadline, left + MARGIN, id).await,
+                    stream::open(inner, deadline, left.saturating_add(MARGIN), id).await,
                     &self.namespace,
                 ) {
                     (Err(error), Some(namespace)) => {

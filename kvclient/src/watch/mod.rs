@@ -188,7 +188,7 @@ impl Watch {
         while !waiting.is_empty() {
             tokio::select! {
                 biased;
-                told = self.heard.recv() => {
+                told = self.heard.recv(), if self.ready.len() < MAX_HEARD => {
                     let Some((number, heard)) = told else {
                         break;
                     };
