@@ -3,21 +3,22 @@
 use std::{
     fs::File,
     process::{Command, ExitStatus, Stdio},
-    time::Duration,
 };
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::retry_on_intr,
+    process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open},
+};
 use serde_json::Value;
 
 /// Far beyond what unoptimised nodes need on a busy machine; then the demonstration is stopped, and its nodes with it.
-const PATIENCE: u32 = 24_000;
-const PAUSE: Duration = Duration::from_millis(10);
+const PATIENCE: Timespec = Timespec {
+    tv_sec: 240,
+    tv_nsec: 0,
+};
 
 /// Runs it to its end; what it printed.
-#[expect(
-    clippy::disallowed_methods,
-    reason = "another process runs on real time"
-)]
 fn shown(arguments: &[&str]) -> (ExitStatus, Value, String) {
     let folder = tempfile::tempdir().unwrap();
     let path = |name| folder.path().join(name);
@@ -31,17 +32,14 @@ fn shown(arguments: &[&str]) -> (ExitStatus, Value, String) {
         .stderr(file("wrong"))
         .spawn()
         .unwrap();
-    let ended = (0..PATIENCE).find_map(|_| {
-        let ended = demo.try_wait().unwrap();
-        if ended.is_none() {
-            std::thread::sleep(PAUSE);
-        }
-        ended
-    });
-    let status = ended.unwrap_or_else(|| {
-        kill_process(Pid::from_child(&demo), Signal::TERM).unwrap();
-        demo.wait().unwrap()
-    });
+    let pid = Pid::from_child(&demo);
+    let process = pidfd_open(pid, PidfdFlags::empty()).unwrap();
+    let mut ended = [PollFd::new(&process, PollFlags::IN)];
+    let waited = retry_on_intr(|| poll(&mut ended, Some(&PATIENCE)));
+    if waited.unwrap() == 0 {
+        kill_process(pid, Signal::TERM).unwrap();
+    }
+    let status = demo.wait().unwrap();
     let read = |name| std::fs::read_to_string(path(name)).unwrap();
     let (said, wrong) = (read("said"), read("wrong"));
     let report = serde_json::from_str(&said);

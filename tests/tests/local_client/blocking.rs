@@ -334,10 +334,20 @@ async fn a_killed_node_wakes_who_waits_for_it_and_its_next_life_is_attached_to()
     // One that is asleep in the kernel with all its time ahead.
     node.freeze();
     let (theirs, space) = (client.clone(), ns.clone());
+    let (tell, told) = std::sync::mpsc::channel();
     let asleep = tokio::task::spawn_blocking(move || {
+        tell.send(rustix::thread::gettid()).unwrap();
         theirs.lookup(&space, &chain(&space, 1, 2), &LookupOptions::default())
     });
-    kvtests::patience::pause(Duration::from_millis(50)).await;
+    let thread = on_thread(move || told.recv().unwrap()).await;
+    let state = format!("/proc/self/task/{}/stat", thread.as_raw_nonzero());
+    eventually("it is asleep", || {
+        let said = std::fs::read_to_string(&state).expect("a thread of ours");
+        said.rsplit(')')
+            .next()
+            .is_some_and(|rest| rest.starts_with(" S "))
+    })
+    .await;
     node.kill();
     let answer = within_awake(HANG / 4, asleep).await.expect("it is woken");
     let error = answer.unwrap().expect_err("nobody is there");
