@@ -5,8 +5,9 @@
 //! -n ID    ─► the one with this id              └─ an engine's ──────────► blocks by their hashes, or all of it
 //! ```
 //!
-//! What is there is opened aside, and what is not is not made, but by those who put: opened under an engine's label it
-//! would be the one opened last there, which a strict engine is refused for.
+//! What is there is opened aside, and what is not is not made, but for kvctl's own label, and by those who put: opened
+//! under an engine's label it would be the one opened last there, which a strict engine is refused for. A node that is too
+//! old to say what is there has a label of keys opened as any.
 
 use std::{collections::BTreeSet, process::ExitCode};
 

@@ -153,7 +153,7 @@ fn command() -> Command {
             "Settings as TOML; every flag below is a key of it, with underscores. Else terrace.toml in data_dir, if there",
         ))
         .arg(Arg::new("print-config").long("print-config").action(ArgAction::SetTrue).help("Print all settings as a file and stop"))
-        .arg(Arg::new("check").long("check").action(ArgAction::SetTrue).help("Try everything that a start needs and stop; nothing is left behind and nobody is joined"))
+        .arg(Arg::new("check").long("check").action(ArgAction::SetTrue).help("Try what a start needs and stop: sizes, files, ports, small tiers; nothing is left behind and nobody is joined"))
         .args(settings)
 }
 
